@@ -1,0 +1,88 @@
+"""The small frozen records that pass between rooms. They carry facts and no behaviour beyond arithmetic on them."""
+
+from dataclasses import dataclass
+
+BITS = {"int2": 2, "int4": 4, "int8": 8, "fp16": 16}
+"""Code bits of a weight at each precision. `fp16` stands for the model's own floating dtype, stored as it is."""
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One expert of a model: `hidden -> up_rows -> (gate) -> intermediate -> hidden`.
+
+    Attributes:
+        hidden_size: H, columns of the first matrix and rows of the second.
+        intermediate_size: I, columns of the second matrix.
+        up_rows: rows of the first matrix; 2 I with a gate, I without.
+        has_bias: both matrices are followed by a bias, kept in the model's dtype.
+        transposed: the source stores `[in, out]`; kept so at 16 bit, turned round when quantised.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    up_rows: int
+    has_bias: bool
+    transposed: bool
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of one expert, biases not counted."""
+        return self.hidden_size * (self.up_rows + self.intermediate_size)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One precision an expert may have, and the bytes of its block or slot."""
+
+    precision: str
+    nbytes: int
+
+    @property
+    def bits(self) -> int:
+        return BITS[self.precision]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the device budget is spent on. All figures are bytes unless the name says otherwise.
+
+    Attributes:
+        base: the precision every expert always has, and the bytes of its block.
+        upgrade: what a hot expert holds besides, and the bytes of its slot; None for a ladder of one tier.
+        num_slots: upgrade slots, at most one an expert.
+    """
+
+    budget: int
+    dense: int
+    workspace: int
+    num_layers: int
+    num_experts: int
+    base: Tier
+    upgrade: Tier | None
+    num_slots: int
+
+    @property
+    def base_bytes(self) -> int:
+        return self.num_layers * self.num_experts * self.base.nbytes
+
+    @property
+    def upgrade_bytes(self) -> int:
+        return self.num_slots * self.upgrade.nbytes if self.upgrade else 0
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.workspace + self.base_bytes + self.upgrade_bytes
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """The ladder as `Settings.tiers` writes it, the base first."""
+        return (self.base.precision,) + ((self.upgrade.precision,) if self.upgrade else ())
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One decided move: give an expert the upgrade, or take it away."""
+
+    layer: int
+    expert: int
+    promote: bool
