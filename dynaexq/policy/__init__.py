@@ -1,0 +1,18 @@
+"""Who deserves precision: budget, hotness, rules and moves. Pure functions over numpy arrays; no torch, no state."""
+
+from dynaexq.policy.budget import LADDERS, plan_memory, predicted_loss
+from dynaexq.policy.hotness import decay_by_tokens, prior_hotness, update_hotness
+from dynaexq.policy.precision import slots_per_row, threshold, top_n, transitions
+
+__all__ = [
+    "LADDERS",
+    "decay_by_tokens",
+    "plan_memory",
+    "predicted_loss",
+    "prior_hotness",
+    "slots_per_row",
+    "threshold",
+    "top_n",
+    "transitions",
+    "update_hotness",
+]

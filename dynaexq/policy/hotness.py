@@ -1,0 +1,34 @@
+"""How hot an expert is: a moving average of its share of the routing. Pure functions over numpy arrays.
+
+Shapes: L layers, E experts a layer. An observation of N tokens in a layer is the selected routing mass per token,
+`c[l, e] = (1 / N) * sum of p[l, t, e] over the tokens t that chose e`, zero for experts nobody chose.
+"""
+
+import numpy as np
+
+
+def prior_hotness(num_layers: int, num_experts: int) -> np.ndarray:
+    """Hotness `[L, E]` before anything was seen: every expert gets the same share of a token's unit of mass."""
+    return np.full((num_layers, num_experts), 1.0 / num_experts)
+
+
+def decay_by_tokens(tokens: np.ndarray, half_life: float) -> np.ndarray:
+    """Share of the old hotness that is kept after `tokens [L]`: one half after `half_life` of them.
+
+    Time is counted in tokens because a prefill of 2,048 tokens is not one decode step.
+    """
+    return np.exp2(-tokens / half_life)
+
+
+def update_hotness(hotness: np.ndarray, mass: np.ndarray, tokens: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """`keep * hotness + (1 - keep) * mass / tokens`; layers that saw no token stay as they are.
+
+    Args:
+        hotness: `[L, E]`, the average so far.
+        mass: `[L, E]`, routing mass summed over the tokens seen since.
+        tokens: `[L]`, how many those were.
+        keep: `[L]`, share of the old value to keep, as `decay_by_tokens` gives, or the paper's `alpha ** steps`.
+    """
+    observed = mass / np.maximum(tokens, 1)[:, None]
+    keep = np.where(tokens > 0, keep, 1.0)[:, None]
+    return keep * hotness + (1 - keep) * observed
