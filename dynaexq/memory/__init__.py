@@ -1,0 +1,30 @@
+"""Where bytes live and how they move: slots, tables, counters, copies. Bytes are opaque here; nothing is decided."""
+
+from dynaexq.memory.copiers import CudaCopier, EagerCopier, ManualCopier, copier_for
+from dynaexq.memory.counter import RoutingCounter
+from dynaexq.memory.fence import Fence, ManualFence, ReaderFence, StreamFence
+from dynaexq.memory.host import DiskStore, HostStore, RamStore, SourceStore
+from dynaexq.memory.slab import SlabPool, allocate_bytes
+from dynaexq.memory.swap import SwapPipeline
+from dynaexq.memory.table import ExpertTable, split
+
+__all__ = [
+    "CudaCopier",
+    "DiskStore",
+    "EagerCopier",
+    "ExpertTable",
+    "Fence",
+    "HostStore",
+    "ManualCopier",
+    "ManualFence",
+    "RamStore",
+    "ReaderFence",
+    "RoutingCounter",
+    "SlabPool",
+    "SourceStore",
+    "StreamFence",
+    "SwapPipeline",
+    "allocate_bytes",
+    "copier_for",
+    "split",
+]

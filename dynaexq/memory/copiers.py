@@ -1,0 +1,172 @@
+"""How upgrade bytes reach their slot: at once on a CPU, on a stream of their own on CUDA, by hand in tests."""
+
+import queue
+import threading
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dynaexq.errors import StoreError
+from dynaexq.memory.host import HostStore
+
+
+class Copy:
+    """One copy on its way. `done` once no byte of it can change any more; `error` says whether it failed."""
+
+    error: Exception | None = None
+    _finished = False
+
+    @property
+    def done(self) -> bool:
+        return self._finished
+
+    def finish(self, error: Exception | None = None) -> None:
+        self.error, self._finished = error, True
+
+
+class Copier(Protocol):
+    """Moves upgrades from a store into slots."""
+
+    def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
+        """Begin to copy upgrade `index` into the slot bytes `out`; `out` belongs to the copy until it is done."""
+
+    def synchronize(self) -> None:
+        """Return once every copy that was started is done."""
+
+    def close(self) -> None:
+        """Finish what was started and stop."""
+
+
+class EagerCopier:
+    """Copies on the spot; for a CPU, where there is nothing to overlap with."""
+
+    def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
+        copy = Copy()
+        try:
+            store.read_into(index, out)
+        except Exception as error:  # whatever it is, the move fails and generation goes on
+            copy.finish(error)
+        else:
+            copy.finish()
+        return copy
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ManualCopier:
+    """For tests: bytes arrive, or fail to, when the test calls `complete` or `fail`, in any order."""
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Copy, HostStore, int, Tensor]] = []
+
+    def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
+        out.fill_(0xEE)  # a reader that looks too early must not find something plausible
+        copy = Copy()
+        self.pending.append((copy, store, index, out))
+        return copy
+
+    def complete(self, position: int) -> None:
+        copy, store, index, out = self.pending.pop(position)
+        store.read_into(index, out)
+        copy.finish()
+
+    def fail(self, position: int) -> None:
+        self.pending.pop(position)[0].finish(StoreError("failed by the test"))
+
+    def synchronize(self) -> None:
+        while self.pending:
+            self.complete(0)
+
+    def close(self) -> None:
+        self.synchronize()
+
+
+class _CudaCopy(Copy):
+    """Done when its event is; the event exists once the copy has been queued on the stream."""
+
+    event: torch.cuda.Event | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._finished or (self.event is not None and self.event.query())
+
+
+class CudaCopier:
+    """Copies on a CUDA stream of its own, which the compute stream never waits for.
+
+    From page-locked stores the stream fetches directly. From others a worker thread first fills one of `ring_slots`
+    page-locked buffers; a buffer is filled again only after the event behind its last copy.
+    """
+
+    def __init__(self, device: torch.device, slot_nbytes: int, ring_slots: int = 4):
+        self._stream = torch.cuda.Stream(device)  # default, that is lowest, priority: compute goes first
+        self._slot_nbytes, self._ring_slots = slot_nbytes, ring_slots
+        self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._jobs: queue.Queue[tuple[_CudaCopy, HostStore, int, Tensor] | None] = queue.Queue()
+        self._worker: threading.Thread | None = None
+
+    def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
+        copy = _CudaCopy()
+        source = store.page_locked(index)
+        if source is not None:
+            copy.event = self._queue(source, out)
+        else:
+            self._start_worker()
+            self._jobs.put((copy, store, index, out))
+        return copy
+
+    def synchronize(self) -> None:
+        self._jobs.join()
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        self.synchronize()
+        if self._worker is not None:
+            self._jobs.put(None)
+            self._worker.join()
+            self._worker = None
+        self._ring = []
+
+    def _queue(self, source: Tensor, out: Tensor) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            out.copy_(source, non_blocking=True)
+            event.record()
+        return event
+
+    def _start_worker(self) -> None:
+        if self._worker is not None:
+            return
+        for _ in range(self._ring_slots):
+            buffer = torch.empty(self._slot_nbytes, dtype=torch.uint8, pin_memory=True)
+            self._ring.append((buffer, torch.cuda.Event()))
+        self._worker = threading.Thread(target=self._work, name="dynaexq-staging", daemon=True)
+        self._worker.start()
+
+    def _work(self) -> None:
+        torch.cuda.set_device(self._stream.device)  # which has an index even where the device given had none
+        turn = 0
+        while (job := self._jobs.get()) is not None:
+            copy, store, index, out = job
+            buffer, last_use = self._ring[turn]
+            try:
+                last_use.synchronize()
+                store.read_into(index, buffer)
+                copy.event = self._queue(buffer, out)
+                self._ring[turn] = (buffer, copy.event)
+            except Exception as error:  # whatever it is, the move fails and generation goes on
+                copy.finish(error)
+            finally:
+                self._jobs.task_done()
+            turn = (turn + 1) % self._ring_slots
+        self._jobs.task_done()
+
+
+def copier_for(device: torch.device, slot_nbytes: int) -> Any:
+    """The copier that suits `device`."""
+    return CudaCopier(device, slot_nbytes) if device.type == "cuda" else EagerCopier()

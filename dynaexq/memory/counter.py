@@ -1,0 +1,67 @@
+"""How much routing mass each expert received, summed on the device and read without waiting.
+
+The sums are int64 fixed point and only ever grow; the host takes differences. (Sums of floats would depend on the
+order of atomic additions, and with them every decision.)
+"""
+
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FIXED_POINT = 2**20
+LARGEST_WEIGHT = 256.0  # keeps one absurd routing weight from overflowing a sum
+
+
+class RoutingCounter:
+    """Sums `[num_layers, num_experts + 2]`: mass of each expert, mass of foreign ids, tokens seen.
+
+    Ids of `num_experts` and above belong to other ranks (expert parallelism) and are counted apart.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device):
+        self.num_experts = num_experts
+        self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
+        self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
+        self._lock = threading.Lock()
+        self._pinned: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def observe(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits."""
+        ids = top_k_index.reshape(-1).clamp(0, self.num_experts)
+        mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_WEIGHT)
+        fixed = mass.mul_(FIXED_POINT).round_().to(torch.int64)
+        with self._lock:
+            self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
+            self.sums[layer, -1] += top_k_index.shape[0]
+
+    def drain(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mass `[L, E]` and tokens `[L]` since the last drain; on a GPU, up to a copy begun at an earlier drain."""
+        latest = self._latest()
+        if latest is None:
+            return np.zeros((len(self._drained), self.num_experts)), np.zeros(len(self._drained), dtype=np.int64)
+        grown = latest - self._drained
+        self._drained = latest
+        return grown[:, : self.num_experts] / FIXED_POINT, grown[:, -1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.sums.untyped_storage().nbytes()
+
+    def _latest(self) -> np.ndarray | None:
+        if self.sums.device.type == "cpu":
+            with self._lock:
+                return self.sums.numpy().copy()
+        latest = None
+        if self._copied is not None and self._pinned is not None:
+            if not self._copied.query():
+                return None
+            latest = self._pinned.numpy().copy()
+        if self._pinned is None:
+            self._pinned = torch.empty(self.sums.shape, dtype=torch.int64, pin_memory=True)
+        self._pinned.copy_(self.sums, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        return latest

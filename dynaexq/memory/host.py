@@ -1,0 +1,150 @@
+"""Where upgrade bytes wait until they are wanted: in host memory, page-locked, on disk, or in the source weights.
+
+One expert's upgrade is one contiguous run of bytes, addressed by a flat index; a store does not know what it means.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+import torch
+from torch import Tensor
+
+from dynaexq.errors import StoreError
+from dynaexq.memory.slab import allocate_bytes
+
+
+class HostStore(Protocol):
+    """Upgrade bytes of `count` experts, `slot_nbytes` each."""
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        """Keep uint8 `blocks [n, slot_nbytes]` as the bytes of experts `first` to `first + n`."""
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        """Fill uint8 host tensor `out [slot_nbytes]`. Raises StoreError; `out` is then undefined."""
+
+    def page_locked(self, index: int) -> Tensor | None:
+        """The bytes themselves where a device can fetch them without staging, else None."""
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory taken, in bytes."""
+
+    def close(self) -> None:
+        """Let go of memory and files."""
+
+
+class RamStore:
+    """In host memory; `pinned` page-locks it, so that copies to a GPU need no staging."""
+
+    def __init__(self, count: int, slot_nbytes: int, pinned: bool = False):
+        nbytes = count * slot_nbytes
+        memory = (
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            if pinned
+            else allocate_bytes(nbytes, torch.device("cpu"))
+        )
+        self._blocks: Tensor = memory.view(count, slot_nbytes)
+        self._pinned = pinned
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        self._blocks[first : first + len(blocks)].copy_(blocks)
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        out.copy_(self._blocks[index])
+
+    def page_locked(self, index: int) -> Tensor | None:
+        return self._blocks[index] if self._pinned else None
+
+    @property
+    def nbytes(self) -> int:
+        return self._blocks.numel()
+
+    def close(self) -> None:
+        self._blocks = self._blocks[:0].clone()
+
+
+class DiskStore:
+    """In an unnamed temporary file, read with `preadv`: a truncated file is a failed move and not a dead process."""
+
+    def __init__(self, count: int, slot_nbytes: int, directory: Path | None = None):
+        self._slot_nbytes = slot_nbytes
+        try:
+            self._file = _reserve(max(1, count * slot_nbytes), directory)
+        except OSError as error:
+            raise StoreError(
+                f"cannot reserve {count * slot_nbytes:,} bytes of disk for upgrades: {error}; "
+                'free some space, point TMPDIR elsewhere, or use host_copy="ram"'
+            ) from error
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        for index, block in enumerate(blocks.cpu(), first):  # one by one: a single write stops short of 2 GiB
+            try:
+                count = os.pwrite(self._file.fileno(), block.numpy().data, index * self._slot_nbytes)
+            except OSError as error:
+                raise StoreError(f"cannot write the upgrade of expert {index}: {error}") from error
+            if count != self._slot_nbytes:
+                raise StoreError(f"wrote {count} of {self._slot_nbytes} bytes of the upgrade of expert {index}")
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        try:
+            count = os.preadv(self._file.fileno(), [out.numpy().data], index * self._slot_nbytes)
+        except OSError as error:
+            raise StoreError(f"cannot read the upgrade of expert {index}: {error}") from error
+        if count != self._slot_nbytes:
+            raise StoreError(f"read {count} of {self._slot_nbytes} bytes of the upgrade of expert {index}: file truncated")
+
+    def page_locked(self, index: int) -> Tensor | None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _reserve(nbytes: int, directory: Path | None) -> IO[bytes]:
+    file = tempfile.TemporaryFile(dir=directory, prefix="dynaexq-")  # noqa: SIM115 - closed by the store
+    try:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+class SourceStore:
+    """The source weights themselves, gathered into one run of bytes when asked for; takes no memory of its own.
+
+    Args:
+        layers: for every layer, the parts of an upgrade: (offset in the slot, source `[num_experts, ...]`).
+    """
+
+    def __init__(self, layers: Sequence[Sequence[tuple[int, Tensor]]], num_experts: int):
+        self._num_experts = num_experts
+        self._layers = [
+            [(offset, source.contiguous().view(num_experts, -1).view(torch.uint8)) for offset, source in parts]
+            for parts in layers
+        ]
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        raise StoreError("the source weights are read where they are and never written")
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        layer, expert = divmod(index, self._num_experts)
+        for offset, source in self._layers[layer]:
+            out[offset : offset + source.shape[1]].copy_(source[expert])
+
+    def page_locked(self, index: int) -> Tensor | None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(source.numel() for parts in self._layers for _, source in parts)
+
+    def close(self) -> None:
+        self._layers = []
