@@ -1,0 +1,43 @@
+"""What a kernel needs to know of one layer. It is filled in by the layer's module and read by every kernel."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynaexq.formats import ExpertCodec, ExpertWeights
+
+UpgradeOf = Callable[[int], Tensor | None]
+"""Expert index -> bytes of its published upgrade, or None; fixed for the length of one call."""
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The constant part of one layer of experts.
+
+    Attributes:
+        codec: what the bytes mean.
+        base: uint8 `[num_experts, codec.base.nbytes]`, every expert's base block.
+        activation: between the matrices, `[n, up_rows] -> [n, intermediate_size]`; the gate where there is one.
+        post_norm: applied to an expert's output before its routing weight, or None.
+    """
+
+    codec: ExpertCodec
+    base: Tensor
+    activation: Callable[[Tensor], Tensor]
+    post_norm: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.base)
+
+    def run_expert(self, hidden_states: Tensor, weights: ExpertWeights, index: int = 0) -> Tensor:
+        """Expert `index` of `weights` on its rows `[n, H]`, in the dtype of the rows."""
+        dtype = hidden_states.dtype
+        up_bias, down_bias = (
+            None if bias is None else bias[index].to(dtype) for bias in (weights.up_bias, weights.down_bias)
+        )
+        hidden = self.activation(F.linear(hidden_states, weights.up[index].to(dtype), up_bias))
+        output = F.linear(hidden, weights.down[index].to(dtype), down_bias)
+        return output if self.post_norm is None else self.post_norm(output)

@@ -1,0 +1,61 @@
+"""The one opaque operator that a layer of experts is to PyTorch.
+
+`torch.compile` sees a call it need not understand, with a fake implementation and a gradient; whatever changes behind
+it (tables, counters, slots) lies at fixed addresses and stays out of the graph. Layers are found by a handle.
+"""
+
+import itertools
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Layer(Protocol):
+    """What stands behind a handle."""
+
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
+        """The layer's output `[N, H]`; with `observe`, its routing is counted."""
+
+    def gradients(
+        self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `hidden_states` and of `top_k_weights`."""
+
+
+_layers: "WeakValueDictionary[int, Layer]" = WeakValueDictionary()
+_handles = itertools.count()
+
+
+def register_layer(layer: Layer) -> int:
+    """A handle for `layer`, good for as long as the layer lives."""
+    handle = next(_handles)
+    _layers[handle] = layer
+    return handle
+
+
+@torch.library.custom_op("dynaexq::experts", mutates_args=())
+def experts(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int, observe: bool
+) -> Tensor:
+    """Weighted sum of each token's experts `[N, H]` in the layer behind `handle`."""
+    return _layers[handle].compute(hidden_states, top_k_index, top_k_weights, observe)
+
+
+@experts.register_fake
+def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int, observe: bool) -> Tensor:
+    return torch.empty_like(hidden_states)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.handle, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+    grad_hidden, grad_weights = _layers[ctx.handle].gradients(grad, *ctx.saved_tensors)
+    return grad_hidden, None, grad_weights, None, None
+
+
+experts.register_autograd(_backward, setup_context=_save)

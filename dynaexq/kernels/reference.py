@@ -1,0 +1,36 @@
+"""The truth: one expert after the other, weights decoded in full. Slow, obvious, differentiable, on any device.
+
+16-bit experts are multiplied in their own dtype, in the order of Transformers' eager loop, so that they give its very
+bits. Coded experts are multiplied in float32 and rounded once, when their output is added up.
+"""
+
+import torch
+from torch import Tensor
+
+from dynaexq.kernels.layer import ExpertLayer, UpgradeOf
+
+
+def expert_mlp(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrade_of: UpgradeOf
+) -> Tensor:
+    """Weighted sum of each token's experts, `[N, H]`.
+
+    Args:
+        hidden_states: `[N, H]`.
+        top_k_index, top_k_weights: `[N, k]`; ids of `num_experts` and above are skipped.
+    """
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if not 0 <= expert < layer.num_experts:
+            continue
+        position, token = torch.where(top_k_index.T == expert)
+        rows = hidden_states[token]
+        upgrade = upgrade_of(expert)
+        weights = layer.codec.decode(
+            layer.base[expert : expert + 1], None if upgrade is None else upgrade[None], torch.float32
+        )
+        if weights.up.dtype == torch.float32:
+            rows = rows.float()
+        result = layer.run_expert(rows, weights) * top_k_weights[token, position, None]
+        output = output.index_add(0, token, result.to(output.dtype))
+    return output

@@ -1,0 +1,55 @@
+"""The CPU path in vectorised torch: rows grouped by expert, only routed experts decoded, many at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dynaexq.formats import ExpertWeights
+from dynaexq.kernels.layer import ExpertLayer, UpgradeOf
+
+DECODED_WEIGHTS = 2**22  # weights decoded at a time: 8 MiB in bfloat16, so that they stay in cache until they are used
+
+
+def expert_mlp(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrade_of: UpgradeOf
+) -> Tensor:
+    """The same sum as `reference.expert_mlp`; coded weights are rounded to the dtype of `hidden_states` first."""
+    ids = top_k_index.T.reshape(-1)  # choice by choice, the row order of Transformers' eager loop
+    counts = torch.bincount(ids.clamp(0, layer.num_experts), minlength=layer.num_experts + 1).tolist()
+    routed = [expert for expert in range(layer.num_experts) if counts[expert]]
+    order = torch.argsort(ids, stable=True)[: len(ids) - counts[-1]]
+    token = order % len(hidden_states)
+    rows = dict(zip(routed, hidden_states[token].split([counts[expert] for expert in routed]), strict=True))
+
+    results: dict[int, Tensor] = {}
+    for experts, weights in _decoded(routed, layer, upgrade_of, hidden_states.dtype):
+        for index, expert in enumerate(experts):
+            results[expert] = layer.run_expert(rows[expert], weights, index)
+    output = torch.zeros_like(hidden_states)
+    if not routed:
+        return output
+    weighted = torch.cat([results[expert] for expert in routed]) * top_k_weights.T.reshape(-1)[order, None]
+    return output.index_add_(0, token, weighted.to(output.dtype))
+
+
+def _decoded(
+    routed: list[int], layer: ExpertLayer, upgrade_of: UpgradeOf, dtype: torch.dtype
+) -> Iterator[tuple[list[int], ExpertWeights]]:
+    """Routed experts and their weights, in groups that are decoded together."""
+    at_once = max(1, DECODED_WEIGHTS // layer.codec.shape.num_weights)
+    upgrades = {expert: upgrade_of(expert) for expert in routed}
+    base_only = [expert for expert in routed if upgrades[expert] is None]
+    upgraded = [expert for expert in routed if upgrades[expert] is not None]
+    for experts in _chunks(base_only, at_once):
+        yield experts, layer.codec.decode(layer.base[experts], None, dtype)
+    # A 16-bit block is read where it lies: stacking several would copy them.
+    for experts in _chunks(upgraded, 1 if layer.codec.replaces else at_once):
+        planes = [upgrades[expert] for expert in experts]
+        stacked = planes[0][None] if len(planes) == 1 else torch.stack(planes)  # type: ignore[index, arg-type]
+        yield experts, layer.codec.decode(layer.base[experts], stacked, dtype)
+
+
+def _chunks(experts: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(experts), size):
+        yield experts[start : start + size]
