@@ -1,0 +1,107 @@
+"""The experts of one patched layer: observe, look up, multiply. They hold no policy and never see the runtime."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynaexq.errors import PatchError
+from dynaexq.kernels import ExpertLayer, expert_mlp, experts_operator, reference, register_layer
+from dynaexq.memory import ExpertTable, Fence, RoutingCounter, SlabPool, split
+
+
+@dataclass
+class LayerPorts:
+    """All that joins a layer to the rest: the table flows down to it, routing counts flow up from it.
+
+    Attributes:
+        before_forward: called when a forward that counts reaches the layer, before it looks at the table.
+    """
+
+    index: int
+    table: ExpertTable
+    pool: SlabPool
+    counter: RoutingCounter
+    fence: Fence
+    before_forward: Callable[[], None] | None = None
+
+
+class MixedPrecisionExperts(nn.Module):
+    """Mixin that takes the place of a family's experts; see `adoption`. Its weights live in slabs, outside the module.
+
+    `forward(hidden_states [N, H], top_k_index [N, k], top_k_weights [N, k]) -> [N, H]`, as in Transformers.
+    """
+
+    _ports: LayerPorts
+    _layer: ExpertLayer
+    _handle: int
+
+    def connect(self, layer: ExpertLayer, ports: LayerPorts) -> None:
+        """Join the adopted module to its bytes and to the tables."""
+        self._layer, self._ports = layer, ports
+        self._handle = register_layer(self)
+
+    def disconnect(self) -> None:
+        """Forget both; the module can then be released."""
+        del self._layer, self._ports, self._handle
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        # Recomputation in training would count a token twice.
+        observe = not (self.training and torch.is_grad_enabled())
+        return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle, observe)
+
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
+        """What the operator runs."""
+        ports = self._ports
+        if observe:
+            if ports.before_forward is not None:
+                ports.before_forward()
+            ports.counter.observe(ports.index, top_k_index, top_k_weights)
+        with ports.fence.reading():
+            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
+
+    def gradients(
+        self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the inputs through the weights as they are published now; experts themselves are constants."""
+        hidden_states = hidden_states.detach().requires_grad_()
+        top_k_weights = top_k_weights.detach().requires_grad_()
+        with torch.enable_grad(), self._ports.fence.reading():
+            output = reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
+            return torch.autograd.grad(output, (hidden_states, top_k_weights), grad, materialize_grads=True)
+
+    def _lookup(self) -> Callable[[int], Tensor | None]:
+        """The published upgrades of this moment; both matrices of an expert are read through the same one."""
+        entries: np.ndarray = self._ports.table.snapshot(self._ports.index)
+
+        def upgrade_of(expert: int) -> Tensor | None:
+            address, kind = split(int(entries[expert]))
+            return self._ports.pool.at(address) if kind else None
+
+        return upgrade_of
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.refuse_move(fn)
+        return super()._apply(fn, recurse)
+
+    def refuse_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise a PatchError if `fn`, as given to `nn.Module._apply`, changes device or dtype: slabs cannot follow."""
+        here = torch.empty(0, dtype=self._layer.codec.dtype, device=self._layer.base.device)
+        there = fn(here)
+        if (there.device, there.dtype) != (here.device, here.dtype):
+            raise PatchError(
+                f"expected a patched model to stay in {here.dtype} on {here.device}, asked for {there.dtype} on "
+                f"{there.device}; convert or move the model first and patch it then, with device=... if need be"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise PatchError("a patched model cannot be copied: the copy would share its slabs; copy it before patching")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PatchError(
+            "a patched model cannot be pickled: its experts live in device memory outside the module; "
+            "save the original model, or its state_dict, before patching"
+        )

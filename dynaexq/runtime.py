@@ -1,0 +1,292 @@
+"""The runtime of one patched model: it owns the memory, asks the policy, and ticks.
+
+One decision spans several ticks and none of them waits: *publish* what has arrived, *observe* what was routed, *decide*,
+*submit*. Layers never see the runtime; it hands each its ports when the model is patched.
+"""
+
+import threading
+import weakref
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dynaexq.control import HotnessTracker, PrecisionController
+from dynaexq.errors import BudgetError, ClosedError
+from dynaexq.experts import LayerPorts
+from dynaexq.formats import ExpertCodec, ExpertWeights
+from dynaexq.memory import (
+    ExpertTable,
+    Fence,
+    ReaderFence,
+    RoutingCounter,
+    SlabPool,
+    StreamFence,
+    SwapPipeline,
+    allocate_bytes,
+    copier_for,
+)
+from dynaexq.moe import LayerView
+from dynaexq.placement import ExpertSource, open_store, place
+from dynaexq.records import BITS, MemoryPlan
+from dynaexq.settings import Settings, parse_bytes
+from dynaexq.telemetry import Report, Traffic
+from dynaexq.traffic import TrafficLimit
+
+
+def workspace_bytes(num_layers: int, num_experts: int) -> int:
+    """Device bytes of the expert table and the routing counter."""
+    return num_layers * num_experts * 8 + num_layers * (num_experts + 2) * 8
+
+
+class Runtime:
+    """Precision management of one patched model; `dynaexq.patch` returns it and `model.dynaexq` is it.
+
+    All arrays are `[num_layers, num_experts]` over the model's sparse layers in order. As a context manager it closes
+    itself at the end of the block.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: MemoryPlan, codec: ExpertCodec, settings: Settings, device: torch.device
+    ):
+        self.plan, self.settings, self.device = plan, settings, device
+        self._codec = codec
+        self._model = weakref.ref(model)
+        layers, experts = plan.num_layers, plan.num_experts
+        self._fence: Fence = StreamFence() if device.type == "cuda" else ReaderFence()
+        self._base = allocate_bytes(plan.base_bytes, device).view(layers, experts, plan.base.nbytes)
+        self._table = ExpertTable(layers, experts, device)
+        self._pool = SlabPool(codec.upgrade_layout.nbytes, device, self._fence)
+        if plan.num_slots:
+            self._pool.grow(plan.num_slots)
+        self._tracker = HotnessTracker(RoutingCounter(layers, experts, device), settings)
+        self._traffic = Traffic()
+        self._limit = TrafficLimit(settings.traffic_limit, codec.upgrade_layout.nbytes, device)
+        self._ticking = threading.Lock()
+        self._steps = self._ticks = self._steps_at_tick = 0
+        self._frozen = self._closed = False
+
+    def load(self, source: ExpertSource) -> None:
+        """Encode every expert of `source` into its place, then fill every upgrade slot by the error it removes."""
+        store = open_store(self._codec, source, self.settings)
+        try:
+            errors = place(source, self._codec, self._base, store)
+        except BaseException:
+            store.close()
+            raise
+        self._controller = PrecisionController(errors[..., 0] - errors[..., -1], self.settings)
+        copier = copier_for(self.device, self._pool.slot_nbytes)
+        kind = BITS[self.plan.tiers[-1]]
+        self._pipeline = SwapPipeline(self._table, self._pool, store, copier, kind)
+        weakref.finalize(self, SwapPipeline.close, self._pipeline)
+        self._fill()
+
+    def ports(self, layer: int) -> LayerPorts:
+        """What joins one layer's experts to the runtime; the first layer's forward is where steps are counted."""
+        before_forward = self._on_forward if layer == 0 else None
+        return LayerPorts(layer, self._table, self._pool, self._tracker.counter, self._fence, before_forward)
+
+    def view(self, layer: int) -> LayerView:
+        """What one layer's sparse block shows of the runtime."""
+        base_bits = self.plan.base.bits
+        return LayerView(layer, self._tracker, self._controller, self._pipeline, self._pool, base_bits)
+
+    def base_blocks(self, layer: int) -> torch.Tensor:
+        """Uint8 `[num_experts, nbytes]`: the base blocks of one layer."""
+        return self._base[layer]
+
+    def source_weights(self, layer: int) -> ExpertWeights | None:
+        """One layer's experts in the model's own dtype, bit for bit as they were given; None where no tier keeps them."""
+        if not self._codec.planes:
+            return self._codec.decode(self._base[layer], None, self._codec.dtype)
+        if not self._codec.replaces or self._closed:
+            return None
+        blocks = torch.empty(self.plan.num_experts, self._pool.slot_nbytes, dtype=torch.uint8)
+        for expert in range(self.plan.num_experts):
+            self._pipeline.store.read_into(layer * self.plan.num_experts + expert, blocks[expert])
+        return self._codec.decode(self._base[layer], blocks, self._codec.dtype)
+
+    def tick(self) -> bool:
+        """One step of control: publish, observe, decide, submit. Never waits for a copy.
+
+        Returns:
+            Whether it ran; a tick that finds another one at work, or a CUDA graph being captured, does nothing.
+
+        Raises:
+            ClosedError: the runtime was closed.
+        """
+        self._check_open()
+        if not self._ticking.acquire(blocking=False):
+            return False
+        try:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return False
+            self._tick()
+            return True
+        finally:
+            self._ticking.release()
+
+    def drain(self) -> None:
+        """Wait for every copy in flight and publish it."""
+        self._check_open()
+        with self._ticking:
+            self._pipeline.drain()
+
+    def freeze(self) -> None:
+        """Publish what is in flight, then leave every expert at its precision. Traffic is still observed."""
+        with self._ticking:
+            self._pipeline.drain()
+            self._frozen = True
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        self._check_open()
+        self._frozen = False
+
+    def set_budget(self, hbm_budget: int | str) -> None:
+        """Shrink or grow the upgrade slab; the new ceiling holds when this returns.
+
+        Raises:
+            SettingsError: not a size.
+            BudgetError: too small for the dense weights and the base of every expert; nothing has changed then.
+        """
+        self._check_open()
+        budget = parse_bytes(hbm_budget)
+        with self._ticking:
+            memory = self.memory()
+            fixed = memory["total"] - memory["upgrade"]
+            if budget < fixed:
+                raise BudgetError(
+                    f"hbm_budget of {budget:,} bytes is too small: dense weights, workspace and every expert's "
+                    f"{self.plan.base.precision} base take {fixed:,}; give at least that, or patch again with lower tiers",
+                    budget,
+                    fixed,
+                )
+            slot = self._pool.slot_nbytes
+            slots = min(self._table.kinds().size, (budget - fixed) // slot) if slot else 0
+            self._resize(slots)
+            self.plan = replace(self.plan, budget=budget, num_slots=slots)
+            if not self._frozen:
+                self._fill()
+
+    def close(self) -> None:
+        """Wait once for what is in flight, then stop for good. The model goes on answering at its last precisions."""
+        with self._ticking:
+            if not self._closed:
+                self._frozen = self._closed = True
+                self._pipeline.close()
+
+    def memory(self) -> dict[str, int]:
+        """Device bytes really allocated: budget, dense, base, upgrade, staging, workspace, total (without the budget)."""
+        parts = {
+            "dense": self._dense_bytes(),
+            "base": self._base.untyped_storage().nbytes(),
+            "upgrade": self._pool.nbytes,
+            "staging": 0,
+            "workspace": self._table.nbytes + self._tracker.counter.nbytes,
+        }
+        return {"budget": self.plan.budget, **parts, "total": sum(parts.values())}
+
+    def tiers(self) -> np.ndarray:
+        """Published bits of every expert: 2, 4, 8, or 16 for the model's own dtype."""
+        kinds = self._table.kinds()
+        return np.where(kinds > 0, kinds, self.plan.base.bits)
+
+    def hotness(self) -> np.ndarray:
+        """Moving average of every expert's routing mass per token."""
+        return self._tracker.hotness.copy()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start; `hot_coverage` is the share of the routing mass that met an upgraded expert."""
+        return {
+            "steps": self._steps,
+            "ticks": self._ticks,
+            **vars(self._pipeline.counts),
+            "in_flight": self._pipeline.num_in_flight,
+            "slots": self._pool.num_slots,
+            "upgraded": int((self._table.kinds() > 0).sum()),
+            "host_bytes": self._pipeline.store.nbytes,
+            **vars(self._traffic),
+            "hot_coverage": self._traffic.hot_coverage,
+        }
+
+    def report(self) -> Report:
+        """Bytes, tiers, traffic and moves as a table; prints itself, and shows itself in a notebook."""
+        return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers)
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        stats = self.stats()
+        return (
+            f"Runtime({' + '.join(self.plan.tiers)}, {stats['upgraded']} of {self._table.kinds().size} experts upgraded, "
+            f"{self.memory()['total']:,} of {self.plan.budget:,} bytes)"
+        )
+
+    def _on_forward(self) -> None:
+        self._steps += 1
+        if not self._closed and self._steps - self._steps_at_tick >= self.settings.tick_every:
+            self.tick()
+
+    def _tick(self) -> None:
+        self._ticks += 1
+        self._pipeline.settle()
+        mass, tokens = self._tracker.update(self._steps - self._steps_at_tick)
+        self._steps_at_tick = self._steps
+        self._traffic.add(mass, tokens, self._table.kinds() > 0)
+        if not self._frozen:
+            self._decide()
+
+    def _decide(self) -> None:
+        pipeline, pool = self._pipeline, self._pool
+        pool.reclaim()
+        moves = self._controller.choose(
+            self._tracker.hotness,
+            pipeline.upgraded,
+            pipeline.broken,
+            pool.num_slots,
+            pool.num_available,
+            self._limit.promotions(),
+        )
+        self._limit.spend(sum(pipeline.submit(move) and move.promote for move in moves))
+        pipeline.settle()
+
+    def _fill(self) -> None:
+        """Give every free slot to the best expert that lacks one, and wait for it."""
+        pipeline = self._pipeline
+        for move in self._controller.fill(
+            self._tracker.hotness, pipeline.upgraded, pipeline.broken, self._pool.num_slots, self._pool.num_available
+        ):
+            pipeline.submit(move)
+        pipeline.drain()
+
+    def _resize(self, slots: int) -> None:
+        """Bring the upgrade slab to `slots`, dropping the segments of least worth first; never above the old or the new."""
+        pool, pipeline = self._pool, self._pipeline
+        surplus = pool.surplus(slots, pipeline.worth(self._controller.score(self._tracker.hotness)))
+        if surplus:
+            pipeline.vacate(surplus)
+            pool.drop(surplus)
+        if slots > pool.num_slots:
+            pool.grow(slots - pool.num_slots)
+
+    def _dense_bytes(self) -> int:
+        """Bytes of all weights and buffers of the model on the runtime's device; tied ones count once."""
+        model = self._model()
+        if model is None:
+            return 0
+        tensors = [*model.parameters(), *model.buffers()]
+        return sum({t.data_ptr(): t.nbytes for t in tensors if t.device == self.device}.values())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this runtime was closed; patch the model again to manage its precision")

@@ -1,0 +1,63 @@
+"""What happened so far, as numbers and as a table to read. It watches and never steers."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+
+@dataclass
+class Traffic:
+    """Routing seen since the start: tokens of the first layer, mass of all layers, and its part on upgraded experts."""
+
+    tokens: int = 0
+    routed_mass: float = 0.0
+    hot_mass: float = 0.0
+
+    def add(self, mass: np.ndarray, tokens: np.ndarray, published: np.ndarray) -> None:
+        """Count one drain: mass `[L, E]`, tokens `[L]`, experts `published [L, E]` with an upgrade."""
+        self.tokens += int(tokens[0])
+        self.routed_mass += float(mass.sum())
+        self.hot_mass += float(mass[published].sum())
+
+    @property
+    def hot_coverage(self) -> float:
+        """Share of the routing mass that met an upgraded expert; 0 before any traffic."""
+        return self.hot_mass / self.routed_mass if self.routed_mass else 0.0
+
+
+class Report:
+    """A snapshot for people: prints as a table, and shows itself in a notebook."""
+
+    def __init__(self, memory: dict[str, int], stats: dict[str, Any], tiers: np.ndarray, ladder: tuple[str, ...]):
+        self.memory, self.stats, self.tiers, self.ladder = memory, stats, tiers, ladder
+
+    def __rich__(self) -> RenderableType:
+        table = Table(title=f"dynaexq: {' + '.join(self.ladder)}", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        for part, nbytes in self.memory.items():
+            table.add_row(f"{part} bytes", f"{nbytes:,}")
+        table.add_section()
+        for bits, count in zip(*np.unique(self.tiers, return_counts=True), strict=True):
+            table.add_row(f"experts at {bits} bits", f"{count:,}")
+        table.add_section()
+        for name, value in self.stats.items():
+            table.add_row(name.replace("_", " "), f"{value:.1%}" if name == "hot_coverage" else f"{value:,}")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=72, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        console = Console(record=True, file=io.StringIO(), width=72)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
