@@ -1,0 +1,42 @@
+"""Mixture-of-experts models under a hard memory budget: per-expert precision that follows the traffic.
+
+>>> import dynaexq
+>>> runtime = dynaexq.patch(model, hbm_budget="20GiB")   # doctest: +SKIP
+>>> model.generate(**inputs)                             # doctest: +SKIP
+"""
+
+from dynaexq.errors import (
+    BudgetError,
+    ClosedError,
+    DynaExqError,
+    PatchError,
+    QuantizationError,
+    SettingsError,
+    StoreError,
+    UnpatchError,
+    UnsupportedModelError,
+)
+from dynaexq.hf import patch, unpatch
+from dynaexq.moe import DynaExqMoE
+from dynaexq.runtime import Runtime
+from dynaexq.settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BudgetError",
+    "ClosedError",
+    "DynaExqError",
+    "DynaExqMoE",
+    "PatchError",
+    "QuantizationError",
+    "Runtime",
+    "Settings",
+    "SettingsError",
+    "StoreError",
+    "UnpatchError",
+    "UnsupportedModelError",
+    "__version__",
+    "patch",
+    "unpatch",
+]

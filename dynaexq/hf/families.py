@@ -1,0 +1,166 @@
+"""Find a model's experts by the standard interface of Transformers, and say clearly what does not fit.
+
+Every class under `@use_experts_implementation` carries the same flags, parameters and call signature, so no family is
+named here: a module with `has_gate` and `down_proj` is a layer of experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dynaexq.errors import PatchError, UnsupportedModelError
+from dynaexq.experts import MixedPrecisionExperts
+from dynaexq.formats import ExpertWeights
+from dynaexq.records import ExpertShape
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One layer of experts as found in a model.
+
+    Attributes:
+        name: path of the experts module.
+        block: the module that holds them, or None where that is a whole decoder layer.
+    """
+
+    name: str
+    experts: nn.Module
+    block: nn.Module | None
+
+    @property
+    def up_name(self) -> str:
+        return "gate_up_proj" if self.experts.has_gate else "up_proj"
+
+    def weights(self) -> ExpertWeights:
+        """All the layer's experts `[E, ...]`, as the family stores them."""
+        names = (self.up_name, "down_proj", f"{self.up_name}_bias", "down_proj_bias")
+        return ExpertWeights(*(self.experts._parameters.get(name) for name in names))  # type: ignore[arg-type]
+
+    def shape(self) -> ExpertShape:
+        weights = self.weights()
+        transposed = bool(getattr(self.experts, "is_transposed", False))
+        rows, hidden = weights.up.shape[1:] if not transposed else weights.up.shape[:0:-1]
+        intermediate = weights.down.shape[1 if transposed else 2]
+        return ExpertShape(hidden, intermediate, rows, weights.up_bias is not None, transposed)
+
+
+class LiveSource:
+    """The experts of a model in memory; see `placement.ExpertSource`."""
+
+    def __init__(self, layers: list[SparseLayer]):
+        self._names = [layer.name for layer in layers]
+        self._weights = [layer.weights() for layer in layers]
+        self.num_layers = len(layers)
+        self.num_experts = len(self._weights[0].up)
+
+    def name(self, layer: int) -> str:
+        return self._names[layer]
+
+    def read(self, layer: int, first: int, last: int) -> ExpertWeights:
+        weights = self._weights[layer]
+        parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+        return ExpertWeights(*(None if p is None else p.detach()[first:last] for p in parts))  # type: ignore[arg-type]
+
+
+def find_sparse_layers(model: nn.Module) -> list[SparseLayer]:
+    """The sparse layers of `model` in order, checked.
+
+    Raises:
+        PatchError: the model is patched or compiled already.
+        UnsupportedModelError: no sparse layer, or one that cannot be taken over; the message names it.
+    """
+    _check_model(model)
+    layers = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] and _is_experts(module):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            layers.append(SparseLayer(name, module, None if isinstance(parent, GradientCheckpointingLayer) else parent))
+    if not layers:
+        raise UnsupportedModelError(_no_layers_message(model))
+    for layer in layers:
+        _check_layer(layer)
+    _check_uniform(layers)
+    return layers
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return hasattr(module, "has_gate") and hasattr(module, "down_proj")
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"expected a torch.nn.Module such as a Transformers model, got {type(model).__name__}")
+    if isinstance(model, DataParallel | DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
+        raise UnsupportedModelError(f"{type(model).__name__} wraps the model; patch model.module before wrapping it")
+    for name, module in model.named_modules():
+        if isinstance(module, MixedPrecisionExperts):
+            raise PatchError(f"{name} is patched already; use model.dynaexq, or dynaexq.unpatch(model) first")
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise PatchError(f"{name or 'the model'} is compiled already; patch first and call torch.compile afterwards")
+
+
+def _no_layers_message(model: nn.Module) -> str:
+    other = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
+    found = f"found {', '.join(other)}, which do not follow it" if other else "found none"
+    return (
+        f"expected sparse layers with the experts interface of Transformers (has_gate, down_proj) in "
+        f"{type(model).__name__}, {found}; dense models need no dynaexq"
+    )
+
+
+def _check_layer(layer: SparseLayer) -> None:
+    experts, name = layer.experts, layer.name
+    if "base_layer" in experts._modules or hasattr(experts, "base_layer"):
+        raise UnsupportedModelError(f"{name} is wrapped by an adapter (LoRA); merge or unload it, patch, then add adapters")
+    if hasattr(experts, "parametrizations"):
+        raise UnsupportedModelError(f"{name} is parametrized; remove the parametrizations before patching")
+    if "forward" in experts.__dict__ and not hasattr(experts, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"{name} has a forward of its own (expert or tensor parallel, or another patch); undo that before patching"
+        )
+    expected = {layer.up_name, "down_proj"}
+    if getattr(experts, "has_bias", False):
+        expected |= {f"{layer.up_name}_bias", "down_proj_bias"}
+    found = {key for key, value in experts._parameters.items() if value is not None}
+    if found != expected:
+        raise UnsupportedModelError(f"{name}: expected parameters {sorted(expected)}, found {sorted(found)}")
+    for key in sorted(expected):
+        _check_parameter(f"{name}.{key}", experts._parameters[key])
+
+
+def _check_parameter(name: str, parameter: torch.Tensor | None) -> None:
+    if type(parameter) not in (nn.Parameter, torch.Tensor):
+        raise UnsupportedModelError(
+            f"{name} is a {type(parameter).__name__}, expected a plain Parameter; load the experts unquantised and unsharded"
+        )
+    assert parameter is not None, "its type was checked"
+    if parameter.is_meta:
+        raise UnsupportedModelError(f"{name} is on the meta device; load the weights before patching")
+    if parameter.dtype not in FLOAT_DTYPES:
+        raise UnsupportedModelError(f"{name} is {parameter.dtype}, expected float16, bfloat16 or float32 weights")
+    if parameter.ndim not in (2, 3) or not parameter.numel():
+        raise UnsupportedModelError(f"{name} has shape {tuple(parameter.shape)}, expected [num_experts, ...] and not empty")
+
+
+def _check_uniform(layers: list[SparseLayer]) -> None:
+    """One slab serves all layers, so all must have experts of one shape, number, dtype and device."""
+    first = layers[0]
+    for layer in layers:
+        for what, ours, theirs in zip(
+            ("shape", "number of experts", "dtype", "device"), _traits(layer), _traits(first), strict=True
+        ):
+            if ours != theirs:
+                raise UnsupportedModelError(
+                    f"expected experts of one {what} in all layers, found {theirs} in {first.name} and {ours} in "
+                    f"{layer.name}; patch the sub-models one by one"
+                )
+
+
+def _traits(layer: SparseLayer) -> tuple[ExpertShape, int, torch.dtype, torch.device]:
+    up = layer.weights().up
+    return layer.shape(), len(up), up.dtype, up.device
