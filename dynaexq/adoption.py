@@ -6,13 +6,14 @@ only what the mixin overrides changes. `release` undoes it exactly.
 """
 
 from functools import cache
+from typing import Any
 
 from torch import nn
 
 
 def adopt(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Make `module` an instance of `mixin` as well, in place."""
-    module.__class__ = _adopted_class(mixin, type(module))
+    module.__class__ = _adopted_class(mixin, type(module))  # type: ignore[arg-type]
 
 
 def release(module: nn.Module) -> None:
@@ -21,7 +22,7 @@ def release(module: nn.Module) -> None:
 
 
 @cache
-def _adopted_class(mixin: type[nn.Module], family: type[nn.Module]) -> type[nn.Module]:
+def _adopted_class(mixin: Any, family: Any) -> Any:
     # The mixin's name stays in front, so that a printed model shows where it was patched.
     name = f"{mixin.__name__}[{family.__name__}]"
     return type(name, (mixin, family), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})

@@ -67,7 +67,7 @@ class PrecisionController:
         free_slots: int,
         max_promotions: int,
     ) -> list[Transition]:
-        """The moves of one tick, given the experts that are `upgraded`, or on their way, and those that are `broken`."""
+        """The moves of one tick, given who is `upgraded`, or on the way there, and whose bytes are `broken`."""
         score = np.where(broken & ~upgraded, -1.0, self.score(hotness))
         wanted = self._wanted(score, upgraded, num_slots, hotness) & ~(broken & ~upgraded)
         return transitions(score, upgraded, wanted, free_slots, max_promotions)

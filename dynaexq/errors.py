@@ -1,14 +1,14 @@
 """The exceptions dynaexq raises; every message names what was expected, what came and the remedy.
 
-    DynaExqError
-    ├── SettingsError(ValueError)         a dial has a value it cannot take
-    ├── BudgetError(ValueError)           nothing that was asked for fits the byte budget
-    ├── UnsupportedModelError(TypeError)  this model, or the state it is in, cannot be patched
-    ├── PatchError(RuntimeError)          an operation that a patched model cannot carry out
-    │   └── UnpatchError                  the exact original weights cannot be reached any more
-    ├── QuantizationError(ValueError)     a weight that no code can represent (NaN, infinity)
-    ├── StoreError(OSError)               upgrade bytes could not be read or written
-    └── ClosedError(RuntimeError)         the runtime was closed
+DynaExqError
+├── SettingsError(ValueError)         a dial has a value it cannot take
+├── BudgetError(ValueError)           nothing that was asked for fits the byte budget
+├── UnsupportedModelError(TypeError)  this model, or the state it is in, cannot be patched
+├── PatchError(RuntimeError)          an operation that a patched model cannot carry out
+│   └── UnpatchError                  the exact original weights cannot be reached any more
+├── QuantizationError(ValueError)     a weight that no code can represent (NaN, infinity)
+├── StoreError(OSError)               upgrade bytes could not be read or written
+└── ClosedError(RuntimeError)         the runtime was closed
 """
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynaexq.errors import PatchError
 from dynaexq.kernels import ExpertLayer, expert_mlp, experts_operator, reference, register_layer
-from dynaexq.memory import ExpertTable, Fence, RoutingCounter, SlabPool, split
+from dynaexq.memory import DeviceMemory, split
 
 
 @dataclass
@@ -22,10 +22,7 @@ class LayerPorts:
     """
 
     index: int
-    table: ExpertTable
-    pool: SlabPool
-    counter: RoutingCounter
-    fence: Fence
+    memory: DeviceMemory
     before_forward: Callable[[], None] | None = None
 
 
@@ -45,8 +42,9 @@ class MixedPrecisionExperts(nn.Module):
         self._handle = register_layer(self)
 
     def disconnect(self) -> None:
-        """Forget both; the module can then be released."""
-        del self._layer, self._ports, self._handle
+        """Forget both, as far as they were joined; the module can then be released."""
+        for name in ("_layer", "_ports", "_handle"):
+            self.__dict__.pop(name, None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         # Recomputation in training would count a token twice.
@@ -59,8 +57,8 @@ class MixedPrecisionExperts(nn.Module):
         if observe:
             if ports.before_forward is not None:
                 ports.before_forward()
-            ports.counter.observe(ports.index, top_k_index, top_k_weights)
-        with ports.fence.reading():
+            ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
+        with ports.memory.fence.reading():
             return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
 
     def gradients(
@@ -69,17 +67,20 @@ class MixedPrecisionExperts(nn.Module):
         """Gradients of the inputs through the weights as they are published now; experts themselves are constants."""
         hidden_states = hidden_states.detach().requires_grad_()
         top_k_weights = top_k_weights.detach().requires_grad_()
-        with torch.enable_grad(), self._ports.fence.reading():
+        with torch.enable_grad(), self._ports.memory.fence.reading():
             output = reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
-            return torch.autograd.grad(output, (hidden_states, top_k_weights), grad, materialize_grads=True)
+            inputs = (hidden_states, top_k_weights)
+            grad_hidden, grad_weights = torch.autograd.grad(output, inputs, grad, materialize_grads=True)
+        return grad_hidden, grad_weights
 
     def _lookup(self) -> Callable[[int], Tensor | None]:
         """The published upgrades of this moment; both matrices of an expert are read through the same one."""
-        entries: np.ndarray = self._ports.table.snapshot(self._ports.index)
+        memory = self._ports.memory
+        entries: np.ndarray = memory.table.snapshot(self._ports.index)
 
         def upgrade_of(expert: int) -> Tensor | None:
             address, kind = split(int(entries[expert]))
-            return self._ports.pool.at(address) if kind else None
+            return memory.pool.at(address) if kind else None
 
         return upgrade_of
 
@@ -97,11 +98,8 @@ class MixedPrecisionExperts(nn.Module):
                 f"{there.device}; convert or move the model first and patch it then, with device=... if need be"
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise PatchError("a patched model cannot be copied: the copy would share its slabs; copy it before patching")
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:  # copy.deepcopy comes this way, too
         raise PatchError(
-            "a patched model cannot be pickled: its experts live in device memory outside the module; "
-            "save the original model, or its state_dict, before patching"
+            "a patched model can be neither copied nor pickled: its experts live in slabs outside the module; "
+            "copy or save the original model, or its state_dict, before patching"
         )

@@ -19,7 +19,6 @@ class LayerView:
     tracker: "HotnessTracker"
     controller: "PrecisionController"
     pipeline: "SwapPipeline"
-    pool: "SlabPool"
     base_bits: int
 
 
@@ -46,7 +45,7 @@ class DynaExqMoE(nn.Module):
     @property
     def pool(self) -> "SlabPool":
         """The slab that upgrades of all layers live in."""
-        return self._view.pool
+        return self._view.pipeline.pool
 
     @property
     def tiers(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From source weights to packed blocks in their places, a few experts at a time. It decides nothing and frees nothing."""
+"""From source weights to packed blocks in their places, a few experts at a time. It decides and frees nothing."""
 
 from typing import Protocol
 
@@ -38,7 +38,8 @@ def check_source(source: ExpertSource) -> None:
 
 def open_store(codec: ExpertCodec, source: ExpertSource, settings: Settings) -> HostStore:
     """The store that `settings.host_copy` asks for, empty; or the source itself where it holds the very bytes."""
-    if settings.host_copy == "ram" and codec.replaces:
+    in_host_memory = source.read(0, 0, 1).up.device.type == "cpu"
+    if settings.host_copy == "ram" and codec.replaces and in_host_memory:
         return SourceStore([_parts(codec, source, layer) for layer in range(source.num_layers)], source.num_experts)
     count = source.num_layers * source.num_experts
     if settings.host_copy == "disk":

@@ -1,7 +1,7 @@
 """The runtime of one patched model: it owns the memory, asks the policy, and ticks.
 
-One decision spans several ticks and none of them waits: *publish* what has arrived, *observe* what was routed, *decide*,
-*submit*. Layers never see the runtime; it hands each its ports when the model is patched.
+One decision spans several ticks and none of them waits: *publish* what has arrived, *observe* what was routed,
+*decide*, *submit*. Layers never see the runtime; it hands each its ports when the model is patched.
 """
 
 import threading
@@ -18,28 +18,13 @@ from dynaexq.control import HotnessTracker, PrecisionController
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
-from dynaexq.memory import (
-    ExpertTable,
-    Fence,
-    ReaderFence,
-    RoutingCounter,
-    SlabPool,
-    StreamFence,
-    SwapPipeline,
-    allocate_bytes,
-    copier_for,
-)
+from dynaexq.memory import DeviceMemory, SourceStore, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
 from dynaexq.placement import ExpertSource, open_store, place
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
 from dynaexq.traffic import TrafficLimit
-
-
-def workspace_bytes(num_layers: int, num_experts: int) -> int:
-    """Device bytes of the expert table and the routing counter."""
-    return num_layers * num_experts * 8 + num_layers * (num_experts + 2) * 8
 
 
 class Runtime:
@@ -55,16 +40,13 @@ class Runtime:
         self.plan, self.settings, self.device = plan, settings, device
         self._codec = codec
         self._model = weakref.ref(model)
-        layers, experts = plan.num_layers, plan.num_experts
-        self._fence: Fence = StreamFence() if device.type == "cuda" else ReaderFence()
-        self._base = allocate_bytes(plan.base_bytes, device).view(layers, experts, plan.base.nbytes)
-        self._table = ExpertTable(layers, experts, device)
-        self._pool = SlabPool(codec.upgrade_layout.nbytes, device, self._fence)
-        if plan.num_slots:
-            self._pool.grow(plan.num_slots)
-        self._tracker = HotnessTracker(RoutingCounter(layers, experts, device), settings)
+        slot_nbytes = codec.upgrade_layout.nbytes
+        self._memory = DeviceMemory(
+            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device
+        )
+        self._tracker = HotnessTracker(self._memory.counter, settings)
         self._traffic = Traffic()
-        self._limit = TrafficLimit(settings.traffic_limit, codec.upgrade_layout.nbytes, device)
+        self._limit = TrafficLimit(settings.traffic_limit, slot_nbytes, device)
         self._ticking = threading.Lock()
         self._steps = self._ticks = self._steps_at_tick = 0
         self._frozen = self._closed = False
@@ -73,41 +55,45 @@ class Runtime:
         """Encode every expert of `source` into its place, then fill every upgrade slot by the error it removes."""
         store = open_store(self._codec, source, self.settings)
         try:
-            errors = place(source, self._codec, self._base, store)
+            errors = place(source, self._codec, self._memory.base, store)
         except BaseException:
             store.close()
             raise
         self._controller = PrecisionController(errors[..., 0] - errors[..., -1], self.settings)
-        copier = copier_for(self.device, self._pool.slot_nbytes)
+        copier = copier_for(self.device, self._memory.pool.slot_nbytes)
         kind = BITS[self.plan.tiers[-1]]
-        self._pipeline = SwapPipeline(self._table, self._pool, store, copier, kind)
+        self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)
         self._fill()
 
     def ports(self, layer: int) -> LayerPorts:
         """What joins one layer's experts to the runtime; the first layer's forward is where steps are counted."""
         before_forward = self._on_forward if layer == 0 else None
-        return LayerPorts(layer, self._table, self._pool, self._tracker.counter, self._fence, before_forward)
+        return LayerPorts(layer, self._memory, before_forward)
 
     def view(self, layer: int) -> LayerView:
         """What one layer's sparse block shows of the runtime."""
-        base_bits = self.plan.base.bits
-        return LayerView(layer, self._tracker, self._controller, self._pipeline, self._pool, base_bits)
+        return LayerView(layer, self._tracker, self._controller, self._pipeline, self.plan.base.bits)
+
+    @property
+    def keeps_source(self) -> bool:
+        """Whether upgrades are read from the source weights themselves, so that these must not be freed."""
+        return isinstance(self._pipeline.store, SourceStore)
 
     def base_blocks(self, layer: int) -> torch.Tensor:
         """Uint8 `[num_experts, nbytes]`: the base blocks of one layer."""
-        return self._base[layer]
+        return self._memory.base[layer]
 
     def source_weights(self, layer: int) -> ExpertWeights | None:
-        """One layer's experts in the model's own dtype, bit for bit as they were given; None where no tier keeps them."""
+        """One layer's experts in the model's own dtype, bit for bit as given; None where no tier keeps them."""
         if not self._codec.planes:
-            return self._codec.decode(self._base[layer], None, self._codec.dtype)
+            return self._codec.decode(self._memory.base[layer], None, self._codec.dtype)
         if not self._codec.replaces or self._closed:
             return None
-        blocks = torch.empty(self.plan.num_experts, self._pool.slot_nbytes, dtype=torch.uint8)
+        blocks = torch.empty(self.plan.num_experts, self._memory.pool.slot_nbytes, dtype=torch.uint8)
         for expert in range(self.plan.num_experts):
             self._pipeline.store.read_into(layer * self.plan.num_experts + expert, blocks[expert])
-        return self._codec.decode(self._base[layer], blocks, self._codec.dtype)
+        return self._codec.decode(self._memory.base[layer], blocks, self._codec.dtype)
 
     def tick(self) -> bool:
         """One step of control: publish, observe, decide, submit. Never waits for a copy.
@@ -119,15 +105,7 @@ class Runtime:
             ClosedError: the runtime was closed.
         """
         self._check_open()
-        if not self._ticking.acquire(blocking=False):
-            return False
-        try:
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                return False
-            self._tick()
-            return True
-        finally:
-            self._ticking.release()
+        return self._try_tick()
 
     def drain(self) -> None:
         """Wait for every copy in flight and publish it."""
@@ -146,6 +124,7 @@ class Runtime:
         self._check_open()
         self._frozen = False
 
+    @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
     def set_budget(self, hbm_budget: int | str) -> None:
         """Shrink or grow the upgrade slab; the new ceiling holds when this returns.
 
@@ -161,12 +140,12 @@ class Runtime:
             if budget < fixed:
                 raise BudgetError(
                     f"hbm_budget of {budget:,} bytes is too small: dense weights, workspace and every expert's "
-                    f"{self.plan.base.precision} base take {fixed:,}; give at least that, or patch again with lower tiers",
+                    f"{self.plan.base.precision} base take {fixed:,}; give that much, or patch again with lower tiers",
                     budget,
                     fixed,
                 )
-            slot = self._pool.slot_nbytes
-            slots = min(self._table.kinds().size, (budget - fixed) // slot) if slot else 0
+            slot = self._memory.pool.slot_nbytes
+            slots = min(self._memory.table.kinds().size, (budget - fixed) // slot) if slot else 0
             self._resize(slots)
             self.plan = replace(self.plan, budget=budget, num_slots=slots)
             if not self._frozen:
@@ -180,24 +159,22 @@ class Runtime:
                 self._pipeline.close()
 
     def memory(self) -> dict[str, int]:
-        """Device bytes really allocated: budget, dense, base, upgrade, staging, workspace, total (without the budget)."""
-        parts = {
-            "dense": self._dense_bytes(),
-            "base": self._base.untyped_storage().nbytes(),
-            "upgrade": self._pool.nbytes,
-            "staging": 0,
-            "workspace": self._table.nbytes + self._tracker.counter.nbytes,
-        }
+        """Device bytes really allocated: dense, base, upgrade, staging, workspace and their total; and the budget."""
+        parts = {"dense": self._dense_bytes(), **self._memory.parts()}
         return {"budget": self.plan.budget, **parts, "total": sum(parts.values())}
 
     def tiers(self) -> np.ndarray:
         """Published bits of every expert: 2, 4, 8, or 16 for the model's own dtype."""
-        kinds = self._table.kinds()
+        kinds = self._memory.table.kinds()
         return np.where(kinds > 0, kinds, self.plan.base.bits)
 
     def hotness(self) -> np.ndarray:
         """Moving average of every expert's routing mass per token."""
         return self._tracker.hotness.copy()
+
+    def routed_mass(self) -> np.ndarray:
+        """Routing mass that every expert has received since the start. Waits for the device."""
+        return self._tracker.counter.totals()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start; `hot_coverage` is the share of the routing mass that met an upgraded expert."""
@@ -206,8 +183,9 @@ class Runtime:
             "ticks": self._ticks,
             **vars(self._pipeline.counts),
             "in_flight": self._pipeline.num_in_flight,
-            "slots": self._pool.num_slots,
-            "upgraded": int((self._table.kinds() > 0).sum()),
+            "experts": self._memory.table.kinds().size,
+            "slots": self._memory.pool.num_slots,
+            "upgraded": int((self._memory.table.kinds() > 0).sum()),
             "host_bytes": self._pipeline.store.nbytes,
             **vars(self._traffic),
             "hot_coverage": self._traffic.hot_coverage,
@@ -228,26 +206,40 @@ class Runtime:
     def __repr__(self) -> str:
         stats = self.stats()
         return (
-            f"Runtime({' + '.join(self.plan.tiers)}, {stats['upgraded']} of {self._table.kinds().size} experts upgraded, "
+            f"Runtime({' + '.join(self.plan.tiers)}, {stats['upgraded']} of {stats['experts']} experts upgraded, "
             f"{self.memory()['total']:,} of {self.plan.budget:,} bytes)"
         )
 
     def _on_forward(self) -> None:
         self._steps += 1
-        if not self._closed and self._steps - self._steps_at_tick >= self.settings.tick_every:
-            self.tick()
+        if self._steps - self._steps_at_tick >= self.settings.tick_every:
+            self._try_tick()
+
+    @torch.inference_mode(False)  # likewise
+    def _try_tick(self) -> bool:
+        if not self._ticking.acquire(blocking=False):
+            return False
+        try:
+            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if self._closed or capturing:
+                return False
+            self._tick()
+            return True
+        finally:
+            self._ticking.release()
 
     def _tick(self) -> None:
         self._ticks += 1
+        met = self._memory.table.kinds() > 0  # the tiers that the traffic since the last tick met
         self._pipeline.settle()
         mass, tokens = self._tracker.update(self._steps - self._steps_at_tick)
         self._steps_at_tick = self._steps
-        self._traffic.add(mass, tokens, self._table.kinds() > 0)
+        self._traffic.add(mass, tokens, met)
         if not self._frozen:
             self._decide()
 
     def _decide(self) -> None:
-        pipeline, pool = self._pipeline, self._pool
+        pipeline, pool = self._pipeline, self._memory.pool
         pool.reclaim()
         moves = self._controller.choose(
             self._tracker.hotness,
@@ -262,16 +254,17 @@ class Runtime:
 
     def _fill(self) -> None:
         """Give every free slot to the best expert that lacks one, and wait for it."""
-        pipeline = self._pipeline
-        for move in self._controller.fill(
-            self._tracker.hotness, pipeline.upgraded, pipeline.broken, self._pool.num_slots, self._pool.num_available
-        ):
-            pipeline.submit(move)
+        pipeline, pool = self._pipeline, self._memory.pool
+        promotions = self._controller.fill(
+            self._tracker.hotness, pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available
+        )
+        for promotion in promotions:
+            pipeline.submit(promotion)
         pipeline.drain()
 
     def _resize(self, slots: int) -> None:
-        """Bring the upgrade slab to `slots`, dropping the segments of least worth first; never above the old or the new."""
-        pool, pipeline = self._pool, self._pipeline
+        """Bring the upgrade slab to `slots`, dropping the segments of least worth; never above the old or the new."""
+        pool, pipeline = self._memory.pool, self._pipeline
         surplus = pool.surplus(slots, pipeline.worth(self._controller.score(self._tracker.hotness)))
         if surplus:
             pipeline.vacate(surplus)

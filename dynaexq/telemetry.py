@@ -11,7 +11,7 @@ from rich.table import Table
 
 @dataclass
 class Traffic:
-    """Routing seen since the start: tokens of the first layer, mass of all layers, and its part on upgraded experts."""
+    """Routing since the start: tokens of the first layer, mass of all layers, and its part on upgraded experts."""
 
     tokens: int = 0
     routed_mass: float = 0.0

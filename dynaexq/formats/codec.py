@@ -170,7 +170,7 @@ class ExpertCodec:
         return quantize(matrix, layout.group_size, self.fit_bits, self.method, unshrink=not self.refine_planes)
 
     def _errors(self, name: str, matrix: Tensor, code: Code) -> np.ndarray:
-        norm = matrix.float().square().sum((1, 2)).double().clamp_min(1e-30)
+        norm = _squared_norm(matrix.float()).clamp_min(1e-30)
         columns = []
         for tier in self.tiers:
             if tier == "fp16":
@@ -178,7 +178,7 @@ class ExpertCodec:
                 continue
             kept = code.values & (0xFF << (8 - BITS[tier]) & 0xFF)
             reading = read(kept, code.scale, code.minimum, BITS[tier])[..., : self.matrices[name].columns]
-            columns.append((reading - matrix.float()).square().sum((1, 2)).double() / norm)
+            columns.append(_squared_norm(reading - matrix.float()) / norm)
         return torch.stack(columns, 1).cpu().numpy()
 
     def _write_planes(self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...]) -> None:
@@ -211,3 +211,8 @@ class ExpertCodec:
         )
         scale, minimum = parts[f"{name}.meta"].transpose(1, 2).unbind(-1)
         return read(values, scale, minimum, bits)[..., : layout.columns].to(dtype)
+
+
+def _squared_norm(matrices: Tensor) -> Tensor:
+    """Squared norms `[n]`, equal to the last bit for any n and any number of threads: rows first, then their sums."""
+    return matrices.square().sum(2).double().sum(1)

@@ -25,7 +25,9 @@ def auto_budget(model: nn.Module, settings: Settings, device: torch.device, host
     """
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.device == device)
     available = held + _free_bytes(device) - (host_bytes if device.type == "cpu" else 0)
-    reserve = int(RESERVED_SHARE * available) + context_bytes(text_config(model), settings.max_context, settings.max_batch)
+    element_size = getattr(model, "dtype", torch.float16).itemsize  # the cache is kept in the model's own dtype
+    context = context_bytes(text_config(model), settings.max_context, settings.max_batch, element_size)
+    reserve = int(RESERVED_SHARE * available) + context
     if available <= reserve:
         raise SettingsError(
             f'hbm_budget="auto" found {available:,} bytes on {device} and max_context={settings.max_context}, '
@@ -34,8 +36,8 @@ def auto_budget(model: nn.Module, settings: Settings, device: torch.device, host
     return available - reserve
 
 
-def context_bytes(config: Any, max_context: int, max_batch: int, element_size: int = 2) -> int:
-    """Bytes of key-value cache and activations for `max_batch` sequences of `max_context` tokens; 0 without a config."""
+def context_bytes(config: Any, max_context: int, max_batch: int, element_size: int) -> int:
+    """Bytes of cache and activations for `max_batch` sequences of `max_context` tokens; 0 without a config."""
     if config is None or not hasattr(config, "num_hidden_layers"):
         return 0
     heads = getattr(config, "num_attention_heads", 1)

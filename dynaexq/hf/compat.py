@@ -6,7 +6,7 @@ from torch import nn
 
 
 def install_output_capturing(model: nn.Module) -> None:
-    """Install the hooks behind `output_router_logits` now: Transformers does it lazily, under a lock that cannot compile."""
+    """Install the hooks behind `output_router_logits` now: done lazily, they take a lock that cannot be compiled."""
     try:
         from transformers.utils.output_capturing import maybe_install_capturing_hooks
     except ImportError:
@@ -14,11 +14,16 @@ def install_output_capturing(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        # Installing on a parent installs on its children again, and every output would be recorded twice.
+        if isinstance(module, PreTrainedModel) and not any(map(_captures, module.modules())):
             maybe_install_capturing_hooks(module)
+
+
+def _captures(module: nn.Module) -> bool:
+    return getattr(module, "_output_capturing_hooks_installed", False)
 
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model inside `model`, or None where there is none."""
     config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config

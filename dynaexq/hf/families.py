@@ -5,6 +5,7 @@ named here: a module with `has_gate` and `down_proj` is a layer of experts.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +30,8 @@ class SparseLayer:
     """
 
     name: str
-    experts: nn.Module
-    block: nn.Module | None
+    experts: Any
+    block: Any
 
     @property
     def up_name(self) -> str:
@@ -39,7 +40,7 @@ class SparseLayer:
     def weights(self) -> ExpertWeights:
         """All the layer's experts `[E, ...]`, as the family stores them."""
         names = (self.up_name, "down_proj", f"{self.up_name}_bias", "down_proj_bias")
-        return ExpertWeights(*(self.experts._parameters.get(name) for name in names))  # type: ignore[arg-type]
+        return ExpertWeights(*(self.experts._parameters.get(name) for name in names))
 
     def shape(self) -> ExpertShape:
         weights = self.weights()
@@ -79,7 +80,9 @@ def find_sparse_layers(model: nn.Module) -> list[SparseLayer]:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] and _is_experts(module):
             parent = model.get_submodule(name.rpartition(".")[0])
-            layers.append(SparseLayer(name, module, None if isinstance(parent, GradientCheckpointingLayer) else parent))
+            layers.append(
+                SparseLayer(name, module, None if isinstance(parent, GradientCheckpointingLayer) else parent)
+            )
     if not layers:
         raise UnsupportedModelError(_no_layers_message(model))
     for layer in layers:
@@ -94,14 +97,18 @@ def _is_experts(module: nn.Module) -> bool:
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"expected a torch.nn.Module such as a Transformers model, got {type(model).__name__}")
+        raise UnsupportedModelError(
+            f"expected a torch.nn.Module such as a Transformers model, got {type(model).__name__}"
+        )
     if isinstance(model, DataParallel | DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
         raise UnsupportedModelError(f"{type(model).__name__} wraps the model; patch model.module before wrapping it")
     for name, module in model.named_modules():
         if isinstance(module, MixedPrecisionExperts):
             raise PatchError(f"{name} is patched already; use model.dynaexq, or dynaexq.unpatch(model) first")
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            raise PatchError(f"{name or 'the model'} is compiled already; patch first and call torch.compile afterwards")
+            raise PatchError(
+                f"{name or 'the model'} is compiled already; patch first and call torch.compile afterwards"
+            )
 
 
 def _no_layers_message(model: nn.Module) -> str:
@@ -115,11 +122,14 @@ def _no_layers_message(model: nn.Module) -> str:
 
 def _check_layer(layer: SparseLayer) -> None:
     experts, name = layer.experts, layer.name
-    if "base_layer" in experts._modules or hasattr(experts, "base_layer"):
-        raise UnsupportedModelError(f"{name} is wrapped by an adapter (LoRA); merge or unload it, patch, then add adapters")
+    if name.endswith(".base_layer") or hasattr(experts, "base_layer"):
+        raise UnsupportedModelError(
+            f"{name} is wrapped by an adapter (LoRA); merge or unload it, patch, then add adapters"
+        )
     if hasattr(experts, "parametrizations"):
         raise UnsupportedModelError(f"{name} is parametrized; remove the parametrizations before patching")
-    if "forward" in experts.__dict__ and not hasattr(experts, "_hf_hook"):
+    forward = getattr(experts, "_old_forward", experts.forward)  # what an accelerate hook wraps
+    if getattr(forward, "__func__", None) is not type(experts).forward:
         raise UnsupportedModelError(
             f"{name} has a forward of its own (expert or tensor parallel, or another patch); undo that before patching"
         )
@@ -129,14 +139,19 @@ def _check_layer(layer: SparseLayer) -> None:
     found = {key for key, value in experts._parameters.items() if value is not None}
     if found != expected:
         raise UnsupportedModelError(f"{name}: expected parameters {sorted(expected)}, found {sorted(found)}")
-    for key in sorted(expected):
-        _check_parameter(f"{name}.{key}", experts._parameters[key])
+    parameters = {key: experts._parameters[key] for key in sorted(expected)}
+    for key, parameter in parameters.items():
+        _check_parameter(f"{name}.{key}", parameter)
+    kinds = {(p.dtype, p.device): f"{key} in {p.dtype} on {p.device}" for key, p in parameters.items()}
+    if len(kinds) > 1:
+        raise UnsupportedModelError(f"{name}: expected one dtype on one device, found {' and '.join(kinds.values())}")
 
 
 def _check_parameter(name: str, parameter: torch.Tensor | None) -> None:
     if type(parameter) not in (nn.Parameter, torch.Tensor):
         raise UnsupportedModelError(
-            f"{name} is a {type(parameter).__name__}, expected a plain Parameter; load the experts unquantised and unsharded"
+            f"{name} is a {type(parameter).__name__}, expected a plain Parameter; "
+            "load the experts unquantised and unsharded"
         )
     assert parameter is not None, "its type was checked"
     if parameter.is_meta:
@@ -144,7 +159,9 @@ def _check_parameter(name: str, parameter: torch.Tensor | None) -> None:
     if parameter.dtype not in FLOAT_DTYPES:
         raise UnsupportedModelError(f"{name} is {parameter.dtype}, expected float16, bfloat16 or float32 weights")
     if parameter.ndim not in (2, 3) or not parameter.numel():
-        raise UnsupportedModelError(f"{name} has shape {tuple(parameter.shape)}, expected [num_experts, ...] and not empty")
+        raise UnsupportedModelError(
+            f"{name} has shape {tuple(parameter.shape)}, expected [num_experts, ...] and not empty"
+        )
 
 
 def _check_uniform(layers: list[SparseLayer]) -> None:

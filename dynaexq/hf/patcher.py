@@ -20,14 +20,16 @@ from dynaexq.hf.compat import install_output_capturing
 from dynaexq.hf.families import LiveSource, SparseLayer, find_sparse_layers
 from dynaexq.hf.quantizer import AttachedQuantizer
 from dynaexq.kernels import ExpertLayer
+from dynaexq.memory import DeviceMemory
 from dynaexq.moe import DynaExqMoE
 from dynaexq.placement import check_source
 from dynaexq.policy import LADDERS, plan_memory
 from dynaexq.records import MemoryPlan
-from dynaexq.runtime import Runtime, workspace_bytes
+from dynaexq.runtime import Runtime
 from dynaexq.settings import Settings
 
 
+@torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
 def patch(model: nn.Module, hbm_budget: int | str = "auto", **dials: Any) -> Runtime:
     """Put the experts of `model` under a byte budget, in place; `model.generate()` and all else work as before.
 
@@ -61,11 +63,12 @@ def patch(model: nn.Module, hbm_budget: int | str = "auto", **dials: Any) -> Run
         check_source(source)
     runtime = Runtime(model, plan, codec, settings, device)
     runtime.load(source)
-    record = _Patch(model, layers, runtime, keeps_source=codec.replaces and settings.host_copy == "ram")
+    record = _Patch(model, layers, runtime)
     record.commit(codec, device)
     return runtime
 
 
+@torch.inference_mode(False)
 def unpatch(model: nn.Module) -> None:
     """Undo `patch` exactly, while the 16-bit experts can still be reached: where `fp16` is one of the tiers.
 
@@ -83,30 +86,30 @@ def unpatch(model: nn.Module) -> None:
 class _Patch:
     """What was changed in a model, and how to change it back."""
 
-    model: nn.Module
+    model: Any
     layers: list[SparseLayer]
     runtime: Runtime
-    keeps_source: bool
     parameters: list[dict[str, nn.Parameter]] = field(default_factory=list)
 
     def commit(self, codec: ExpertCodec, device: torch.device) -> None:
         self.original_device = self.layers[0].weights().up.device
         self.quantizer = getattr(self.model, "hf_quantizer", None)
         self.parameters = [_expert_parameters(layer.experts) for layer in self.layers]
+        self.trainable = [{name: p.requires_grad for name, p in named.items()} for named in self.parameters]
         try:
             for index, layer in enumerate(self.layers):
                 self._take_over(index, layer, codec)
             if device != self.original_device:
                 self.model.to(device)
             self._guard_ancestors()
-            install_output_capturing(self.model)
             self.model.dynaexq = self.runtime
             self.model.hf_quantizer = AttachedQuantizer(self.quantizer)
             self.model._dynaexq_patch = self
+            install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
         except BaseException:
             self._restore(self.parameters)
             raise
-        if not self.keeps_source:
+        if not self.runtime.keeps_source:
             self.parameters = []
 
     def undo(self) -> None:
@@ -142,7 +145,8 @@ class _Patch:
             for name, parameter in originals.items():
                 experts._parameters[name] = parameter
         for name in self._ancestors():
-            self.model.get_submodule(name).__dict__.pop("_apply", None)
+            for guard in ("_apply", "__reduce_ex__"):
+                self.model.get_submodule(name).__dict__.pop(guard, None)
         for name in ("dynaexq", "_dynaexq_patch", "hf_quantizer"):
             self.model.__dict__.pop(name, None)
         if self.quantizer is not None:
@@ -155,12 +159,16 @@ class _Patch:
             weights = self.runtime.source_weights(index)
             if weights is None:
                 raise UnpatchError(
-                    f"the 16-bit experts were freed when the model was patched with tiers={self.runtime.plan.tiers}; "
-                    "load the model again, or patch with 'fp16' among the tiers to keep them"
+                    f"the 16-bit experts are gone: with tiers={self.runtime.plan.tiers} they were freed by patch, "
+                    "or their copy by close; load the model again, or take 'fp16' among the tiers and unpatch first"
                 )
-            named = {layer.up_name: weights.up, "down_proj": weights.down}
+            flip = getattr(layer.experts, "is_transposed", False)
+            up, down = (w.transpose(1, 2) if flip else w for w in (weights.up, weights.down))
+            named: dict[str, Any] = {layer.up_name: up, "down_proj": down}
             named |= {f"{layer.up_name}_bias": weights.up_bias, "down_proj_bias": weights.down_bias}
-            rebuilt.append({name: nn.Parameter(w.clone()) for name, w in named.items() if w is not None})
+            rebuilt.append(
+                {name: nn.Parameter(named[name].clone(), trains) for name, trains in self.trainable[index].items()}
+            )
         return rebuilt
 
     def _ancestors(self) -> set[str]:
@@ -169,10 +177,11 @@ class _Patch:
         return {".".join(path[:end]) for path in parts for end in range(len(path))}
 
     def _guard_ancestors(self) -> None:
-        # A refused `.half()` must be refused before the first dense weight is converted.
+        # What the experts refuse must be refused before the first dense weight is converted, or copied.
         for name in self._ancestors():
             module = self.model.get_submodule(name)
-            module._apply = partial(_guarded_apply, module)  # type: ignore[method-assign]
+            module._apply = partial(_guarded_apply, module)
+            module.__reduce_ex__ = partial(MixedPrecisionExperts.__reduce_ex__, module)
 
 
 def _guarded_apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -193,6 +202,7 @@ class _detached_hook:
             from accelerate.hooks import remove_hook_from_module
 
             remove_hook_from_module(self.module)
+        self.module.__dict__.pop("forward", None)  # removal leaves the old class's forward behind, bound
 
     def __exit__(self, *_: object) -> None:
         if self.hook is not None:
@@ -224,12 +234,16 @@ def _resolve_device(settings: Settings) -> torch.device:
 
 def _codecs(layer: SparseLayer, settings: Settings) -> dict[tuple[str, ...], ExpertCodec]:
     """A codec for every ladder that is offered, or asked for."""
-    asked = () if settings.tiers == "auto" else (settings.tiers,)
     dtype = layer.weights().up.dtype
     return {
         tiers: ExpertCodec(layer.shape(), dtype, tiers, settings.group_size, settings.quantizer)
-        for tiers in {*LADDERS, *asked}
+        for tiers in {*LADDERS, *_ladders(settings)}
     }
+
+
+def _ladders(settings: Settings) -> tuple[tuple[str, ...], ...]:
+    """The ladders to choose from: the user's, or all that are offered."""
+    return LADDERS if isinstance(settings.tiers, str) else (settings.tiers,)
 
 
 def _plan(
@@ -240,9 +254,9 @@ def _plan(
     device: torch.device,
 ) -> MemoryPlan:
     num_layers, num_experts = len(layers), len(layers[0].weights().up)
-    chosen = LADDERS if settings.tiers == "auto" else (settings.tiers,)
+    chosen = _ladders(settings)
     budget = settings.hbm_budget
-    if budget == "auto":
+    if isinstance(budget, str):
         host_bytes = max(codecs[tiers].upgrade_layout.nbytes for tiers in chosen) * num_layers * num_experts
         budget = auto_budget(model, settings, device, host_bytes)
     return plan_memory(
@@ -250,7 +264,7 @@ def _plan(
         num_layers,
         num_experts,
         dense=_dense_bytes(model, layers),
-        workspace=workspace_bytes(num_layers, num_experts),
+        workspace=DeviceMemory.workspace_bytes(num_layers, num_experts),
         budget=budget,
         alternatives=[(codecs[tiers].base, codecs[tiers].upgrade) for tiers in LADDERS],
     )

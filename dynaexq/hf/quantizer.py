@@ -43,4 +43,6 @@ class AttachedQuantizer(HfQuantizer):
         return False
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        raise PatchError("a patched model cannot be dequantised in place; use dynaexq.unpatch(model), or load it again")
+        raise PatchError(
+            "a patched model cannot be dequantised in place; use dynaexq.unpatch(model), or load it again"
+        )

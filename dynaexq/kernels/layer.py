@@ -34,10 +34,12 @@ class ExpertLayer:
 
     def run_expert(self, hidden_states: Tensor, weights: ExpertWeights, index: int = 0) -> Tensor:
         """Expert `index` of `weights` on its rows `[n, H]`, in the dtype of the rows."""
-        dtype = hidden_states.dtype
-        up_bias, down_bias = (
-            None if bias is None else bias[index].to(dtype) for bias in (weights.up_bias, weights.down_bias)
-        )
-        hidden = self.activation(F.linear(hidden_states, weights.up[index].to(dtype), up_bias))
-        output = F.linear(hidden, weights.down[index].to(dtype), down_bias)
+        hidden = self.activation(_linear(hidden_states, weights.up, weights.up_bias, index))
+        output = _linear(hidden, weights.down, weights.down_bias, index)
         return output if self.post_norm is None else self.post_norm(output)
+
+
+def _linear(rows: Tensor, weights: Tensor, bias: Tensor | None, index: int) -> Tensor:
+    product = F.linear(rows, weights[index].to(rows.dtype))
+    # Added on its own, as in Transformers' eager loop: fused, it would be rounded with the product.
+    return product if bias is None else product + bias[index].to(rows.dtype)

@@ -36,9 +36,7 @@ def register_layer(layer: Layer) -> int:
 
 
 @torch.library.custom_op("dynaexq::experts", mutates_args=())
-def experts(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int, observe: bool
-) -> Tensor:
+def experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int, observe: bool) -> Tensor:
     """Weighted sum of each token's experts `[N, H]` in the layer behind `handle`."""
     return _layers[handle].compute(hidden_states, top_k_index, top_k_weights, observe)
 

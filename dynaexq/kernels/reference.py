@@ -23,7 +23,7 @@ def expert_mlp(
     for expert in top_k_index.unique().tolist():
         if not 0 <= expert < layer.num_experts:
             continue
-        position, token = torch.where(top_k_index.T == expert)
+        position, token = torch.where((top_k_index == expert).T)
         rows = hidden_states[token]
         upgrade = upgrade_of(expert)
         weights = layer.codec.decode(

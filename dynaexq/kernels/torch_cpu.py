@@ -20,7 +20,8 @@ def expert_mlp(
     routed = [expert for expert in range(layer.num_experts) if counts[expert]]
     order = torch.argsort(ids, stable=True)[: len(ids) - counts[-1]]
     token = order % len(hidden_states)
-    rows = dict(zip(routed, hidden_states[token].split([counts[expert] for expert in routed]), strict=True))
+    sizes = [counts[expert] for expert in routed]
+    rows = dict(zip(routed, hidden_states[token].split(sizes), strict=True))
 
     results: dict[int, Tensor] = {}
     for experts, weights in _decoded(routed, layer, upgrade_of, hidden_states.dtype):
@@ -30,7 +31,10 @@ def expert_mlp(
     if not routed:
         return output
     weighted = torch.cat([results[expert] for expert in routed]) * top_k_weights.T.reshape(-1)[order, None]
-    return output.index_add_(0, token, weighted.to(output.dtype))
+    # One expert at a time, as the eager loop does: a single call adds 16-bit rows up in float32, to other bits.
+    for rows_of_expert, addend in zip(token.split(sizes), weighted.to(output.dtype).split(sizes), strict=True):
+        output.index_add_(0, rows_of_expert, addend)
+    return output
 
 
 def _decoded(

@@ -2,6 +2,7 @@
 
 from dynaexq.memory.copiers import CudaCopier, EagerCopier, ManualCopier, copier_for
 from dynaexq.memory.counter import RoutingCounter
+from dynaexq.memory.device import DeviceMemory
 from dynaexq.memory.fence import Fence, ManualFence, ReaderFence, StreamFence
 from dynaexq.memory.host import DiskStore, HostStore, RamStore, SourceStore
 from dynaexq.memory.slab import SlabPool, allocate_bytes
@@ -10,6 +11,7 @@ from dynaexq.memory.table import ExpertTable, split
 
 __all__ = [
     "CudaCopier",
+    "DeviceMemory",
     "DiskStore",
     "EagerCopier",
     "ExpertTable",

@@ -46,6 +46,10 @@ class RoutingCounter:
         self._drained = latest
         return grown[:, : self.num_experts] / FIXED_POINT, grown[:, -1]
 
+    def totals(self) -> np.ndarray:
+        """Mass `[L, E]` since the start. Waits for the device."""
+        return self.sums[:, : self.num_experts].cpu().numpy() / FIXED_POINT
+
     @property
     def nbytes(self) -> int:
         return self.sums.untyped_storage().nbytes()

@@ -86,7 +86,7 @@ class DiskStore:
             except OSError as error:
                 raise StoreError(f"cannot write the upgrade of expert {index}: {error}") from error
             if count != self._slot_nbytes:
-                raise StoreError(f"wrote {count} of {self._slot_nbytes} bytes of the upgrade of expert {index}")
+                raise StoreError(f"wrote {count} of {self._slot_nbytes} bytes of expert {index}: is the disk full?")
 
     def read_into(self, index: int, out: Tensor) -> None:
         try:
@@ -94,7 +94,7 @@ class DiskStore:
         except OSError as error:
             raise StoreError(f"cannot read the upgrade of expert {index}: {error}") from error
         if count != self._slot_nbytes:
-            raise StoreError(f"read {count} of {self._slot_nbytes} bytes of the upgrade of expert {index}: file truncated")
+            raise StoreError(f"read {count} of {self._slot_nbytes} bytes of expert {index}: the file was truncated")
 
     def page_locked(self, index: int) -> Tensor | None:
         return None

@@ -19,10 +19,16 @@ LEAST_SEGMENTS = 8  # a small slab is cut as well, so that a smaller budget cost
 
 
 def allocate_bytes(nbytes: int, device: torch.device) -> Tensor:
-    """Uint8 `[nbytes]` on `device`, aligned to 256 bytes. CPU memory is mapped, and goes back to the system when freed."""
+    """Uint8 `[nbytes]` on `device`, aligned to 256 bytes, which any stream may write at once.
+
+    CPU memory is mapped: freed, it goes back to the system. It is private: a forked process has its own.
+    """
     if device.type == "cpu" and nbytes:
-        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    if device.type == "cuda":  # kernels queued for the last owner of a cached block may still be writing it
+        torch.cuda.current_stream(device).synchronize()
+    return memory
 
 
 @dataclass(frozen=True, eq=False)

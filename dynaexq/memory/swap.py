@@ -89,7 +89,7 @@ class SwapPipeline:
         return {slot.address: float(score[key]) for key, slot in self._published.items()}
 
     def vacate(self, addresses: set[int]) -> None:
-        """Demote every expert whose upgrade lies at one of `addresses`; waits for copies in flight, not for readers."""
+        """Demote every expert whose upgrade lies at one of `addresses`; waits for copies in flight, not readers."""
         self.drain()
         for key in [key for key, slot in self._published.items() if slot.address in addresses]:
             self._demote(key)

@@ -46,7 +46,7 @@ class ExpertTable:
 
     def _write(self, layer: int, expert: int, entry: int) -> None:
         self._mirror[layer, expert] = entry
-        self.entries[layer, expert].fill_(entry)  # the value travels in the kernel's arguments: no host buffer to outlive
+        self.entries[layer, expert].fill_(entry)  # as a kernel argument: no host buffer has to outlive the launch
 
 
 def split(entry: int) -> tuple[int, int]:
