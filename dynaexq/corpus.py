@@ -20,7 +20,16 @@ Split = Literal["train", "held-out"]
 
 DOMAINS: tuple[Domain, ...] = ("prose", "code", "arithmetic")
 
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+_NOT_LIBRARY = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+}
 _HELD_OUT_ONE_IN = 10
 _SHORTEST_DOCSTRING = 160  # characters; below this a docstring is a label, not prose
 
@@ -71,7 +80,11 @@ def _docstring_nodes(tree: ast.Module) -> Iterator[ast.Expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 yield first
 
 

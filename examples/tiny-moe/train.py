@@ -39,7 +39,9 @@ def unbind_experts_forward(experts, hidden_states, top_k_index, top_k_weights):
     counts = torch.bincount(top_k_index.reshape(-1), minlength=experts.num_experts).tolist()
     order = torch.argsort(top_k_index.reshape(-1), stable=True)
     token = order // top_k_index.shape[1]
-    rows = zip(hidden_states[token].split(counts), experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), strict=True)
+    rows = zip(
+        hidden_states[token].split(counts), experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), strict=True
+    )
     outputs = [F.linear(experts._apply_gate(F.linear(x, gate_up)), down) for x, gate_up, down in rows]
     weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order, None]
     return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
@@ -69,7 +71,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
                 break
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT, model_max_length=1024
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        model_max_length=1024,
     )
 
 
@@ -82,7 +88,9 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, domain: str, split: str) ->
     return torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int32)
 
 
-def batch_of(streams: dict[str, torch.Tensor], batch_size: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def batch_of(
+    streams: dict[str, torch.Tensor], batch_size: int, length: int, generator: torch.Generator
+) -> torch.Tensor:
     """`[batch_size, length]` windows at random places, the domains mixed in the shares of `MIXTURE`."""
     rows = []
     for domain, share in MIXTURE.items():
@@ -186,7 +194,9 @@ def main(
             output = model.model(windows, output_router_logits=True, use_cache=False)
             logits = model.lm_head(output.last_hidden_state[:, :-1])
             cross_entropy = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
-            loss = cross_entropy + BALANCE_WEIGHT * balance_loss(output.router_logits, model.config.num_experts_per_tok)
+            loss = cross_entropy + BALANCE_WEIGHT * balance_loss(
+                output.router_logits, model.config.num_experts_per_tok
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
