@@ -14,12 +14,12 @@ from dynaexq.records import MemoryPlan, Tier
 
 Ladder = tuple[Tier, Tier | None]
 
-LOSS = {"fp16": 0.0, "int8": 0.0001, "int4": 0.0032, "int2": 0.0411, "int2 shared": 0.0525}
-"""KL divergence from the 16-bit model, nats a token, all experts at one precision (docs/log.md, 2026-11-23). The
-2-bit reading of a code that can be refined is dearer than a code fitted for two bits alone."""
+LOSS = {"fp16": 0.0, "int8": 0.0007, "int4": 0.0108, "int2": 0.136, "int2 shared": 0.169}
+"""KL divergence from the 16-bit model, nats a token, all experts at one precision (benchmarks/precision_table.py on
+the embedded model). The 2-bit reading of a code that can be refined is dearer than a code fitted for two bits alone."""
 
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
-_SHARE_RECOVERED = (0.0, 0.45, 0.66, 0.81, 0.91, 1.0)
+_SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)
 
 LADDERS = (
     ("int2",),
@@ -42,7 +42,7 @@ def predicted_loss(base: str, upgrade: str | None, share_upgraded: float) -> flo
     if upgrade is None:
         return floor
     recovered = float(np.interp(share_upgraded, _SHARE_UPGRADED, _SHARE_RECOVERED))
-    return floor - recovered * (floor - LOSS[upgrade])
+    return (1 - recovered) * floor + recovered * LOSS[upgrade]
 
 
 def plan_memory(
@@ -54,7 +54,7 @@ def plan_memory(
     budget: int,
     alternatives: Iterable[Ladder] = (),
 ) -> MemoryPlan:
-    """The plan with the least predicted loss among `ladders`; ties go to the fewer bytes.
+    """The plan with the least predicted loss among `ladders`; ties go to the fewer bytes, then to a single tier.
 
     Args:
         ladders: (base, upgrade or None) with the bytes of a block and of a slot.
@@ -81,7 +81,7 @@ def plan_memory(
             budget,
             least,
         )
-    return min(fitting, key=lambda plan: (_loss_of(plan), plan.total))
+    return min(fitting, key=lambda plan: (_loss_of(plan), plan.total, len(plan.tiers)))
 
 
 def _filled(
