@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up by themselves; `make check` is the law for a change.
+
+VENV ?= .venv
+PYTHON ?= python3
+# The release that the tests were last run with. pyproject.toml takes any from 2.9 on.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format lint types bench
+
+demo: $(VENV)/installed
+	$(BIN)/dynaexq demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/installed format lint types test
+
+format: $(VENV)/installed
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/precision_table.py
+	$(BIN)/python benchmarks/policy_speed.py
+
+# torch goes first: what depends on it would otherwise bring the newest build with every CUDA library.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
