@@ -70,7 +70,8 @@ class PrecisionController:
         """The moves of one tick, given who is `upgraded`, or on the way there, and whose bytes are `broken`."""
         score = np.where(broken & ~upgraded, -1.0, self.score(hotness))
         wanted = self._wanted(score, upgraded, num_slots, hotness) & ~(broken & ~upgraded)
-        return transitions(score, upgraded, wanted, free_slots, max_promotions)
+        free = self._free_slots(upgraded, num_slots, free_slots)
+        return transitions(score, upgraded, wanted, free, max_promotions)
 
     def fill(
         self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int, free_slots: int
@@ -81,6 +82,12 @@ class PrecisionController:
         rows = (len(slots), -1)
         wanted = top_n(score.reshape(rows), upgraded.reshape(rows), slots, _NEVER_BEATEN).reshape(score.shape)
         return transitions(score, upgraded, (wanted | upgraded) & ~(broken & ~upgraded), free_slots, free_slots)
+
+    def _free_slots(self, upgraded: np.ndarray, num_slots: int, free_slots: int) -> int | np.ndarray:
+        """Free slots of all layers together, or what each layer's share leaves it; negative where it holds more."""
+        if callable(self._settings.policy) or self._settings.allocation == "global":
+            return free_slots
+        return slots_per_row("per_layer", num_slots, len(upgraded)) - upgraded.sum(1)
 
     def _wanted(self, score: np.ndarray, upgraded: np.ndarray, num_slots: int, hotness: np.ndarray) -> np.ndarray:
         settings = self._settings

@@ -56,8 +56,8 @@ class Settings:
         alpha: the paper's factor instead, kept share of the old hotness at every step; in [0, 1).
         margin: relative hysteresis; a newcomer must beat an incumbent's score by this share.
         tick_every: forward passes between two decisions.
-        traffic_limit: bytes a second moved to the device (`"500MB"` or a number), or a share in (0, 1] of the
-            measured link; None moves at most 64 MiB a tick.
+        traffic_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
+            measured link (a float); None moves at most 64 MiB a tick.
         host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only) or `"disk"`.
         group_size: weights that share one scale: 32, 64 or 128.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).

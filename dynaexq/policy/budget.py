@@ -16,7 +16,7 @@ Ladder = tuple[Tier, Tier | None]
 
 LOSS = {"fp16": 0.0, "int8": 0.0007, "int4": 0.0108, "int2": 0.136, "int2 shared": 0.169}
 """KL divergence from the 16-bit model, nats a token, all experts at one precision (benchmarks/precision_table.py on
-the embedded model). The 2-bit reading of a code that can be refined is dearer than a code fitted for two bits alone."""
+the embedded model). The 2-bit reading of a code that can be refined costs more than a code fitted for two bits."""
 
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 _SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)

@@ -1,0 +1,155 @@
+"""Settings: each dial takes what it documents, and refuses the rest with a sentence that names what came."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+
+from dynaexq.errors import DynaExqError, SettingsError
+from dynaexq.settings import DEFAULT_HALF_LIFE, Settings, parse_bytes
+
+SIZES = {
+    "20GB": 20 * 10**9,
+    "20GiB": 20 * 2**30,
+    "1B": 1,
+    "1.5KiB": 1536,
+    "1.001KB": 1001,  # 1000.9999... in binary floating point
+    "3MB": 3_000_000,
+    "2TiB": 2**41,
+    1: 1,
+    20 * 2**30: 20 * 2**30,
+}
+
+NOT_SIZES = ["20 GB", "GB", "", "20", "20gib", "-1GB", "1e3MB", "0GB", "0.3B", 0, -1, 1.5, math.nan, True, None, [1]]
+
+BAD_TIERS = {
+    "not a tuple": ("int4", "'int4'"),
+    "empty": ((), "()"),
+    "none": (None, "None"),
+    "a set has no base": ({"int4"}, "{'int4'}"),
+    "unknown": (("int4", "int3"), "'int3'"),
+    "bits": ((4,), "4"),
+    "descending": (("int8", "int4"), "('int8', 'int4'); did you mean ('int4', 'int8')?"),
+    "twice the same": (("int4", "int4"), "('int4', 'int4'); did you mean ('int4',)?"),
+    "three": (("int2", "int4", "int8"), "('int2', 'int4', 'int8')"),
+}
+
+BAD_DIALS = [
+    ("allocation", "per-layer"),
+    ("policy", "greedy"),
+    ("policy", None),
+    ("host_copy", "vram"),
+    ("quantizer", "gptq"),
+    ("group_size", 16),
+    ("group_size", 64.0),
+    ("group_size", "64"),
+    ("margin", -0.1),
+    ("margin", math.nan),
+    ("margin", math.inf),
+    ("margin", "0.1"),
+    ("margin", True),
+    ("alpha", 1.0),
+    ("alpha", 1.5),
+    ("alpha", -0.1),
+    ("alpha", math.nan),
+    ("half_life", 0),
+    ("half_life", -512),
+    ("half_life", math.inf),
+    ("half_life", "512"),
+    *[(dial, value) for dial in ("tick_every", "max_context", "max_batch") for value in (0, -1, 1.5, True, "8", None)],
+    *[("traffic_limit", value) for value in (0, -1, 0.0, -0.5, 1.5, math.nan, True, "500 MB", "fast")],
+]
+
+
+def refused(match: str, **dials: object) -> None:
+    with pytest.raises(SettingsError, match=match):
+        Settings(**dials)
+
+
+def test_the_defaults_are_settings_and_hotness_forgets_by_tokens():
+    settings = Settings()
+    assert settings.tiers == settings.hbm_budget == "auto"
+    assert settings.half_life == DEFAULT_HALF_LIFE
+    assert settings.alpha is None
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_size_is_bytes_or_a_number_with_a_unit(size):
+    assert parse_bytes(size) == Settings(hbm_budget=size).hbm_budget == SIZES[size]
+
+
+@pytest.mark.parametrize("size", NOT_SIZES, ids=repr)
+def test_a_budget_that_is_no_size_is_refused(size):
+    refused(f"hbm_budget.*got {re.escape(repr(size))}", hbm_budget=size)
+
+
+@pytest.mark.parametrize(("dial", "value"), BAD_DIALS, ids=lambda value: repr(value).strip("'"))
+def test_a_bad_value_is_refused_by_dial_and_value(dial, value):
+    refused(f"{dial}.*got {re.escape(repr(value))}", **{dial: value})
+
+
+@pytest.mark.parametrize(("tiers", "came"), BAD_TIERS.values(), ids=BAD_TIERS)
+def test_a_bad_ladder_is_refused_by_what_came(tiers, came):
+    refused(f"tier.*got {re.escape(came)}", tiers=tiers)
+
+
+def test_a_list_of_tiers_is_kept_as_a_tuple():
+    assert Settings(tiers=["int4", "int8"]).tiers == ("int4", "int8")
+
+
+def test_half_life_and_alpha_exclude_each_other():
+    assert Settings(alpha=0.9).half_life is None
+    assert Settings(alpha=0.0).alpha == 0.0
+    assert Settings(half_life=100).half_life == 100
+    refused("not both, got half_life=512 and alpha=0.9", half_life=512, alpha=0.9)
+
+
+@pytest.mark.parametrize("dials", [{"tau_h": 0.5}, {"tau_c": 0.1}, {"tau_h": 0.5, "tau_c": 0.1}], ids=str)
+@pytest.mark.parametrize("policy", ["topn", "frozen"])
+def test_thresholds_need_the_threshold_policy(policy, dials):
+    refused(
+        f"got policy='{policy}', tau_h={dials.get('tau_h')} and tau_c={dials.get('tau_c')}", policy=policy, **dials
+    )
+
+
+@pytest.mark.parametrize("dials", [{}, {"tau_h": 0.5}, {"tau_c": 0.1}], ids=str)
+def test_the_threshold_policy_needs_both_thresholds(dials):
+    refused(f"needs both.*got tau_h={dials.get('tau_h')} and tau_c={dials.get('tau_c')}", policy="threshold", **dials)
+
+
+def test_an_expert_is_never_demoted_above_the_threshold_that_promotes_it():
+    assert Settings(policy="threshold", tau_h=0.5, tau_c=0.5).tau_c == 0.5
+    refused("tau_h must be a number of at least 0.5, got 0.2", policy="threshold", tau_h=0.2, tau_c=0.5)
+    refused("tau_c must be a number of at least 0, got -1", policy="threshold", tau_h=0.2, tau_c=-1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(None, None), (0.25, 0.25), (1.0, 1.0), (10**8, 10**8), ("500MB", 5 * 10**8)], ids=repr
+)
+def test_a_traffic_limit_is_a_share_of_the_link_or_bytes_a_second(limit, kept):
+    assert Settings(traffic_limit=limit).traffic_limit == kept
+
+
+def test_a_policy_may_be_a_callable():
+    policy = lambda score, upgraded, slots: upgraded
+    assert Settings(policy=policy).policy is policy
+
+
+def test_an_unknown_dial_is_named_beside_the_known_ones():
+    with pytest.raises(SettingsError, match="unknown dial budget, tier; the dials are hbm_budget, tiers,"):
+        Settings.from_dials({"tier": "int4", "budget": "20GiB", "margin": 0.2})
+
+
+def test_known_dials_become_settings():
+    assert Settings.from_dials({"margin": 0.2, "tick_every": 4}) == Settings(margin=0.2, tick_every=4)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().margin = 0.5
+
+
+def test_a_settings_error_is_caught_as_ours_and_as_a_value_error():
+    assert issubclass(SettingsError, DynaExqError)
+    assert issubclass(SettingsError, ValueError)
