@@ -17,7 +17,7 @@ LARGEST_WEIGHT = 256.0  # keeps one absurd routing weight from overflowing a sum
 class RoutingCounter:
     """Sums `[num_layers, num_experts + 2]`: mass of each expert, mass of foreign ids, tokens seen.
 
-    Ids of `num_experts` and above belong to other ranks (expert parallelism) and are counted apart.
+    Ids outside `[0, num_experts)` belong to other ranks (expert parallelism) and are counted apart.
     """
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
@@ -30,7 +30,8 @@ class RoutingCounter:
 
     def observe(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits."""
-        ids = top_k_index.reshape(-1).clamp(0, self.num_experts)
+        ids = top_k_index.reshape(-1)
+        ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
         mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_WEIGHT)
         fixed = mass.mul_(FIXED_POINT).round_().to(torch.int64)
         with self._lock:

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class RamStore:
             if pinned
             else allocate_bytes(nbytes, torch.device("cpu"))
         )
-        self._blocks: Tensor = memory.view(count, slot_nbytes)
+        self._blocks: Any = memory.view(count, slot_nbytes)
         self._pinned = pinned
 
     def write(self, first: int, blocks: Tensor) -> None:
@@ -60,10 +60,10 @@ class RamStore:
 
     @property
     def nbytes(self) -> int:
-        return self._blocks.numel()
+        return 0 if self._blocks is None else self._blocks.numel()
 
     def close(self) -> None:
-        self._blocks = self._blocks[:0].clone()
+        self._blocks = None  # and no call of torch: a forgotten store may be collected while a model is traced
 
 
 class DiskStore:
@@ -110,7 +110,10 @@ class DiskStore:
 def _reserve(nbytes: int, directory: Path | None) -> IO[bytes]:
     file = tempfile.TemporaryFile(dir=directory, prefix="dynaexq-")  # noqa: SIM115 - closed by the store
     try:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:  # macOS: the size is set, but a full disk shows only when the upgrades are written
+            file.truncate(nbytes)
     except OSError:
         file.close()
         raise
@@ -118,7 +121,9 @@ def _reserve(nbytes: int, directory: Path | None) -> IO[bytes]:
 
 
 class SourceStore:
-    """The source weights themselves, gathered into one run of bytes when asked for; takes no memory of its own.
+    """The source weights themselves, gathered into one run of bytes when asked for.
+
+    It keeps them alive, and that is all the memory it takes, unless one is not contiguous and has to be copied.
 
     Args:
         layers: for every layer, the parts of an upgrade: (offset in the slot, source `[num_experts, ...]`).

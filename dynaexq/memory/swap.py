@@ -5,6 +5,7 @@ A demotion is published at once, and its slot retires until the last reader has 
 stays owned until that copy is done. What fails leaves the published version as it was, and is counted.
 """
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from dynaexq.memory.host import HostStore
 from dynaexq.memory.slab import SlabPool, Slot
 from dynaexq.memory.table import ExpertTable
 from dynaexq.records import Transition
+
+logger = logging.getLogger(__name__)
 
 FAILURES_UNTIL_BROKEN = 3
 
@@ -72,7 +75,7 @@ class SwapPipeline:
                 continue
             del self._in_flight[key]
             if copy.error is not None:
-                self._give_up(key, slot)
+                self._give_up(key, slot, copy.error)
                 continue
             self._published[key] = slot
             self.table.publish(*key, slot.address, self.kind)
@@ -121,7 +124,8 @@ class SwapPipeline:
         self.counts.demotions += 1
         return True
 
-    def _give_up(self, key: Key, slot: Slot) -> None:
+    def _give_up(self, key: Key, slot: Slot, error: Exception) -> None:
+        logger.warning("upgrade of expert %d in layer %d not copied, it keeps its base: %s", key[1], key[0], error)
         self.pool.release(slot)
         self.upgraded[key] = False
         self.counts.failed += 1
