@@ -65,12 +65,14 @@ class MixedPrecisionExperts(nn.Module):
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the inputs through the weights as they are published now; experts themselves are constants."""
-        hidden_states = hidden_states.detach().requires_grad_()
-        top_k_weights = top_k_weights.detach().requires_grad_()
-        with torch.enable_grad(), self._ports.memory.fence.reading():
-            output = reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
-            inputs = (hidden_states, top_k_weights)
-            grad_hidden, grad_weights = torch.autograd.grad(output, inputs, grad, materialize_grads=True)
+
+        def output(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
+            return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
+
+        with self._ports.memory.fence.reading():
+            # Inside an operator autograd records nothing; `torch.func` brings its own.
+            pull_back = torch.func.vjp(output, hidden_states, top_k_weights)[1]
+            grad_hidden, grad_weights = pull_back(grad)
         return grad_hidden, grad_weights
 
     def _lookup(self) -> Callable[[int], Tensor | None]:

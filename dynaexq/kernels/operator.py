@@ -46,13 +46,28 @@ def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle:
     return torch.empty_like(hidden_states)
 
 
+@torch.library.custom_op("dynaexq::experts_backward", mutates_args=())
+def experts_backward(
+    grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `hidden_states` and of `top_k_weights`; as opaque as the operator they belong to."""
+    return _layers[handle].gradients(grad, hidden_states, top_k_index, top_k_weights)
+
+
+@experts_backward.register_fake
+def _(
+    grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(hidden_states), torch.empty_like(top_k_weights)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.handle, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
-    grad_hidden, grad_weights = _layers[ctx.handle].gradients(grad, *ctx.saved_tensors)
+    grad_hidden, grad_weights = experts_backward(grad, *ctx.saved_tensors, ctx.handle)
     return grad_hidden, None, grad_weights, None, None
 
 

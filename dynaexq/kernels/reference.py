@@ -17,7 +17,7 @@ def expert_mlp(
 
     Args:
         hidden_states: `[N, H]`.
-        top_k_index, top_k_weights: `[N, k]`; ids of `num_experts` and above are skipped.
+        top_k_index, top_k_weights: `[N, k]`; ids outside `[0, num_experts)` are skipped.
     """
     output = torch.zeros_like(hidden_states)
     for expert in top_k_index.unique().tolist():

@@ -16,7 +16,8 @@ def expert_mlp(
 ) -> Tensor:
     """The same sum as `reference.expert_mlp`; coded weights are rounded to the dtype of `hidden_states` first."""
     ids = top_k_index.T.reshape(-1)  # choice by choice, the row order of Transformers' eager loop
-    counts = torch.bincount(ids.clamp(0, layer.num_experts), minlength=layer.num_experts + 1).tolist()
+    ids = torch.where((ids >= 0) & (ids < layer.num_experts), ids, layer.num_experts)  # foreign ids sort last
+    counts = torch.bincount(ids, minlength=layer.num_experts + 1).tolist()
     routed = [expert for expert in range(layer.num_experts) if counts[expert]]
     order = torch.argsort(ids, stable=True)[: len(ids) - counts[-1]]
     token = order % len(hidden_states)
