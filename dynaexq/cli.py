@@ -10,7 +10,10 @@ app = typer.Typer(help="Mixture-of-experts models under a hard memory budget.", 
 
 @app.command()
 def demo(
-    model: Annotated[Path | None, typer.Option(help="A checkpoint directory instead of the embedded model.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint directory instead of the embedded model.", exists=True, file_okay=False),
+    ] = None,
     base: Annotated[str, typer.Option(help="Precision that every expert has.")] = "int2",
     upgrade: Annotated[str, typer.Option(help="Precision of the hot experts.")] = "int4",
     windows: Annotated[int, typer.Option(help="Windows of 128 tokens in each phase.", min=1)] = 24,

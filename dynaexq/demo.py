@@ -187,7 +187,7 @@ def _table(outcomes: list[Outcome], experts: int, tiers: tuple[str, str]) -> Tab
     base, upgrade = tiers
     slots = round(SHARE_UPGRADED * experts)
     table = Table(title=f"{experts} experts, {base} refined to {upgrade}; a fifth ({slots}) upgraded at a time")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for outcome in outcomes:
         table.add_column(outcome.name, justify="right")
 

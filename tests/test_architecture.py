@@ -1,4 +1,4 @@
-"""The house: which room may import which. Imports go downward only, and the rooms of floor 1 are blind to each other."""
+"""The house: which room may import which. Imports go downward only; the rooms of floor 1 are blind to each other."""
 
 import ast
 from collections.abc import Iterator

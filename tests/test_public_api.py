@@ -8,7 +8,8 @@ import dynaexq
 
 PUBLIC = {
     "BudgetError", "ClosedError", "DynaExqError", "DynaExqMoE", "PatchError", "QuantizationError", "Runtime",
-    "Settings", "SettingsError", "StoreError", "UnpatchError", "UnsupportedModelError", "__version__", "patch", "unpatch",
+    "Settings", "SettingsError", "StoreError", "UnpatchError", "UnsupportedModelError", "__version__", "patch",
+    "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",
