@@ -1,0 +1,117 @@
+"""One forward pass of a patched model: every door observes and ticks, it compiles whole, gradients flow through it."""
+
+import gc
+
+import pytest
+import torch
+from models import tiny_model, tokens
+from numerics import assert_close
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+from transformers import PreTrainedModel
+
+import dynaexq
+
+DOORS = {
+    "model(x)": lambda model: model(tokens()),
+    "model.forward(x)": lambda model: model.forward(tokens()),
+    "model.model(x)": lambda model: model.model(tokens()),
+}
+
+# Where gradients of several paths meet, they may be added up in another order.
+GRADIENT_TOLERANCE = 1e-6
+
+
+def patch(model: PreTrainedModel, *tiers: str) -> dynaexq.Runtime:
+    return dynaexq.patch(model, "1GiB", tiers=tiers, device="cpu", tick_every=1)
+
+
+def assert_observed(runtime: dynaexq.Runtime, steps: int) -> None:
+    """Every step has ticked once, and its tick has seen the tokens of the steps before."""
+    stats = runtime.stats()
+    assert (stats["steps"], stats["ticks"], stats["tokens"]) == (steps, steps, (steps - 1) * tokens().numel())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same_gradients(got: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    for name, gradient in got.items():
+        assert_close(name, reference[name], gradient, GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_every_door_into_a_model_observes_and_ticks_once_a_step(door):
+    model = tiny_model("qwen3_moe")
+    runtime = patch(model, "fp16")
+    for steps in (1, 2, 3):
+        door(model)
+        assert_observed(runtime, steps)
+
+
+def test_router_logits_are_recorded_as_before():
+    model = tiny_model("qwen3_moe")
+    before = model(tokens(), output_router_logits=True)
+    patch(model, "fp16")
+    after = model(tokens(), output_router_logits=True)
+    assert len(after.router_logits) == len(before.router_logits) == model.config.num_hidden_layers
+    assert all(torch.equal(*pair) for pair in zip(after.router_logits, before.router_logits, strict=True))
+    assert torch.equal(after.aux_loss, before.aux_loss)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_one_graph_that_answers_the_same_and_still_observes_and_ticks():
+    model = tiny_model("qwen3_moe")
+    runtime = patch(model, "int4", "int8")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for steps in (1, 2):
+        got = compiled(tokens(), output_router_logits=True)
+        assert_observed(runtime, steps)
+    expected = model(tokens(), output_router_logits=True)  # afterwards, so that it prepared nothing for the compiler
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.aux_loss, expected.aux_loss)
+
+
+def test_a_compiled_model_is_one_graph_backwards_too():
+    model = tiny_model("qwen3_moe")
+    patch(model, "int4", "int8")
+    before = gradients(model)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert_same_gradients(gradients(model), before)
+
+
+def test_a_forgotten_model_may_be_collected_while_another_one_is_traced():
+    model = tiny_model("qwen3_moe")
+    patch(model, "int4", "int8")
+    with FakeTensorMode():
+        del model
+        gc.collect()
+
+
+@pytest.mark.parametrize("observe", [False, True])
+def test_the_operator_keeps_the_contract_of_an_operator(observe):
+    model = tiny_model("qwen3_moe")
+    patch(model, "int2", "int4")
+    rows, weights = torch.randn(5, 64, requires_grad=True), torch.rand(5, 2, requires_grad=True)
+    index = torch.rand(5, 8).argsort(1)[:, :2]
+    handle = model.model.layers[0].mlp.experts._handle
+    opcheck(torch.ops.dynaexq.experts.default, (rows, index, weights, handle, observe))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])
+def test_in_training_dense_weights_get_the_gradients_they_got_and_nothing_is_counted(family, checkpointing):
+    model = tiny_model(family).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    before = gradients(model)
+    runtime = patch(model, "fp16")
+    after = gradients(model)
+    assert after.keys() == before.keys() & dict(model.named_parameters()).keys()
+    assert_same_gradients(after, before)
+    runtime.tick()
+    assert (runtime.stats()["steps"], runtime.stats()["tokens"]) == (0, 0)
