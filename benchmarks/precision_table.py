@@ -1,4 +1,6 @@
-"""The two tables behind `tiers="auto"`: what one precision costs, and what upgrading a share of the experts recovers.
+"""What one precision costs, what upgrading a share of the experts recovers, and what the dials of control change.
+
+The first two tables are what `tiers="auto"` decides by; the third is why the defaults are what they are.
 
     python benchmarks/precision_table.py [--model DIR] [--json FILE]
 
@@ -25,6 +27,16 @@ from dynaexq.evaluate import stream_kl, stream_logits
 
 UNIFORM = (("int2",), ("int2", "int4"), ("int4",), ("int4", "int8"), ("int8",), ("fp16",))
 SHARES = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
+DIALS = (
+    {},
+    {"allocation": "per_layer"},
+    {"half_life": 256},
+    {"half_life": 1024},
+    {"half_life": 2048},
+    {"alpha": 0.9},
+    {"margin": 0.0},
+    {"policy": "frozen"},
+)
 
 
 class Stream:
@@ -67,6 +79,15 @@ def recovery_rows(stream: Stream) -> list[dict]:
     return [{**row, "recovered": (low - row["mean"]) / (low - high)} for row in rows]
 
 
+def dial_rows(stream: Stream) -> list[dict]:
+    """int4 over a fifth of int2, one dial changed at a time."""
+    rows = []
+    for dials in tqdm(DIALS, unit="dial"):
+        name = ", ".join(f"{dial}={value}" for dial, value in dials.items()) or "defaults"
+        rows.append({"dial": name, **stream.kl(0.2, tiers=("int2", "int4"), tick_every=1, **dials)})
+    return rows
+
+
 def show(console: Console, title: str, rows: list[dict]) -> None:
     table = Table(title=title)
     for column in rows[0]:
@@ -83,18 +104,20 @@ def main(
     windows: Annotated[int, typer.Option(help="Windows of 128 tokens a domain.")] = 24,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Measure both tables."""
+    """Measure the three tables."""
     torch.set_num_threads(1)
     stream = Stream(model or embedded_model(), windows)
-    uniform, recovery = uniform_rows(stream), recovery_rows(stream)
+    uniform, recovery, dials = uniform_rows(stream), recovery_rows(stream), dial_rows(stream)
     show(Console(), "all experts at one precision (base < upgrade it can take)", uniform)
     show(Console(), "int4 over int2, following the traffic", recovery)
+    show(Console(), "a fifth upgraded, one dial changed at a time", dials)
     if json_path:
         results = {
             "torch": torch.__version__,
             "tokens_a_domain": windows * 128,
             "uniform": uniform,
             "recovery": recovery,
+            "dials": dials,
         }
         json_path.write_text(json.dumps(results, indent=2) + "\n")
 
