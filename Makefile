@@ -4,15 +4,20 @@ VENV ?= .venv
 PYTHON ?= python3
 # The release that the tests were last run with. pyproject.toml takes any from 2.9 on.
 TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types bench
+.PHONY: demo test test-oldest check format lint types bench
 
 demo: $(VENV)/installed
 	$(BIN)/dynaexq demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q
+
+# The same suite on the oldest Transformers that is supported.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0
 
 check: $(VENV)/installed format lint types test
 
@@ -33,5 +38,5 @@ bench: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
 	touch $@
