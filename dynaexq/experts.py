@@ -1,5 +1,6 @@
 """The experts of one patched layer: observe, look up, multiply. They hold no policy and never see the runtime."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from dynaexq.errors import PatchError
 from dynaexq.kernels import ExpertLayer, expert_mlp, experts_operator, reference, register_layer
 from dynaexq.memory import DeviceMemory, split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,6 +88,11 @@ class MixedPrecisionExperts(nn.Module):
             return memory.pool.at(address) if kind else None
 
         return upgrade_of
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self._ports.index == 0:
+            logger.warning("a patched model's state_dict is without its experts: they are packed, outside the modules")
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.refuse_move(fn)

@@ -4,6 +4,7 @@ One decision spans several ticks and none of them waits: *publish* what has arri
 *decide*, *submit*. Layers never see the runtime; it hands each its ports when the model is patched.
 """
 
+import logging
 import threading
 import weakref
 from dataclasses import replace
@@ -25,6 +26,8 @@ from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
 from dynaexq.traffic import TrafficLimit
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -213,7 +216,13 @@ class Runtime:
     def _on_forward(self) -> None:
         self._steps += 1
         if self._steps - self._steps_at_tick >= self.settings.tick_every:
-            self._try_tick()
+            try:
+                self._try_tick()
+            except Exception:
+                if not callable(self.settings.policy):
+                    raise
+                logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
+                self._frozen = True
 
     @torch.inference_mode(False)  # likewise
     def _try_tick(self) -> bool:
@@ -249,6 +258,8 @@ class Runtime:
             pool.num_available,
             self._limit.promotions(),
         )
+        if pipeline.failing:
+            moves = [move for move in moves if move.promote]
         self._limit.spend(sum(pipeline.submit(move) and move.promote for move in moves))
         pipeline.settle()
 

@@ -109,6 +109,13 @@ def test_a_patched_model_cannot_be_saved_in_part(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_state_dict_says_that_the_experts_are_not_in_it(caplog: pytest.LogCaptureFixture) -> None:
+    parent = tiny.tiny_qwen3_moe()
+    dynaexq.patch(parent.model, "1GiB")  # nothing was attached to the parent, whose save_pretrained goes ahead
+    parent.state_dict()
+    assert sum("without its experts" in record.message for record in caplog.records) == 1
+
+
 def test_the_state_dict_holds_the_dense_weights_and_loads_again() -> None:
     model = patched()
     state, answer = {name: t.clone() for name, t in model.state_dict().items()}, tiny.logits(model)

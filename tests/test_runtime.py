@@ -413,6 +413,27 @@ def test_a_store_that_recovers_is_used_again(original: nn.Module, monkeypatch: p
     assert_answers_as_published(model, original)
 
 
+def test_no_upgrade_is_taken_away_while_copies_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched()
+    tiny.steer(model, MORNING)
+    run(model)
+    assert upgraded(model) == [[0, 1], [2, 3]]
+    monkeypatch.setattr(RamStore, "read_into", failing_read)
+    tiny.steer(model, [EVENING[0], MORNING[1]])
+    run(model, 2)
+    tiny.steer(model, EVENING)
+    run(model, 8)
+    assert upgraded(model) == [[], [2, 3]], "the first failure cost the first layer its upgrades, and was a warning"
+
+
+def test_a_policy_that_fails_during_generation_freezes_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    model = patched(policy=BAD_POLICIES["too many"], tick_every=1)
+    before = upgraded(model)
+    assert tiny.generated(model)
+    assert upgraded(model) == before
+    assert sum("policy failed" in record.message for record in caplog.records) == 1
+
+
 def test_traffic_stays_below_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = types.SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
     monkeypatch.setattr("dynaexq.traffic.time", clock)

@@ -257,7 +257,8 @@ def _plan(
     chosen = _ladders(settings)
     budget = settings.hbm_budget
     if isinstance(budget, str):
-        host_bytes = max(codecs[tiers].upgrade_layout.nbytes for tiers in chosen) * num_layers * num_experts
+        in_memory = settings.host_copy != "disk"
+        host_bytes = in_memory * max(codecs[t].upgrade_layout.nbytes for t in chosen) * num_layers * num_experts
         budget = auto_budget(model, settings, device, host_bytes)
     return plan_memory(
         [(codecs[tiers].base, codecs[tiers].upgrade) for tiers in chosen],

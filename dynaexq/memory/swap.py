@@ -53,6 +53,8 @@ class SwapPipeline:
         """Experts published or in flight: what the next decision must take as given."""
         self.broken = np.zeros(shape, dtype=bool)
         """Experts whose bytes could not be fetched three times over; not worth another try."""
+        self.failing = False
+        """Whether the last copy to end has failed: a bad time to take an upgrade away for another."""
         self._published: dict[Key, Slot] = {}
         self._in_flight: dict[Key, tuple[Slot, Copy]] = {}
         self._failures: Counter[Key] = Counter()
@@ -77,6 +79,7 @@ class SwapPipeline:
             if copy.error is not None:
                 self._give_up(key, slot, copy.error)
                 continue
+            self.failing = False
             self._published[key] = slot
             self.table.publish(*key, slot.address, self.kind)
             self.counts.promotions += 1
@@ -128,6 +131,7 @@ class SwapPipeline:
         logger.warning("upgrade of expert %d in layer %d not copied, it keeps its base: %s", key[1], key[0], error)
         self.pool.release(slot)
         self.upgraded[key] = False
+        self.failing = True
         self.counts.failed += 1
         self._failures[key] += 1
         self.broken[key] = self._failures[key] >= FAILURES_UNTIL_BROKEN
