@@ -68,8 +68,9 @@ class PrecisionController:
         max_promotions: int,
     ) -> list[Transition]:
         """The moves of one tick, given who is `upgraded`, or on the way there, and whose bytes are `broken`."""
-        score = np.where(broken & ~upgraded, -1.0, self.score(hotness))
-        wanted = self._wanted(score, upgraded, num_slots, hotness) & ~(broken & ~upgraded)
+        lost = broken & ~upgraded
+        score = np.where(lost, -1.0, self.score(hotness))
+        wanted = self._wanted(score, upgraded, num_slots, hotness) & ~lost
         free = self._free_slots(upgraded, num_slots, free_slots)
         return transitions(score, upgraded, wanted, free, max_promotions)
 

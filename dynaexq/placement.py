@@ -1,5 +1,6 @@
 """From source weights to packed blocks in their places, a few experts at a time. It decides and frees nothing."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,11 @@ class ExpertSource(Protocol):
 
     def read(self, layer: int, first: int, last: int) -> ExpertWeights:
         """Weights of experts `first` to `last` (exclusive), as the source stores them."""
+
+
+def weight_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all `tensors` together; those that share their memory, as tied weights do, count once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def check_source(source: ExpertSource) -> None:
@@ -62,18 +68,13 @@ def place(source: ExpertSource, codec: ExpertCodec, base: Tensor, store: HostSto
         for layer in range(num_layers):
             for first in range(0, num_experts, at_once):
                 last = min(first + at_once, num_experts)
-                encoded = codec.encode(_on(base.device, source.read(layer, first, last)))
+                encoded = codec.encode(source.read(layer, first, last).map(lambda part: part.to(base.device)))
                 base[layer, first:last].copy_(encoded.base)
                 errors[layer, first:last] = encoded.errors
                 if encoded.upgrade is not None and not isinstance(store, SourceStore):
                     store.write(layer * num_experts + first, encoded.upgrade)
                 progress.update(last - first)
     return errors
-
-
-def _on(device: torch.device, weights: ExpertWeights) -> ExpertWeights:
-    parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-    return ExpertWeights(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
 def _parts(codec: ExpertCodec, source: ExpertSource, layer: int) -> list[tuple[int, Tensor]]:

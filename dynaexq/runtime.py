@@ -21,7 +21,7 @@ from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.memory import DeviceMemory, SourceStore, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
-from dynaexq.placement import ExpertSource, open_store, place
+from dynaexq.placement import ExpertSource, open_store, place, weight_bytes
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
@@ -284,12 +284,12 @@ class Runtime:
             pool.grow(slots - pool.num_slots)
 
     def _dense_bytes(self) -> int:
-        """Bytes of all weights and buffers of the model on the runtime's device; tied ones count once."""
+        """Bytes of all weights and buffers of the model on the runtime's device."""
         model = self._model()
         if model is None:
             return 0
         tensors = [*model.parameters(), *model.buffers()]
-        return sum({t.data_ptr(): t.nbytes for t in tensors if t.device == self.device}.values())
+        return weight_bytes(t for t in tensors if t.device == self.device)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -43,15 +43,6 @@ each_code = pytest.mark.parametrize("tiers", [tiers for tiers in LADDERS if "fp1
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """For tensors this small a second thread computes less than it waits, on a busy machine a hundred times so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def random_weights(shape: ExpertShape, n: int = 2, dtype: torch.dtype = torch.float32) -> ExpertWeights:
     """As a model stores them: turned round where the shape says so."""
     up = torch.randn(n, shape.up_rows, shape.hidden_size, dtype=dtype)

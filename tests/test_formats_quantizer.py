@@ -36,15 +36,6 @@ each_fit = pytest.mark.parametrize(("bits", "method"), FITS)
 every_kind = pytest.mark.parametrize("kind", GROUPS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """For tensors this small a second thread computes less than it waits, on a busy machine a hundred times so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def groups(kind: str, rows: int = 128) -> Tensor:
     """`[rows, G]`: one group a row."""
     return GROUPS[kind](torch.randn(rows, G))

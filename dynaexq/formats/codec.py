@@ -4,7 +4,7 @@ Every expert has a *base* block. A hot expert has an *upgrade* besides: the miss
 where the upgrade is 16-bit, a complete block that stands in its place (*replace*).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -44,6 +44,11 @@ class ExpertWeights:
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ExpertWeights":
+        """The same weights with `change` applied to every part that there is."""
+        parts = (self.up_bias, self.down_bias)
+        return ExpertWeights(change(self.up), change(self.down), *(None if p is None else change(p) for p in parts))
 
 
 class Encoded(NamedTuple):

@@ -92,6 +92,11 @@ def _stored(step: Tensor, offset: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (offset - scale * _centre(bits)).half().float()
 
 
+def _affine(scale: Tensor, minimum: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What is stored as the (step, offset) of depth `bits`; undoes `_stored`."""
+    return scale * 2.0 ** (4 - bits), minimum + scale * _centre(bits)
+
+
 def _round(groups: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
     step = torch.where(scale > 0, scale / 16, 1.0)
     return ((groups - minimum) / step).round_().clamp_(0, 255).to(torch.uint8)
@@ -103,7 +108,7 @@ def _levels(groups: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor
 
 def _error(groups: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
     """Squared error of each group read at depth `bits`."""
-    step, offset = scale * 2.0 ** (4 - bits), minimum + scale * _centre(bits)
+    step, offset = _affine(scale, minimum, bits)
     return (offset + step * _levels(groups, scale, minimum, bits) - groups).square().sum(-1, keepdim=True)
 
 
@@ -127,7 +132,7 @@ def _least_squares_fit(groups: Tensor, levels: Tensor, bits: int) -> tuple[Tenso
 
 def _unshrunk(groups: Tensor, values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     levels = (values >> (8 - bits)).float()
-    step, offset = scale * 2.0 ** (4 - bits), minimum + scale * _centre(bits)
+    step, offset = _affine(scale, minimum, bits)
     reading = offset + step * levels
     centre = reading.mean(-1, keepdim=True)
     weights = groups - groups.mean(-1, keepdim=True)

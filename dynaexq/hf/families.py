@@ -63,9 +63,7 @@ class LiveSource:
         return self._names[layer]
 
     def read(self, layer: int, first: int, last: int) -> ExpertWeights:
-        weights = self._weights[layer]
-        parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-        return ExpertWeights(*(None if p is None else p.detach()[first:last] for p in parts))  # type: ignore[arg-type]
+        return self._weights[layer].map(lambda part: part.detach()[first:last])
 
 
 def find_sparse_layers(model: nn.Module) -> list[SparseLayer]:
@@ -78,7 +76,7 @@ def find_sparse_layers(model: nn.Module) -> list[SparseLayer]:
     _check_model(model)
     layers = []
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] and _is_experts(module):
+        if name and _is_experts(module):
             parent = model.get_submodule(name.rpartition(".")[0])
             layers.append(
                 SparseLayer(name, module, None if isinstance(parent, GradientCheckpointingLayer) else parent)

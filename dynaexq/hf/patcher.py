@@ -22,7 +22,7 @@ from dynaexq.hf.quantizer import AttachedQuantizer
 from dynaexq.kernels import ExpertLayer
 from dynaexq.memory import DeviceMemory
 from dynaexq.moe import DynaExqMoE
-from dynaexq.placement import check_source
+from dynaexq.placement import check_source, weight_bytes
 from dynaexq.policy import LADDERS, plan_memory
 from dynaexq.records import MemoryPlan
 from dynaexq.runtime import Runtime
@@ -272,7 +272,7 @@ def _plan(
 
 
 def _dense_bytes(model: nn.Module, layers: list[SparseLayer]) -> int:
-    """Bytes of all weights and buffers but the experts' own; tied ones count once."""
+    """Bytes of all weights and buffers but the experts' own."""
     experts = {id(p) for layer in layers for p in layer.experts._parameters.values()}
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return sum({t.data_ptr(): t.nbytes for t in tensors if id(t) not in experts}.values())
+    return weight_bytes(t for t in tensors if id(t) not in experts)

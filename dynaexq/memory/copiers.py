@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -167,6 +167,6 @@ class CudaCopier:
         self._jobs.task_done()
 
 
-def copier_for(device: torch.device, slot_nbytes: int) -> Any:
+def copier_for(device: torch.device, slot_nbytes: int) -> Copier:
     """The copier that suits `device`."""
     return CudaCopier(device, slot_nbytes) if device.type == "cuda" else EagerCopier()

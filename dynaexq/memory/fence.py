@@ -30,19 +30,19 @@ class ReaderFence:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._clock = 0
-        self._begun: dict[int, int] = {}
+        self._begun: set[int] = set()
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         with self._changed:
             self._clock += 1
             reader = self._clock
-            self._begun[reader] = reader
+            self._begun.add(reader)
         try:
             yield
         finally:
             with self._changed:
-                del self._begun[reader]
+                self._begun.remove(reader)
                 self._changed.notify_all()
 
     def mark(self) -> int:

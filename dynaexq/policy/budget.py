@@ -6,6 +6,7 @@ of upgraded experts recovers.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def _filled(
     if upgrade is None:
         return plan
     slots = min(num_layers * num_experts, (budget - plan.total) // upgrade.nbytes)
-    return MemoryPlan(budget, dense, workspace, num_layers, num_experts, base, upgrade, slots)
+    return replace(plan, num_slots=slots)
 
 
 def _loss_of(plan: MemoryPlan) -> float:
