@@ -5,13 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynaexq.errors import PatchError
-from dynaexq.kernels import ExpertLayer, expert_mlp, experts_operator, reference, register_layer
-from dynaexq.memory import DeviceMemory, split
+from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp, experts_operator, reference, register_layer
+from dynaexq.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ class MixedPrecisionExperts(nn.Module):
                 ports.before_forward()
             ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
         with ports.memory.fence.reading():
-            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
+            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -70,7 +69,7 @@ class MixedPrecisionExperts(nn.Module):
         """Gradients of the inputs through the weights as they are published now; experts themselves are constants."""
 
         def output(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
-            return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._lookup())
+            return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
 
         with self._ports.memory.fence.reading():
             # Inside an operator autograd records nothing; `torch.func` brings its own.
@@ -78,16 +77,9 @@ class MixedPrecisionExperts(nn.Module):
             grad_hidden, grad_weights = pull_back(grad)
         return grad_hidden, grad_weights
 
-    def _lookup(self) -> Callable[[int], Tensor | None]:
-        """The published upgrades of this moment; both matrices of an expert are read through the same one."""
+    def _upgrades(self) -> Upgrades:
         memory = self._ports.memory
-        entries: np.ndarray = memory.table.snapshot(self._ports.index)
-
-        def upgrade_of(expert: int) -> Tensor | None:
-            address, kind = split(int(entries[expert]))
-            return memory.pool.at(address) if kind else None
-
-        return upgrade_of
+        return Upgrades(memory.table.row(self._ports.index), memory.pool.at)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self._ports.index == 0:

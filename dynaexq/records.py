@@ -5,6 +5,14 @@ from dataclasses import dataclass
 BITS = {"int2": 2, "int4": 4, "int8": 8, "fp16": 16}
 """Code bits of a weight at each precision. `fp16` stands for the model's own floating dtype, stored as it is."""
 
+KIND_MASK = 0xFF
+"""The low bits of a table entry `address | kind`; addresses are multiples of 256."""
+
+
+def split_entry(entry: int) -> tuple[int, int]:
+    """(address, kind) of an entry of the expert table; kind 0 means that there is no upgrade."""
+    return entry & ~KIND_MASK, entry & KIND_MASK
+
 
 @dataclass(frozen=True)
 class ExpertShape:

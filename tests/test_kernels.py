@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaexq.formats import ExpertCodec, ExpertWeights
-from dynaexq.kernels import ExpertLayer, reference, torch_cpu
+from dynaexq.kernels import ExpertLayer, Upgrades, reference, torch_cpu
+from dynaexq.memory import allocate_bytes
 from dynaexq.policy import LADDERS
 from dynaexq.records import ExpertShape
 
@@ -47,10 +48,10 @@ class Case:
     top_k_index: Tensor
     top_k_weights: Tensor
     layer: ExpertLayer
-    upgrade_of: Callable[[int], Tensor | None]
+    upgrades: Upgrades
 
     def run(self, kernel: Callable[..., Tensor]) -> Tensor:
-        return kernel(self.hidden_states, self.top_k_index, self.top_k_weights, self.layer, self.upgrade_of)
+        return kernel(self.hidden_states, self.top_k_index, self.top_k_weights, self.layer, self.upgrades)
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
@@ -81,15 +82,25 @@ def case(
     biases = (torch.randn(EXPERTS, shape.up_rows), torch.randn(EXPERTS, shape.hidden_size)) if shape.has_bias else ()
     codec = ExpertCodec(shape, dtype, tiers)
     encoded = codec.encode(ExpertWeights(*(part.to(dtype) for part in (up, down, *biases))))
-    upgrades = {} if encoded.upgrade is None else {expert: encoded.upgrade[expert] for expert in UPGRADED}
     activation = silu_gate if shape.up_rows == 2 * shape.intermediate_size else squared_relu
     return Case(
         torch.randn(len(index), shape.hidden_size).to(dtype),
         index,
         torch.rand(index.shape).to(dtype),
         ExpertLayer(codec, encoded.base, activation, post_norm),
-        upgrades.get,
+        published(codec, encoded.upgrade),
     )
+
+
+def published(codec: ExpertCodec, blocks: Tensor | None) -> Upgrades:
+    """The experts in UPGRADED as a table row would publish them, from `blocks` moved to an aligned place."""
+    entries = torch.zeros(EXPERTS, dtype=torch.int64)
+    if codec.upgrade is None or blocks is None:
+        return Upgrades(entries, {}.__getitem__)
+    slab = allocate_bytes(blocks.numel(), torch.device("cpu")).view_as(blocks).copy_(blocks)
+    rows = {slab[expert].data_ptr(): slab[expert] for expert in UPGRADED}
+    entries[list(UPGRADED)] = torch.tensor([address | codec.upgrade.bits for address in rows])
+    return Upgrades(entries, rows.__getitem__)
 
 
 def naive(case: Case) -> Tensor:
@@ -99,7 +110,7 @@ def naive(case: Case) -> Tensor:
         expert = int(case.top_k_index[token, choice])
         if not 0 <= expert < EXPERTS:
             continue
-        upgrade = case.upgrade_of(expert)
+        upgrade = case.upgrades.of(expert)
         weights = case.layer.codec.decode(
             case.layer.base[[expert]], None if upgrade is None else upgrade[None], torch.float32
         )

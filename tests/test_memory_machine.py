@@ -23,9 +23,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dynaexq.memory import ExpertTable, ManualCopier, ManualFence, RamStore, SlabPool, SwapPipeline, split
+from dynaexq.memory import ExpertTable, ManualCopier, ManualFence, RamStore, SlabPool, SwapPipeline
 from dynaexq.memory.swap import FAILURES_UNTIL_BROKEN, MoveCounts
-from dynaexq.records import Transition
+from dynaexq.records import Transition, split_entry
 
 LAYERS, EXPERTS, SLOT_NBYTES, KIND = 2, 8, 256, 8
 CPU = torch.device("cpu")
@@ -178,7 +178,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @step(layer=st.integers(0, LAYERS - 1))
     def begin_reader(self, layer: int) -> None:
         reader = self.fence.begin()
-        entries = [split(int(entry)) for entry in self.table.snapshot(layer)]
+        entries = [split_entry(int(entry)) for entry in self.table.row(layer)]
         self.model.readers[reader] = {(layer, e): address for e, (address, kind) in enumerate(entries) if kind}
 
     @precondition(lambda self: self.model.readers)
@@ -226,7 +226,7 @@ class MemoryMachine(RuleBasedStateMachine):
             assert torch.equal(self.pool.at(address), BYTES[key])
             expected[key] = address | KIND
         np.testing.assert_array_equal(self.table.entries.numpy(), expected)
-        np.testing.assert_array_equal([self.table.snapshot(layer) for layer in range(LAYERS)], expected)
+        np.testing.assert_array_equal([self.table.row(layer).numpy() for layer in range(LAYERS)], expected)
 
     @invariant()
     def readers_find_what_they_were_promised(self) -> None:

@@ -32,11 +32,10 @@ from dynaexq.memory import (
     SwapPipeline,
     allocate_bytes,
     slab,
-    split,
 )
 from dynaexq.memory.counter import FIXED_POINT, LARGEST_WEIGHT
 from dynaexq.memory.fence import Fence
-from dynaexq.records import Transition
+from dynaexq.records import Transition, split_entry
 
 CPU = torch.device("cpu")
 COUNT, NBYTES = 6, 512
@@ -159,7 +158,7 @@ def test_three_failed_fetches_mark_an_expert_broken_and_lose_no_slot() -> None:
         assert pipeline.pool.num_available == 1
     assert np.argwhere(pipeline.broken).tolist() == [[0, 4]]
     assert promote(pipeline, expert=0)
-    address, kind = split(int(pipeline.table.entries[0, 0]))
+    address, kind = split_entry(int(pipeline.table.entries[0, 0]))
     assert kind == 8
     assert torch.equal(pipeline.pool.at(address), blocks[0])
     pipeline.close()
@@ -265,10 +264,10 @@ def test_threads_that_read_while_experts_move_find_only_whole_upgrades() -> None
     def read(thread: int) -> None:
         while not finished.is_set():
             with fence.reading():
-                row = pipeline.table.snapshot(0)
+                row = pipeline.table.row(0)
                 time.sleep(0)  # a turn for the thread that moves experts
                 for expert, entry in enumerate(row):
-                    address, kind = split(int(entry))
+                    address, kind = split_entry(int(entry))
                     if kind:
                         assert torch.equal(pipeline.pool.at(address), blocks[expert])
                         found[thread] += 1
@@ -356,16 +355,16 @@ def test_what_is_published_can_be_split_again_and_the_mirror_equals_the_device()
     address = 0x7FFF_FFFF_FF00  # the highest a user process gets
     table.publish(0, 1, address, 8)
     table.publish(1, 3, 0x1200, 255)
-    assert split(int(table.entries[0, 1])) == (address, 8)
-    assert split(int(table.entries[1, 3])) == (0x1200, 255)
+    assert split_entry(int(table.entries[0, 1])) == (address, 8)
+    assert split_entry(int(table.entries[1, 3])) == (0x1200, 255)
     assert table.kinds().tolist() == [[0, 8, 0, 0], [0, 0, 0, 255]]
-    row = table.snapshot(0)
+    row = table.row(0)
     table.unpublish(0, 1)
-    assert split(int(row[1])) == (address, 8)  # a snapshot stays as it was
+    assert split_entry(int(row[1])) == (address, 8)  # a snapshot stays as it was
     assert table.kinds().tolist() == [[0, 0, 0, 0], [0, 0, 0, 255]]
     assert table.nbytes == 2 * 4 * 8
     for layer in range(2):
-        np.testing.assert_array_equal(table.snapshot(layer), table.entries[layer].numpy())
+        np.testing.assert_array_equal(table.kinds()[layer], table.row(layer).numpy() & 0xFF)
 
 
 @pytest.mark.parametrize(("address", "kind"), [(0x1280, 8), (0x1200, 0), (0x1200, 256)])

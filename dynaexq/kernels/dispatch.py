@@ -5,14 +5,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dynaexq.kernels import reference, torch_cpu
-from dynaexq.kernels.layer import ExpertLayer, UpgradeOf
+from dynaexq.kernels.layer import ExpertLayer, Upgrades
 
 _KERNELS: dict[str, Callable[..., Tensor]] = {"cpu": torch_cpu.expert_mlp}
 
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrade_of: UpgradeOf
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
 ) -> Tensor:
     """Weighted sum of each token's experts, `[N, H]`; see `reference.expert_mlp` for the arguments."""
     kernel = _KERNELS.get(hidden_states.device.type, reference.expert_mlp)
-    return kernel(hidden_states, top_k_index, top_k_weights, layer, upgrade_of)
+    return kernel(hidden_states, top_k_index, top_k_weights, layer, upgrades)

@@ -7,9 +7,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaexq.formats import ExpertCodec, ExpertWeights
+from dynaexq.records import split_entry
 
-UpgradeOf = Callable[[int], Tensor | None]
-"""Expert index -> bytes of its published upgrade, or None; fixed for the length of one call."""
+
+@dataclass(frozen=True)
+class Upgrades:
+    """The published upgrades of one layer at one moment, so that both matrices of an expert are read through the same.
+
+    Attributes:
+        entries: int64 `[num_experts]` on the layer's device, `address | kind`; kind 0 where there is only the base.
+        bytes_at: address -> uint8 `[upgrade.nbytes]`, for kernels that cannot follow an address themselves.
+    """
+
+    entries: Tensor
+    bytes_at: Callable[[int], Tensor]
+
+    def of(self, expert: int) -> Tensor | None:
+        """Bytes of the upgrade of `expert`, or None. Waits for the device."""
+        address, kind = split_entry(int(self.entries[expert]))
+        return self.bytes_at(address) if kind else None
 
 
 @dataclass(frozen=True)

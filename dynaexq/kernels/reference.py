@@ -7,11 +7,11 @@ bits. Coded experts are multiplied in float32 and rounded once, when their outpu
 import torch
 from torch import Tensor
 
-from dynaexq.kernels.layer import ExpertLayer, UpgradeOf
+from dynaexq.kernels.layer import ExpertLayer, Upgrades
 
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrade_of: UpgradeOf
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
 ) -> Tensor:
     """Weighted sum of each token's experts, `[N, H]`.
 
@@ -25,7 +25,7 @@ def expert_mlp(
             continue
         position, token = torch.where((top_k_index == expert).T)
         rows = hidden_states[token]
-        upgrade = upgrade_of(expert)
+        upgrade = upgrades.of(expert)
         weights = layer.codec.decode(
             layer.base[expert : expert + 1], None if upgrade is None else upgrade[None], torch.float32
         )

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from dynaexq.formats import ExpertWeights
-from dynaexq.kernels.layer import ExpertLayer, UpgradeOf
+from dynaexq.kernels.layer import ExpertLayer, Upgrades
 
 DECODED_WEIGHTS = 2**22  # weights decoded at a time: 8 MiB in bfloat16, so that they stay in cache until they are used
 
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrade_of: UpgradeOf
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
 ) -> Tensor:
     """The same sum as `reference.expert_mlp`; coded weights are rounded to the dtype of `hidden_states` first."""
     ids = top_k_index.T.reshape(-1)  # choice by choice, the row order of Transformers' eager loop
@@ -25,7 +25,7 @@ def expert_mlp(
     rows = dict(zip(routed, hidden_states[token].split(sizes), strict=True))
 
     results: dict[int, Tensor] = {}
-    for experts, weights in _decoded(routed, layer, upgrade_of, hidden_states.dtype):
+    for experts, weights in _decoded(routed, layer, upgrades, hidden_states.dtype):
         for index, expert in enumerate(experts):
             results[expert] = layer.run_expert(rows[expert], weights, index)
     output = torch.zeros_like(hidden_states)
@@ -39,19 +39,19 @@ def expert_mlp(
 
 
 def _decoded(
-    routed: list[int], layer: ExpertLayer, upgrade_of: UpgradeOf, dtype: torch.dtype
+    routed: list[int], layer: ExpertLayer, upgrades: Upgrades, dtype: torch.dtype
 ) -> Iterator[tuple[list[int], ExpertWeights]]:
     """Routed experts and their weights, in groups that are decoded together."""
     at_once = max(1, DECODED_WEIGHTS // layer.codec.shape.num_weights)
-    upgrades = {expert: upgrade_of(expert) for expert in routed}
-    base_only = [expert for expert in routed if upgrades[expert] is None]
-    upgraded = [expert for expert in routed if upgrades[expert] is not None]
+    planes = {expert: upgrades.of(expert) for expert in routed}
+    base_only = [expert for expert in routed if planes[expert] is None]
+    upgraded = [expert for expert in routed if planes[expert] is not None]
     for experts in _chunks(base_only, at_once):
         yield experts, layer.codec.decode(layer.base[experts], None, dtype)
     # A 16-bit block is read where it lies: stacking several would copy them.
     for experts in _chunks(upgraded, 1 if layer.codec.replaces else at_once):
-        planes = [upgrades[expert] for expert in experts]
-        stacked = planes[0][None] if len(planes) == 1 else torch.stack(planes)  # type: ignore[index, arg-type]
+        blocks = [planes[expert] for expert in experts]
+        stacked = blocks[0][None] if len(blocks) == 1 else torch.stack(blocks)  # type: ignore[index, arg-type]
         yield experts, layer.codec.decode(layer.base[experts], stacked, dtype)
 
 

@@ -7,7 +7,7 @@ from dynaexq.memory.fence import Fence, ManualFence, ReaderFence, StreamFence
 from dynaexq.memory.host import DiskStore, HostStore, RamStore, SourceStore
 from dynaexq.memory.slab import SlabPool, allocate_bytes
 from dynaexq.memory.swap import SwapPipeline
-from dynaexq.memory.table import ExpertTable, split
+from dynaexq.memory.table import ExpertTable
 
 __all__ = [
     "CudaCopier",
@@ -28,5 +28,4 @@ __all__ = [
     "SwapPipeline",
     "allocate_bytes",
     "copier_for",
-    "split",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KIND_MASK = 0xFF
+from dynaexq.records import KIND_MASK
 
 
 class ExpertTable:
@@ -36,9 +36,9 @@ class ExpertTable:
         """Kinds `[num_layers, num_experts]` as published, 0 for base only."""
         return self._mirror & KIND_MASK
 
-    def snapshot(self, layer: int) -> np.ndarray:
-        """A copy of one row of entries, for readers on the host."""
-        return self._mirror[layer].copy()
+    def row(self, layer: int) -> Tensor:
+        """A copy of one row of entries, int64 `[num_experts]` on the device, that later moves do not change."""
+        return self.entries[layer].clone()
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +47,3 @@ class ExpertTable:
     def _write(self, layer: int, expert: int, entry: int) -> None:
         self._mirror[layer, expert] = entry
         self.entries[layer, expert].fill_(entry)  # as a kernel argument: no host buffer has to outlive the launch
-
-
-def split(entry: int) -> tuple[int, int]:
-    """(address, kind) of an entry."""
-    return entry & ~KIND_MASK, entry & KIND_MASK

@@ -223,8 +223,8 @@ def test_a_move_is_copied_published_and_retired_without_the_host_waiting(
     for expert in range(COUNT):
         assert pipeline.submit(Transition(0, expert, promote=True))
     pipeline.drain()
-    assert table.entries.tolist() == [table.snapshot(0).tolist()]
-    for expert, entry in enumerate(table.snapshot(0).tolist()):
+    assert table.entries.tolist() == [table.row(0).tolist()]
+    for expert, entry in enumerate(table.row(0).tolist()):
         assert torch.equal(pool.at(entry & ~0xFF).cpu(), blocks[expert])
     torch.cuda._sleep(CYCLES)  # a reader of every slot
     assert pipeline.submit(Transition(0, 0, promote=False))
