@@ -10,9 +10,21 @@ PACKAGE = Path(__file__).parent.parent / "dynaexq"
 
 ROOMS_OF_FLOOR = {
     0: {"records", "settings", "errors", "corpus"},
-    1: {"formats", "policy", "memory"},
+    1: {"formats", "policy", "memory", "storage"},
     2: {"kernels"},
-    3: {"adoption", "experts", "moe", "control", "traffic", "placement", "telemetry", "runtime", "evaluate"},
+    3: {
+        "adoption",
+        "experts",
+        "moe",
+        "control",
+        "traffic",
+        "placement",
+        "restoration",
+        "telemetry",
+        "runtime",
+        "group",
+        "evaluate",
+    },
     4: {"hf"},
     5: {"demo", "cli", "__init__"},
 }
@@ -25,6 +37,8 @@ ONLY_IN = {
     "typer": {"cli"},
     "rich": {"telemetry", "demo"},
     "psutil": {"hf"},
+    "bitsandbytes": {"hf"},
+    "safetensors": {"hf"},
 }
 """Heavy or outside packages, and the rooms that may know them."""
 

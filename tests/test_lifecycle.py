@@ -8,7 +8,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 
 import dynaexq
 from dynaexq.errors import ClosedError, PatchError, UnpatchError
-from dynaexq.hf.quantizer import AttachedConfig
+from dynaexq.hf.config import DynaExqConfig
 
 AMPLE = 10**6
 
@@ -98,15 +97,6 @@ def test_a_patched_model_cannot_be_copied(make: Callable[[nn.Module], object], m
     with pytest.raises(PatchError, match=match):
         make(model)
     tiny.generated(model)
-
-
-def test_a_patched_model_cannot_be_saved_in_part(tmp_path: Path) -> None:
-    model = patched()
-    with pytest.raises(PatchError, match=r"cannot be saved: .* or dynaexq.unpatch\(model\) first"):
-        model.save_pretrained(tmp_path / "new")
-    with pytest.raises(PatchError, match="cannot be saved"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_state_dict_says_that_the_experts_are_not_in_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -300,7 +290,7 @@ class OtherQuantizer(HfQuantizer):
     """Stands for the one that loaded the dense weights in 4 bits."""
 
     def __init__(self, trainable: bool):
-        super().__init__(AttachedConfig())
+        super().__init__(DynaExqConfig())
         self._trainable = trainable
 
     def is_serializable(self) -> bool:

@@ -28,7 +28,6 @@ from dynaexq.memory import (
     ReaderFence,
     RoutingCounter,
     SlabPool,
-    SourceStore,
     SwapPipeline,
     allocate_bytes,
     slab,
@@ -80,20 +79,6 @@ def test_a_ram_store_counts_its_bytes_and_gives_them_back_when_closed() -> None:
     assert store.nbytes == COUNT * NBYTES
     store.close()
     assert store.nbytes == 0
-
-
-def test_a_source_store_gathers_the_parts_of_an_expert() -> None:
-    experts = 3
-    up = [torch.randn(experts, 4, 8, dtype=torch.bfloat16) for _ in range(2)]
-    down = [torch.randn(experts, 8, 2, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2)]
-    store = SourceStore([[(0, up[layer]), (256, down[layer])] for layer in range(2)], experts)
-    for layer, expert in np.ndindex(2, experts):
-        out = allocate_bytes(NBYTES, CPU)
-        store.read_into(layer * experts + expert, out)
-        assert torch.equal(out[:64].view(torch.bfloat16).view(4, 8), up[layer][expert])
-        assert torch.equal(out[256 : 256 + 32].view(torch.bfloat16).view(2, 8), down[layer][expert])
-    with pytest.raises(StoreError, match="never written"):
-        store.write(0, random_bytes(1, NBYTES))
 
 
 def test_a_disk_store_keeps_more_than_one_system_call_can_write(monkeypatch: pytest.MonkeyPatch) -> None:

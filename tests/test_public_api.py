@@ -7,8 +7,8 @@ import sys
 import dynaexq
 
 PUBLIC = {
-    "BudgetError", "ClosedError", "DynaExqError", "DynaExqMoE", "PatchError", "QuantizationError", "Runtime",
-    "Settings", "SettingsError", "StoreError", "UnpatchError", "UnsupportedModelError", "__version__", "patch",
+    "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "PatchError",
+    "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "UnpatchError", "UnsupportedModelError", "__version__", "patch",
     "unpatch",
 }  # fmt: skip
 RUNTIME = {

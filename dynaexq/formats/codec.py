@@ -106,7 +106,7 @@ class ExpertCodec:
         base = torch.zeros(n, self.base.nbytes, dtype=torch.uint8, device=weights.up.device)
         errors = np.zeros((n, len(self.tiers)))
         if not self.planes:
-            self._write_dense(base, weights)
+            self.write_dense(base, weights)
             return Encoded(base, None, errors)
         upgrade = torch.zeros(n, self.upgrade_layout.nbytes, dtype=torch.uint8, device=base.device)
         base_parts, upgrade_parts = self.base_layout.view(base), self.upgrade_layout.view(upgrade)
@@ -114,7 +114,7 @@ class ExpertCodec:
             errors += self._encode_matrix(name, self._oriented(getattr(weights, name)), base_parts, upgrade_parts)
         self._write_biases(base_parts, weights)
         if self.replaces:
-            self._write_dense(upgrade, weights)
+            self.write_dense(upgrade, weights)
         return Encoded(base, upgrade if self.upgrade else None, errors)
 
     def decode(self, base: Tensor, upgrade: Tensor | None, dtype: torch.dtype) -> ExpertWeights:
@@ -211,7 +211,8 @@ class ExpertCodec:
             bits = (code.values >> plane.shift) & (2**plane.bits - 1)
             parts[f"{name}.{plane.name}"][:, rows].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))
 
-    def _write_dense(self, blocks: Tensor, weights: ExpertWeights) -> None:
+    def write_dense(self, blocks: Tensor, weights: ExpertWeights) -> None:
+        """Fill the 16-bit blocks, uint8 `[n, nbytes]`, of a ladder that has them."""
         parts = (self.upgrade_layout if self.planes else self.base_layout).view(blocks)
         for name in MATRICES:
             parts[f"{name}.weight"].copy_(getattr(weights, name))
