@@ -1,7 +1,7 @@
-"""The command line: `dynaexq demo`, `dynaexq version`."""
+"""The command line: `dynaexq demo`, `dynaexq quantize`, `dynaexq version`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,39 @@ def demo(
     outcomes = run(model, (base, upgrade), windows)
     if json is not None:
         write_json(outcomes, json)
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(help="The 16-bit checkpoint: config.json and safetensors.", file_okay=False)
+    ],
+    target: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
+    tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
+    hbm_budget: Annotated[
+        str | None, typer.Option(help="Bytes, such as 20GiB: chooses the tiers, and is kept.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
+    device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "5GB",
+    annotate: Annotated[
+        bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantise when loading.")
+    ] = False,
+) -> None:
+    """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
+    from dynaexq.hf.conversion import annotate_checkpoint, quantize_checkpoint
+
+    dials: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
+    if tiers is not None:
+        dials["tiers"] = tuple(tiers.split(","))
+    if hbm_budget is not None:
+        dials["hbm_budget"] = hbm_budget
+    if annotate:
+        annotate_checkpoint(source, target, **dials)
+    else:
+        quantize_checkpoint(source, target, max_shard_size, **dials | ({"device": device} if device else {}))
+    typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
 
 
 @app.command()

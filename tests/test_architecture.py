@@ -38,7 +38,6 @@ ONLY_IN = {
     "rich": {"telemetry", "demo"},
     "psutil": {"hf"},
     "bitsandbytes": {"hf"},
-    "safetensors": {"hf"},
 }
 """Heavy or outside packages, and the rooms that may know them."""
 

@@ -107,6 +107,8 @@ def skeleton(source: Path) -> Any:
     Raises:
         CheckpointError: there is no configuration, or the checkpoint is quantised already.
     """
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"expected a checkpoint directory with a config.json, found none in {source}")
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
@@ -211,6 +213,6 @@ def _copy_others(source: Path, staging: Path, config: DynaExqConfig) -> None:
     """Everything that is no weights, and the configuration with `config` in it."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not is_weights(file.name) and file.name != "config.json":
-            link_or_copy(file, staging / file.name)
+            shutil.copyfile(file, staging / file.name)
     content = json.loads((source / "config.json").read_text()) | {"quantization_config": config.to_dict()}
     (staging / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

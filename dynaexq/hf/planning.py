@@ -98,5 +98,7 @@ def make_plan(
 def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.device | None = None) -> int:
     """Bytes of all weights and buffers but the experts' own; with `device`, of those that lie there."""
     experts = {id(p) for layer in layers for p in layer.experts._parameters.values()}
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    tied = getattr(model, "all_tied_weights_keys", {})  # on the meta device they are not tied yet
+    tensors: list[Tensor] = [t for name, t in model.named_parameters() if not (t.is_meta and name in tied)]
+    tensors += model.buffers()
     return weight_bytes(t for t in tensors if id(t) not in experts and device in (None, t.device))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from dynaexq.errors import CheckpointError, PatchError
 from dynaexq.formats import ExpertCodec
@@ -22,7 +21,7 @@ from dynaexq.hf.installation import Installation
 from dynaexq.hf.loading import GUARD
 from dynaexq.restoration import packed_shape
 from dynaexq.settings import parse_bytes
-from dynaexq.storage import FORMAT_VERSION, PackedWriter, Shard, is_weights, replaced
+from dynaexq.storage import FORMAT_VERSION, PackedWriter, Shard, ShardWriter, is_weights, replaced
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -130,7 +129,10 @@ def dense_files(directory: Path) -> dict[str, str]:
 def write_guard(directory: Path, layers: list[SparseLayer]) -> dict[str, str]:
     """Write the guard against loading without dynaexq; returns the file of its tensors."""
     names = [GUARD] + [f"{layer.name}.{name}" for layer in layers for name in layer.parameter_names]
-    save_file({name: torch.zeros(1) for name in names}, directory / _GUARD_FILE, metadata={"format": "pt"})
+    writer = ShardWriter(directory / _GUARD_FILE, dict.fromkeys(names, (torch.float32, (1,))), SHARD_METADATA)
+    for name in names:
+        writer.write(name, 0, torch.zeros(1))
+    writer.close()
     return dict.fromkeys(names, _GUARD_FILE)
 
 

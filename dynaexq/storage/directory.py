@@ -67,7 +67,7 @@ def is_weights(name: str) -> bool:
 def _carry_over(old: Path, new: Path) -> None:
     for file in sorted(old.iterdir()):
         if file.is_file() and not is_weights(file.name) and not (new / file.name).exists():
-            link_or_copy(file, new / file.name)
+            shutil.copyfile(file, new / file.name)
 
 
 def _publish(staging: Path, target: Path) -> None:
