@@ -2,11 +2,11 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaexq.errors import StoreError
@@ -153,7 +153,27 @@ def encode_all(
                 progress.update(len(weights.up) * expert_nbytes)
 
 
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and what bitsandbytes keeps beside them once a layer has run."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = vars(module).get("state")
+        if type(state).__name__ == "MatmulLtState":
+            yield from _attached(state)
+
+
 def weight_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all `tensors` together; those that share their memory, as tied weights do, count once."""
+    """Bytes of `tensors` and of what hangs on them; those that share their memory, as tied weights do, count once."""
     # On the meta device there is no memory to share, and none to tell apart by.
-    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in tensors}.values())
+    found = (part for tensor in tensors for part in (tensor, *_attached(tensor)))
+    return sum({part.data_ptr() or id(part): part.nbytes for part in found}.values())
+
+
+def _attached(thing: Any) -> Iterator[Tensor]:
+    """Tensors among the attributes of a quantised weight, and of the states it keeps: scales, code books."""
+    for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value).__name__ == "QuantState":
+            yield from _attached(value)

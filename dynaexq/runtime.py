@@ -22,7 +22,7 @@ from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
-from dynaexq.placement import SourceStore, Supply, weight_bytes
+from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
@@ -300,8 +300,7 @@ class Runtime:
         model = self._model()
         if model is None:
             return 0
-        tensors = [*model.parameters(), *model.buffers()]
-        return weight_bytes(t for t in tensors if t.device == self.device)
+        return weight_bytes(t for t in held_tensors(model) if t.device == self.device)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -5,12 +5,14 @@
 
 import logging
 import os
+from dataclasses import fields
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dynaexq.errors import CheckpointError, SettingsError
+from dynaexq.hf.compat import take_loading_attributes
 from dynaexq.settings import Settings
 from dynaexq.storage import FORMAT_VERSION
 
@@ -21,6 +23,8 @@ BUDGET_VARIABLE = "DYNAEXQ_HBM_BUDGET"
 
 OF_THE_MACHINE = {"device", "host_copy"}
 """Dials that say nothing about a model, and are not kept with it."""
+
+_DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 PACKED_FIELDS = {"format_version", "tiers", "group_size", "quantizer"}
 
@@ -78,8 +82,8 @@ class DynaExqConfig(QuantizationConfigMixin):
         return tuple(self.packed["tiers"]) if self.packed else None
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a configuration given to `from_pretrained` changes in a stored one."""
-        return {"given": dict(self.dials)}
+        """What a configuration given to `from_pretrained` changes in a stored one: all that it sets."""
+        return self.dials | self.given
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json keeps it. A policy that is a function cannot be kept there."""
@@ -93,6 +97,17 @@ class DynaExqConfig(QuantizationConfigMixin):
     def to_diff_dict(self) -> dict[str, Any]:
         """The same: what has its default value is never kept."""
         return self.to_dict()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _DEFAULTS:
+            raise AttributeError(f"DynaExqConfig has no attribute {name!r}; the dials are {', '.join(_DEFAULTS)}")
+        return (self.dials | self.given).get(name, _DEFAULTS[name])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _DEFAULTS:
+            self.given[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
@@ -116,3 +131,6 @@ class DynaExqConfig(QuantizationConfigMixin):
                 f"{FORMAT_VERSION}; install the version of dynaexq that wrote it, or quantise the source again"
             )
         Settings(tiers=packed["tiers"], group_size=packed["group_size"], quantizer=packed["quantizer"])
+
+
+take_loading_attributes(DynaExqConfig)

@@ -38,7 +38,9 @@ def _quantized(linear: nn.Linear, dense: str, device: torch.device) -> nn.Module
         if dense == "bnb-8bit":
             twin = bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
         else:
-            twin = bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=weight.dtype, quant_type="nf4")
+            twin = bitsandbytes.nn.Linear4bit(
+                *sizes, compute_dtype=weight.dtype, quant_type="nf4", compress_statistics=False
+            )
     kind = type(twin.weight)
     twin.weight = kind(weight.cpu(), requires_grad=False, **_options(twin.weight)).to(device)
     if has_bias:

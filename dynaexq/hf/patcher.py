@@ -20,7 +20,7 @@ from dynaexq.hf.installation import RECORD, Installation
 from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan, resolve_device
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.saving import save_packed
-from dynaexq.placement import ExpertSource, QuantizedSupply, weight_bytes
+from dynaexq.placement import ExpertSource, QuantizedSupply, held_tensors, weight_bytes
 from dynaexq.runtime import Runtime
 from dynaexq.settings import Settings
 
@@ -107,7 +107,7 @@ def _new_runtime(
     """A runtime with memory for all experts, on the best ladder that fits beside the dense weights."""
     codecs = {tiers: make_codec(layers[0], tiers, settings) for tiers in choose_ladders(settings)}
     replaced = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
-    quantized = sum(weight_bytes([*twin.parameters(), *twin.buffers()]) for twin in twins.values())
+    quantized = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
     dense = dense_bytes(model, layers) - replaced + quantized
     plan = make_plan(model, layers, codecs, settings, device, dense, layers[0].num_experts)
     return Runtime(model, plan, codecs[plan.tiers], settings, device)

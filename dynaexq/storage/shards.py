@@ -7,6 +7,7 @@ file is a sentence and not a dead process. It knows the container, not what the 
 import json
 import math
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Entry(NamedTuple):
 
 
 class Shard:
-    """One safetensors file open for reading; threads may read at once.
+    """One safetensors file open for reading, by any number of threads; it closes with the last who knows it.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not safetensors.
@@ -62,15 +63,16 @@ class Shard:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         try:
-            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+            self._file = os.open(self.path, os.O_RDONLY)
         except OSError as error:
             raise CheckpointError(
                 f"cannot open {self.path}: {error.strerror}; the checkpoint is incomplete, fetch it again"
             ) from error
+        self.close = weakref.finalize(self, os.close, self._file)
         try:
-            self.entries, self.metadata = _parse(self.path, self._file.fileno())
+            self.entries, self.metadata = _parse(self.path, self._file)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
@@ -86,15 +88,12 @@ class Shard:
         buffer = out.numpy().data
         while buffer:
             try:
-                count = os.preadv(self._file.fileno(), [buffer[:_LARGEST_READ]], offset)
+                count = os.preadv(self._file, [buffer[:_LARGEST_READ]], offset)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error}") from error
             if not count:
                 raise CheckpointError(f"{self.path} ends at byte {offset}: it was truncated; fetch it again")
             buffer, offset = buffer[count:], offset + count
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class ShardWriter:
