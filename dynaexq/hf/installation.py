@@ -41,6 +41,7 @@ class Installation:
         self._lost_linears = False
         on_meta = layers[0].device.type == "meta"
         self._original_device = None if on_meta else layers[0].device
+        self._loaded_here = getattr(model, "is_quantized", False) and on_meta
         self._quantizer = getattr(model, "hf_quantizer", None)
 
     def take_over(self, stand_ins: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
@@ -135,6 +136,8 @@ class Installation:
         for path in self._ancestors():
             for guard in ("_apply", "__reduce_ex__", "save_pretrained"):
                 self.model.get_submodule(path).__dict__.pop(guard, None)
+        if self._loaded_here and hasattr(self.model, "hf_quantizer"):
+            self.model.hf_quantizer.remove_quantization_config(self.model)
         for name in ("dynaexq", RECORD, "hf_quantizer"):
             self.model.__dict__.pop(name, None)
         if self._quantizer is not None:
