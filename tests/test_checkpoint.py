@@ -14,6 +14,7 @@ import accelerate
 import pytest
 import tiny
 import torch
+from files import copied, damage
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 
@@ -474,20 +475,6 @@ def test_a_budget_that_cannot_hold_is_refused_before_the_dense_weights_are_read(
         load(source, hbm_budget=10_000)
     monkeypatch.undo()
     assert load(source, hbm_budget=caught.value.least).dynaexq.memory()["total"] == caught.value.least
-
-
-def copied(directory: Path, tmp_path: Path) -> Path:
-    target = tmp_path / "copied"
-    target.mkdir()
-    for file in directory.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    return target
-
-
-def damage(path: Path, content: bytes, at: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
-        file.write(content)
 
 
 def in_another_process(script: str) -> subprocess.CompletedProcess[str]:

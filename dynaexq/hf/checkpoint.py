@@ -36,6 +36,9 @@ def open_shards(files: Sequence[str | Path] | None) -> list[Shard]:
     """
     if not files:
         raise CheckpointError("expected a checkpoint with safetensors shards to read the experts from, found none")
+    for file in files:
+        if Path(file).parent != Path(files[0]).parent:
+            raise CheckpointError(f"the index names {file}, which lies outside its directory; do not trust it")
     shards: list[Shard] = []
     try:
         shards.extend(map(Shard, files))
