@@ -54,6 +54,8 @@ class CheckpointLoad:
         self._source = None if stored else CheckpointSource(model, self.layers, shards)
         self._reader = PackedReader(shards, self._packed_shape(self._stored_codec)) if self._stored_codec else None
         self._check_budget(device_map)
+        if self._reader is not None:
+            self._reader.prefetch_base()  # while Transformers loads the dense weights
         self._installation = Installation(model, self.layers)
         self._installation.take_over(self._stand_ins(device_map))
         for layer in self.layers:

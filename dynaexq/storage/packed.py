@@ -170,6 +170,12 @@ class PackedReader:
         part.first_expert = first_expert
         return part
 
+    def prefetch_base(self) -> None:
+        """Have the system begin to read all base blocks."""
+        for layer in self.shape.layers:
+            shard, _ = self._at[f"{layer}{MARK}base"]
+            shard.prefetch(f"{layer}{MARK}base")
+
     def read_base(self, layer: int, out: Tensor) -> None:
         """Fill host tensor `out [E, base_nbytes]` with a layer's base blocks; CheckpointError if one is damaged."""
         shard, entry = self._at[f"{self.shape.layers[layer]}{MARK}base"]
