@@ -236,10 +236,14 @@ def test_a_directory_is_replaced_and_what_is_no_weights_carried_over(tmp_path: P
         (staging / "old.safetensors").write_text("old")
         (staging / "tokenizer.json").write_text("words")
         assert not target.exists()
+    (target / "runs").mkdir()
+    (target / "runs" / "mine.safetensors").write_text("mine")
     with replaced(target) as staging:
         (staging / "config.json").write_text("new")
         assert (target / "config.json").read_text() == "old"
-    assert {p.name: p.read_text() for p in target.iterdir()} == {"config.json": "new", "tokenizer.json": "words"}
+    files = {p.name: p.read_text() for p in target.iterdir() if p.is_file()}
+    assert files == {"config.json": "new", "tokenizer.json": "words"}
+    assert (target / "runs" / "mine.safetensors").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert target.stat().st_mode & 0o777 == 0o777 & ~os.umask(os.umask(0o022))
 

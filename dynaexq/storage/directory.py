@@ -19,8 +19,8 @@ _RENAME_EXCHANGE = 2
 def replaced(directory: Path | str, staging: Path | None = None) -> Iterator[Path]:
     """A staging directory that takes the place of `directory` when the block ends without an error.
 
-    Files of the old directory that the new one does not have, and that are no weights, are carried over: a tokenizer,
-    say. The old directory goes in one step, where the file system can exchange two directories; elsewhere in two.
+    What the old directory holds besides, and is no weights, is carried over: a tokenizer, say, or a directory of yours.
+    The old one goes in one step, where the file system can exchange two directories; elsewhere in two.
 
     Args:
         staging: an existing directory beside it to go on with; it is kept when the block fails.
@@ -65,14 +65,20 @@ def is_weights(name: str) -> bool:
 
 
 def _carry_over(old: Path, new: Path) -> None:
-    for file in sorted(old.iterdir()):
-        if file.is_file() and not is_weights(file.name) and not (new / file.name).exists():
-            shutil.copyfile(file, new / file.name)
+    for entry in sorted(old.iterdir()):
+        place = new / entry.name
+        if place.exists():
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, place, symlinks=True, copy_function=lambda a, b: link_or_copy(Path(a), Path(b)))
+        elif not is_weights(entry.name):
+            shutil.copyfile(entry, place)
 
 
 def _publish(staging: Path, target: Path) -> None:
     _open_to_all(staging)
-    _sync(staging)
+    for file in [path for path in staging.iterdir() if path.is_file()] + [staging]:
+        _sync(file)
     if not target.exists():
         staging.rename(target)
         _sync(target.parent)
@@ -105,8 +111,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise CheckpointError(f"cannot put the new checkpoint in the place of {other}: {os.strerror(number)}")
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
