@@ -19,7 +19,7 @@ _RENAME_EXCHANGE = 2
 def replaced(directory: Path | str, staging: Path | None = None) -> Iterator[Path]:
     """A staging directory that takes the place of `directory` when the block ends without an error.
 
-    What the old directory holds besides, and is no weights, is carried over: a tokenizer, say, or a directory of yours.
+    What the old directory holds besides, and is no weights, is carried over: a tokenizer, say, or a directory.
     The old one goes in one step, where the file system can exchange two directories; elsewhere in two.
 
     Args:
