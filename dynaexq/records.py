@@ -78,6 +78,11 @@ class MemoryPlan:
         return self.num_slots * self.upgrade.nbytes if self.upgrade else 0
 
     @property
+    def share_upgraded(self) -> float:
+        """Upgrade slots an expert."""
+        return self.num_slots / (self.num_layers * self.num_experts)
+
+    @property
     def total(self) -> int:
         return self.dense + self.workspace + self.base_bytes + self.upgrade_bytes
 

@@ -35,3 +35,8 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of the language model inside `model`, or None where there is none."""
     config = getattr(model, "config", None)
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a model returned, or None: `cache` of late, `past_key_values` before."""
+    return output["cache"] if "cache" in output else output.get("past_key_values")
