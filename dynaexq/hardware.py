@@ -19,6 +19,6 @@ DRIVER_BYTES = 768 * 2**20
 DISK_RATE = 2_000_000_000
 """Bytes a second read from a disk. Assumed: an NVMe drive of the slower kind."""
 
-ENCODE_RATE = {"als": 12_000_000, "rtn": 60_000_000}
-"""Weights a second that one CPU core quantises, by quantizer. Measured on a shared AMD EPYC core, on experts of
-Qwen3-30B-A3B's shape and ladders of one and two tiers: 11 to 14 million, and 56 to 91 million. A GPU is faster."""
+ENCODE_RATE = {"als": 20_000_000, "rtn": 75_000_000}
+"""Weights a second that one CPU core quantises, by quantizer: the least of what benchmarks/encode_speed.py measured on
+an AMD EPYC, over the experts of two models and four ladders. How far more cores, or a GPU, shorten it is not in it."""

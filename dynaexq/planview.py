@@ -131,7 +131,7 @@ def _notes(size: ModelSize, outlooks: Iterable[Outlook]) -> list[str]:
     whole, rate = size.experts + size.dense, ENCODE_RATE[size.quantizer] / 1e6
     start = f"Start: a disk of {DISK_RATE / 1e9:.0f} GB/s (assumed)"
     if not size.packed:
-        start += f"; from 16 bit, one CPU core at {rate:.0f} million weights a second (measured), a GPU sooner"
+        start += f"; from 16 bit, one CPU core at {rate:.0f} million weights a second (measured; a GPU is not)"
     notes = ["Bytes in GiB. Loss was measured on the embedded model: only its order counts here.", f"{start}."]
     if "disk" in waits_in:
         notes.append('Upgrades that wait on disk are more than --host-ram: set host_copy="disk".')
