@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dynaexq.kernels import reference, torch_cpu
+from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.layer import ExpertLayer, Upgrades
 
-_KERNELS: dict[str, Callable[..., Tensor]] = {"cpu": torch_cpu.expert_mlp}
+_KERNELS: dict[str, Callable[..., Tensor]] = {"cpu": cpu.expert_mlp}
 
 
 def expert_mlp(

@@ -28,7 +28,7 @@ class Upgrades:
         return self.bytes_at(address) if kind else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertLayer:
     """The constant part of one layer of experts.
 
@@ -37,12 +37,15 @@ class ExpertLayer:
         base: uint8 `[num_experts, codec.base.nbytes]`, every expert's base block.
         activation: between the matrices, `[n, up_rows] -> [n, intermediate_size]`; the gate where there is one.
         post_norm: applied to an expert's output before its routing weight, or None.
+        activation_name: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2` where `activation` is exactly that, of the first
+            half of the rows times the second where there is a gate; None for anything else. Kernels may fuse it.
     """
 
     codec: ExpertCodec
     base: Tensor
     activation: Callable[[Tensor], Tensor]
     post_norm: Callable[[Tensor], Tensor] | None = None
+    activation_name: str | None = None
 
     @property
     def num_experts(self) -> int:

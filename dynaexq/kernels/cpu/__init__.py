@@ -1,0 +1,42 @@
+"""The CPU path: the native kernel wherever it applies, vectorised torch everywhere else.
+
+Torch keeps what the kernel does not do: experts that are 16-bit from the start, which must give the very bits of
+Transformers' eager loop; a norm behind each expert; and machines without a compiler or without AVX2.
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from dynaexq.kernels import torch_cpu
+from dynaexq.kernels.cpu.build import load
+from dynaexq.kernels.cpu.native import DTYPES, NativeLayer
+from dynaexq.kernels.layer import ExpertLayer, Upgrades
+
+_native: "WeakKeyDictionary[ExpertLayer, dict[torch.dtype, NativeLayer | None]]" = WeakKeyDictionary()
+
+
+def expert_mlp(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
+) -> Tensor:
+    """The same sum as `reference.expert_mlp`; coded weights may be rounded to the dtype of `hidden_states` first."""
+    native = native_layer(layer, hidden_states.dtype)
+    if native is None:
+        return torch_cpu.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
+    return native(hidden_states, top_k_index, top_k_weights, upgrades.entries)
+
+
+def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
+    """`layer` as the native kernel sees it, for rows of `dtype`; None where torch has to take it."""
+    known = _native.setdefault(layer, {})
+    if dtype not in known:
+        known[dtype] = _build(layer, dtype)
+    return known[dtype]
+
+
+def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
+    if not layer.codec.planes or layer.post_norm is not None or dtype not in DTYPES:
+        return None
+    kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
+    return None if kernel is None else NativeLayer(layer, dtype, kernel)
