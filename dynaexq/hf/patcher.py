@@ -15,6 +15,7 @@ from dynaexq.adoption import adopt, release
 from dynaexq.errors import PatchError, SettingsError, UnpatchError
 from dynaexq.experts import MixedPrecisionExperts
 from dynaexq.formats import ExpertCodec
+from dynaexq.hf.activations import activation_name
 from dynaexq.hf.capacity import auto_budget
 from dynaexq.hf.compat import install_output_capturing
 from dynaexq.hf.families import LiveSource, SparseLayer, find_sparse_layers
@@ -125,7 +126,8 @@ class _Patch:
             del experts._parameters[name]
         with _detached_hook(experts):
             adopt(experts, MixedPrecisionExperts)
-        constant = ExpertLayer(codec, self.runtime.base_blocks(index), activation, post_norm)
+        base, name = self.runtime.base_blocks(index), activation_name(experts)
+        constant = ExpertLayer(codec, base, activation, post_norm, name)
         experts.connect(constant, self.runtime.ports(index))
         if layer.block is not None:
             adopt(layer.block, DynaExqMoE)

@@ -37,8 +37,8 @@ class ExpertLayer:
         base: uint8 `[num_experts, codec.base.nbytes]`, every expert's base block.
         activation: between the matrices, `[n, up_rows] -> [n, intermediate_size]`; the gate where there is one.
         post_norm: applied to an expert's output before its routing weight, or None.
-        activation_name: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2` where `activation` is exactly that, of the first
-            half of the rows times the second where there is a gate; None for anything else. Kernels may fuse it.
+        activation_name: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2` where `activation` is exactly that, of the
+            first half of the rows times the second where there is a gate; else None. Kernels may fuse it.
     """
 
     codec: ExpertCodec

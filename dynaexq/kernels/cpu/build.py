@@ -35,15 +35,15 @@ class InstructionSet(NamedTuple):
     flags: tuple[str, ...]
 
 
-_AVX2 = InstructionSet("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
-_AVX512 = InstructionSet(
+AVX2 = InstructionSet("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX512 = InstructionSet(
     "avx512",
-    (*_AVX2.features, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    (*_AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    (*AVX2.features, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    (*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 )
-_AVX512_BF16 = InstructionSet("avx512bf16", (*_AVX512.features, "avx512_bf16"), (*_AVX512.flags, "-mavx512bf16"))
+AVX512_BF16 = InstructionSet("avx512bf16", (*AVX512.features, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16"))
 
-INSTRUCTION_SETS = (_AVX512_BF16, _AVX512, _AVX2)
+INSTRUCTION_SETS = (AVX512_BF16, AVX512, AVX2)
 """The best first."""
 
 
@@ -60,12 +60,17 @@ def load(all_bfloat16: bool) -> Kernel | None:
             works in float32, whatever the dtypes.
     """
     try:
-        library = ctypes.CDLL(str(compiled(instruction_set(), all_bfloat16)))
+        return open_kernel(compiled(instruction_set(), all_bfloat16))
     except (Unavailable, OSError) as error:
         logger.warning("no native CPU kernel, experts run through PyTorch instead, slower: %s", error)
         return None
-    library.dynaexq_forward.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    return library.dynaexq_forward
+
+
+def open_kernel(library: Path) -> Kernel:
+    """`dynaexq_forward` of a compiled library."""
+    kernel = ctypes.CDLL(str(library)).dynaexq_forward
+    kernel.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    return kernel
 
 
 def instruction_set() -> InstructionSet:
@@ -99,7 +104,9 @@ def compiled(target: InstructionSet, all_bfloat16: bool, extra_flags: tuple[str,
     Raises:
         Unavailable: no compiler, or it failed, or the cache cannot be written.
     """
-    define = ("-DDYNAEXQ_BFLOAT16",) if all_bfloat16 and target is _AVX512_BF16 else ()
+    if target is AVX512_BF16 and not all_bfloat16:
+        target = AVX512
+    define = ("-DDYNAEXQ_BFLOAT16",) if target is AVX512_BF16 else ()
     flags = (*FLAGS, *target.flags, *define, *extra_flags)
     compiler = find_compiler()
     library = cache_directory() / f"moe-{target.name}-{_fingerprint(compiler, flags)}.so"

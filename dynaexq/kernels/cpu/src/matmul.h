@@ -20,6 +20,8 @@ constexpr int TILE = 64;        // rows of a matrix in one task
 constexpr int PANEL = 16;       // of which so many are decoded at a time
 constexpr int FEW_ROWS = 8;     // activation rows up to which decoding once does not pay
 constexpr int ROW_BLOCK = 4;    // activation rows that share a decoded weight
+constexpr int AHEAD = 16;       // rows of a matrix to fetch ahead, into the second cache: the first has too few misses
+                                // in flight to keep up with the memory
 
 // One matrix of one expert, found in the expert's bytes.
 struct MatrixView {
@@ -129,10 +131,10 @@ inline void multiply_codes_block(const Matrix& layout, const Planes (&weights)[W
     for (int n = 0; n < WEIGHTS; n++) {
       block[n] = weights[n].at(KIND, k);
       Planes next = block[n].at(KIND, ahead);
-      for (int line = 0; line < BLOCK * top_bits(KIND) / 8; line += 64) _mm_prefetch((const char*)next.top + line, _MM_HINT_T0);
-      if (has_middle(KIND)) _mm_prefetch((const char*)next.middle, _MM_HINT_T0);
+      for (int line = 0; line < BLOCK * top_bits(KIND) / 8; line += 64) _mm_prefetch((const char*)next.top + line, _MM_HINT_T1);
+      if (has_middle(KIND)) _mm_prefetch((const char*)next.middle, _MM_HINT_T1);
       if (has_low(KIND))
-        for (int line = 0; line < BLOCK / 2; line += 64) _mm_prefetch((const char*)next.low + line, _MM_HINT_T0);
+        for (int line = 0; line < BLOCK / 2; line += 64) _mm_prefetch((const char*)next.low + line, _MM_HINT_T1);
     }
     auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
       A::Operand row[ROWS];
@@ -143,10 +145,10 @@ inline void multiply_codes_block(const Matrix& layout, const Planes (&weights)[W
           auto low = low_digit<KIND, BLOCK, CHUNK>(block[n], A::LOW_MAGIC);
           for (int m = 0; m < ROWS; m++) part[m][n] = A::dot_digits(part[m][n], high, low, row[m]);
         } else {
-          for (int m = 0; m < ROWS; m++) part[m][n] = A::dot_code(part[m][n], high, row[m]);
+          for (int m = 0; m < ROWS; m++) part[m][n] = A::dot_code<depth(KIND)>(part[m][n], high, row[m]);
         }
       }
-      if ((CHUNK + 1) % chunks_a_group == 0) {
+      if (((CHUNK + 1) & (chunks_a_group - 1)) == 0) {
         for (int n = 0; n < WEIGHTS; n++)
           for (int m = 0; m < ROWS; m++) {
             sums[m][n] = A::multiply_add(part[m][n], A::fill(step[n]), sums[m][n]);
@@ -168,12 +170,12 @@ void multiply_codes(const MatrixView& matrix, int64_t first, int64_t count, cons
                     Scratch& scratch, float* out) {
   constexpr int WEIGHTS = ROWS < ROW_BLOCK ? 4 : 2;  // as many sums as registers hold
   const Matrix& layout = *matrix.layout;
-  start_codes<ROWS>(layout, A::excess(has_low(KIND)), rows, scratch, out);
+  start_codes<ROWS>(layout, A::excess(depth(KIND)), rows, scratch, out);
   for (int64_t n = 0; n < count; n += WEIGHTS) {
     Planes weights[WEIGHTS];
     for (int i = 0; i < WEIGHTS; i++)
       weights[i] = matrix.planes.at(KIND, (first + std::min(n + i, count - 1)) * layout.padded);
-    multiply_codes_block<KIND, BLOCK, WEIGHTS, ROWS>(layout, weights, WEIGHTS * layout.padded, rows, scratch.step + n,
+    multiply_codes_block<KIND, BLOCK, WEIGHTS, ROWS>(layout, weights, AHEAD * layout.padded, rows, scratch.step + n,
                                                     out + n);
   }
 }
@@ -221,7 +223,7 @@ void multiply_panel(const Element* panel, int64_t count, int64_t padded, const E
       A::Operand weight[4];
       for (int i = 0; i < 4; i++) {
         weight[i] = A::operand(weights[i] + k);
-        if (ROWS == 1) _mm_prefetch((const char*)(weights[i] + k + 4 * padded), _MM_HINT_T0);
+        if (ROWS == 1) _mm_prefetch((const char*)(weights[i] + k + AHEAD * padded), _MM_HINT_T1);
       }
       for (int m = 0; m < ROWS; m++) {
         A::Operand row = A::operand(rows[m] + k);

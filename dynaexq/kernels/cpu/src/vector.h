@@ -67,6 +67,7 @@ struct Avx512 {
   static Floats fill(float value) { return _mm512_set1_ps(value); }
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
   // The sums over the lanes of four vectors; each in the same order, whatever its place.
@@ -130,6 +131,7 @@ struct Avx2 {
   static Floats fill(float value) { return _mm256_set1_ps(value); }
   static Floats load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, Floats v) { _mm256_storeu_ps(to, v); }
+  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
   static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
   static __m128 sums(Floats a, Floats b, Floats c, Floats d) {
@@ -179,11 +181,16 @@ struct Float32 : Vector {
     return multiply_add(weights.odd, row.odd, multiply_add(weights.even, row.even, sum));
   }
 
-  // What the codes stand for besides themselves, added up, in units of the step: nothing.
-  static constexpr float excess(bool) { return 0; }
-  static Floats dot_code(Floats sum, Halfwords code, Operand row) { return dot(sum, {even(code), odd(code)}, row); }
+  // A code enters a product with this added, and the excess is taken away again at the end. Here it is moved to the
+  // middle of its range, so that sums stay small and keep their last bits.
+  static constexpr float excess(int depth) { return -float(1 << (depth - 1)); }
+  template <int DEPTH>
+  static Floats dot_code(Floats sum, Halfwords code, Operand row) {
+    const Floats centre = fill(excess(DEPTH));
+    return dot(sum, {add(even(code), centre), add(odd(code), centre)}, row);
+  }
   static Floats dot_digits(Floats sum, Halfwords high, Halfwords low, Operand row) {
-    return dot_code(sum, merge(shift_left<4>(high), fill(uint16_t(0xF0)), low), row);
+    return dot_code<8>(sum, merge(shift_left<4>(high), fill(uint16_t(0xF0)), low), row);
   }
 };
 
@@ -211,10 +218,13 @@ struct Bfloat16 : Vector {
 
   static Floats dot(Floats sum, Operand weights, Operand row) { return _mm512_dpbf16_ps(sum, weights, row); }
 
-  static constexpr float excess(bool two_digits) { return two_digits ? 2048 + 128 : 128; }
-  static Floats dot_code(Floats sum, Halfwords code, Operand row) { return dot(sum, (__m512bh)code, row); }
+  static constexpr float excess(int depth) { return depth == 8 ? 2048 + 128 : 128; }
+  template <int>
+  static Floats dot_code(Floats sum, Halfwords code, Operand row) {
+    return dot(sum, (__m512bh)code, row);
+  }
   static Floats dot_digits(Floats sum, Halfwords high, Halfwords low, Operand row) {
-    return dot_code(dot_code(sum, high, row), low, row);
+    return dot(dot(sum, (__m512bh)high, row), (__m512bh)low, row);
   }
 };
 
