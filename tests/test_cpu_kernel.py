@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dynaexq.hf.activations import activation_name
 from dynaexq.kernels import cpu, reference, torch_cpu
 from dynaexq.kernels.cpu import build, native, threads
+from dynaexq.memory import RoutingCounter
 from dynaexq.policy import LADDERS
 from dynaexq.records import ExpertShape, split_entry
 
@@ -163,6 +164,18 @@ def test_rows_of_another_dtype_than_the_model_are_taken():
     assert_close("float32 rows", codec_in_float32, output, 2**-7)  # the reference multiplies bfloat16 experts as such
 
 
+def test_routing_is_counted_as_the_counter_of_the_device_counts_it():
+    index = torch.tensor([[0, 3, EXPERTS], [-1, 3, 7], [5, 0, 2]])
+    got = case(("int4",), torch.float32, top_k_index=index)
+    weights = torch.tensor([[0.3, 0.7, 1.0], [float("nan"), float("inf"), -1.0], [1e9, 2**-21, 1.5 * 2**-20]])
+    expected, found = (RoutingCounter(2, EXPERTS, torch.device("cpu")) for _ in range(2))
+    for _ in range(2):
+        expected.observe(1, index, weights)
+        layer = cpu.native_layer(got.layer, torch.float32)
+        layer(got.hidden_states, index, weights, got.upgrades.entries, found.row(1))
+    assert found.sums.tolist() == expected.sums.tolist()
+
+
 def test_what_the_kernel_does_not_do_goes_to_torch():
     assert cpu.native_layer(case(("fp16",)).layer, torch.bfloat16) is None
     assert cpu.native_layer(case(("int4",), post_norm=torch.nn.Identity()).layer, torch.bfloat16) is None
@@ -239,7 +252,7 @@ def test_only_the_standard_gate_has_a_name():
     assert activation_name(experts) is None
 
 
-SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 @pytest.fixture(scope="module")
@@ -291,4 +304,4 @@ def test_structures_have_the_sizes_that_c_gives_them():
     assert ctypes.sizeof(native._Reading) == 8 * 11
     assert ctypes.sizeof(native._Matrix) == 8 * (5 + 2 * 11)
     assert ctypes.sizeof(native._Layer) == 8 * (2 * 27 + 7)
-    assert ctypes.sizeof(native._Call) == 8 * 11
+    assert ctypes.sizeof(native._Call) == 8 * 14

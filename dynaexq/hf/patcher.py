@@ -126,8 +126,8 @@ class _Patch:
             del experts._parameters[name]
         with _detached_hook(experts):
             adopt(experts, MixedPrecisionExperts)
-        base, name = self.runtime.base_blocks(index), activation_name(experts)
-        constant = ExpertLayer(codec, base, activation, post_norm, name)
+        base = self.runtime.base_blocks(index)
+        constant = ExpertLayer(codec, base, activation, post_norm, activation_name(experts))
         experts.connect(constant, self.runtime.ports(index))
         if layer.block is not None:
             adopt(layer.block, DynaExqMoE)

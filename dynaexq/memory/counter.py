@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FIXED_POINT = 2**20
-LARGEST_WEIGHT = 256.0  # keeps one absurd routing weight from overflowing a sum
+from dynaexq.records import LARGEST_MASS, MASS_UNIT
 
 
 class RoutingCounter:
@@ -25,21 +24,18 @@ class RoutingCounter:
         self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
         self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
         self._lock = threading.Lock()
-        self._rows = self.sums.numpy() if device.type == "cpu" else None  # the same memory
         self._pinned: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
     def observe(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits."""
-        if self.sums.device.type == "cpu":
-            self._observe_here(layer, top_k_index, top_k_weights)
-            return
         ids = top_k_index.reshape(-1)
         ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
-        mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_WEIGHT)
-        fixed = mass.mul_(FIXED_POINT).round_().to(torch.int64)
-        self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
-        self.sums[layer, -1] += top_k_index.shape[0]
+        mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_MASS)
+        fixed = mass.mul_(MASS_UNIT).round_().to(torch.int64)
+        with self._lock:
+            self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
+            self.sums[layer, -1] += top_k_index.shape[0]
 
     def drain(self) -> tuple[np.ndarray, np.ndarray]:
         """Mass `[L, E]` and tokens `[L]` since the last drain; on a GPU, up to a copy begun at an earlier drain."""
@@ -48,23 +44,15 @@ class RoutingCounter:
             return np.zeros((len(self._drained), self.num_experts)), np.zeros(len(self._drained), dtype=np.int64)
         grown = latest - self._drained
         self._drained = latest
-        return grown[:, : self.num_experts] / FIXED_POINT, grown[:, -1]
+        return grown[:, : self.num_experts] / MASS_UNIT, grown[:, -1]
 
     def totals(self) -> np.ndarray:
         """Mass `[L, E]` since the start. Waits for the device."""
-        return self.sums[:, : self.num_experts].cpu().numpy() / FIXED_POINT
+        return self.sums[:, : self.num_experts].cpu().numpy() / MASS_UNIT
 
-    def _observe_here(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """The same in numpy, whose calls cost a fraction of torch's on the few numbers of one token."""
-        ids = top_k_index.detach().numpy().reshape(-1)
-        mass = top_k_weights.detach().float().numpy().reshape(-1)
-        ids = np.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
-        mass = np.minimum(np.maximum(np.where(mass < np.inf, mass, 0), 0), np.float32(LARGEST_WEIGHT))
-        fixed = np.rint(mass * np.float32(FIXED_POINT)).astype(np.int64)
-        with self._lock:
-            sums = self._rows[layer]
-            np.add.at(sums, ids, fixed)
-            sums[-1] += len(top_k_index)
+    def row(self, layer: int) -> Tensor:
+        """The sums of one layer, int64 `[num_experts + 2]`, for a kernel that counts by itself as `observe` does."""
+        return self.sums[layer]
 
     @property
     def nbytes(self) -> int:

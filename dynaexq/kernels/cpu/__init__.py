@@ -18,13 +18,21 @@ _native: "WeakKeyDictionary[ExpertLayer, dict[torch.dtype, NativeLayer | None]]"
 
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """The same sum as `reference.expert_mlp`; coded weights may be rounded to the dtype of `hidden_states` first."""
+    """The same sum as `reference.expert_mlp`; coded weights may be rounded to the dtype of `hidden_states` first.
+
+    `counts` as in `dispatch.expert_mlp`; only the native kernel takes them.
+    """
     native = native_layer(layer, hidden_states.dtype)
     if native is None:
         return torch_cpu.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
-    return native(hidden_states, top_k_index, top_k_weights, upgrades.entries)
+    return native(hidden_states, top_k_index, top_k_weights, upgrades.entries, counts)
 
 
 def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:

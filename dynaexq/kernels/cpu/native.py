@@ -13,6 +13,7 @@ from dynaexq.formats.layout import BlockLayout
 from dynaexq.kernels.cpu import threads
 from dynaexq.kernels.cpu.build import Kernel
 from dynaexq.kernels.layer import ExpertLayer
+from dynaexq.records import LARGEST_MASS, MASS_UNIT
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
@@ -57,6 +58,7 @@ class _Call(ctypes.Structure):
     _fields_ = _fields(
         *("hidden_states", "top_k_index", "top_k_weights", "entries", "output"),
         *("num_tokens", "top_k", "dtype", "stage", "num_threads", "parallel"),
+        *("counts", "unit", "largest"),
     )
 
 
@@ -75,21 +77,35 @@ class NativeLayer:
         self._shape = layer.codec.shape
         self._description = _describe(layer)
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, entries: Tensor) -> Tensor:
-        """The layer's output `[N, H]`; arguments as in `reference.expert_mlp`, entries as in `Upgrades`."""
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        entries: Tensor,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output `[N, H]`; arguments as in `dispatch.expert_mlp`, entries as in `Upgrades`."""
         rows = hidden_states.contiguous()
         routing = (top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous(), entries)
         output = torch.empty_like(rows)
         if self._fused:
-            self._run(WHOLE, rows, routing, output)
+            self._run(WHOLE, rows, routing, output, counts)
             return output
         # Choices of other ranks' experts leave their rows as they are, so these start as zeros.
         up = torch.zeros(top_k_index.numel(), self._shape.up_rows, dtype=self._dtype)
-        self._run(UP_ONLY, rows, routing, up)
+        self._run(UP_ONLY, rows, routing, up, counts)
         self._run(DOWN_ONLY, self._activation(up).to(self._dtype).contiguous(), routing, output)
         return output
 
-    def _run(self, stage: int, rows: Tensor, routing: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def _run(
+        self,
+        stage: int,
+        rows: Tensor,
+        routing: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        counts: Tensor | None = None,
+    ) -> None:
         index, weights, entries = routing
         call = _Call(
             rows.data_ptr(),
@@ -102,6 +118,9 @@ class NativeLayer:
             stage,
             torch.get_num_threads(),
             threads.parallel(),
+            0 if counts is None else counts.data_ptr(),
+            MASS_UNIT,
+            LARGEST_MASS,
         )
         if self._kernel(ctypes.byref(self._description), ctypes.byref(call)):
             raise MemoryError(f"the CPU kernel found no memory for {index.shape[0]:,} tokens")

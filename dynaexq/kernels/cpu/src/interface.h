@@ -42,6 +42,10 @@ struct Layer {
 struct Call {
   int64_t hidden_states, top_k_index, top_k_weights, entries, output;
   int64_t num_tokens, top_k, dtype, stage, num_threads, parallel;
+
+  // int64 [num_experts + 2]: routing mass of each expert, of foreign ids, and tokens, all to be added to; or 0.
+  // A weight counts as that many units, `largest` at most.
+  int64_t counts, unit, largest;
 };
 
 }  // namespace dynaexq

@@ -46,6 +46,7 @@ class Forward {
   }
 
   void run() {
+    if (call.counts) count_routing();
     if (segments.empty()) return clear_output();
     if (call.stage == DOWN_ONLY) {
       prepare_rows(layer.down, call.num_tokens * call.top_k);
@@ -73,6 +74,21 @@ class Forward {
     pairs.resize(next[layer.num_experts]);
     for (int64_t p = 0; p < num_pairs; p++)
       if (is_ours(ids[p])) pairs[next[ids[p]]++] = p;
+  }
+
+  // As memory/counter.py counts; other threads may be counting in the same place.
+  void count_routing() const {
+    auto* counts = (int64_t*)call.counts;
+    auto add = [&](int64_t to, int64_t amount) {
+      std::atomic_ref<int64_t>(counts[to]).fetch_add(amount, std::memory_order_relaxed);
+    };
+    for (int64_t p = 0; p < call.num_tokens * call.top_k; p++) {
+      const int64_t id = ((const int64_t*)call.top_k_index)[p];
+      const float weight = ((const float*)call.top_k_weights)[p];
+      const float mass = std::isfinite(weight) ? std::clamp(weight, 0.0f, float(call.largest)) : 0;
+      add(id >= 0 && id < layer.num_experts ? id : layer.num_experts, std::llrint(mass * float(call.unit)));
+    }
+    add(layer.num_experts + 1, call.num_tokens);
   }
 
   void reserve_scratch() {
