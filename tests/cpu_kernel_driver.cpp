@@ -1,5 +1,5 @@
-// Runs the CPU kernel on a case that test_cpu_kernel.py wrote, every array in an allocation of exactly its size, so that
-// a sanitizer sees each byte that is read or written outside of it.
+// Runs the CPU kernel on a case that test_cpu_kernel.py wrote, every array in an allocation of exactly its size, so
+// that a sanitizer sees each byte that is read or written outside of it.
 //
 //   driver CASE OUTPUT     CASE: arrays, each after its length in 8 bytes:
 //                          layer, call, base, kinds, rows, ids, weights, one upgrade for every kind that is not 0
@@ -15,7 +15,6 @@ using Bytes = std::unique_ptr<uint8_t[]>;
 
 Bytes read(std::ifstream& from, int64_t& size) {
   from.read((char*)&size, sizeof size);
-  // Entries hold addresses in units of 256 bytes; nothing else needs more than its own alignment.
   Bytes bytes(new uint8_t[size]);
   from.read((char*)bytes.get(), size);
   return bytes;

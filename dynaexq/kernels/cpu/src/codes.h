@@ -52,7 +52,8 @@ template <Kind KIND, int BLOCK, int CHUNK>
 inline Vector::Halfwords code(Planes block) {
   auto high = high_digit<KIND, BLOCK, CHUNK>(block, 0);
   if constexpr (!has_low(KIND)) return high;
-  return Vector::merge(Vector::shift_left<4>(high), Vector::fill(uint16_t(0xF0)), low_digit<KIND, BLOCK, CHUNK>(block, 0));
+  auto low = low_digit<KIND, BLOCK, CHUNK>(block, 0);
+  return Vector::merge(Vector::shift_left<4>(high), Vector::fill(uint16_t(0xF0)), low);
 }
 
 }  // namespace dynaexq

@@ -99,6 +99,12 @@ inline void start_codes(const Matrix& layout, float excess, const Element* const
   }
 }
 
+// Bring NBYTES into the second cache.
+template <int NBYTES>
+inline void fetch(const void* from) {
+  for (int line = 0; line < NBYTES; line += 64) _mm_prefetch((const char*)from + line, _MM_HINT_T1);
+}
+
 template <int WEIGHTS, int ROWS>
 inline void add_sums(const A::Floats (&sums)[ROWS][WEIGHTS], float* out) {
   if constexpr (WEIGHTS == 4) {
@@ -131,10 +137,9 @@ inline void multiply_codes_block(const Matrix& layout, const Planes (&weights)[W
     for (int n = 0; n < WEIGHTS; n++) {
       block[n] = weights[n].at(KIND, k);
       Planes next = block[n].at(KIND, ahead);
-      for (int line = 0; line < BLOCK * top_bits(KIND) / 8; line += 64) _mm_prefetch((const char*)next.top + line, _MM_HINT_T1);
-      if (has_middle(KIND)) _mm_prefetch((const char*)next.middle, _MM_HINT_T1);
-      if (has_low(KIND))
-        for (int line = 0; line < BLOCK / 2; line += 64) _mm_prefetch((const char*)next.low + line, _MM_HINT_T1);
+      fetch<BLOCK * top_bits(KIND) / 8>(next.top);
+      if constexpr (has_middle(KIND)) fetch<BLOCK / 4>(next.middle);
+      if constexpr (has_low(KIND)) fetch<BLOCK / 2>(next.low);
     }
     auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
       A::Operand row[ROWS];
@@ -223,7 +228,7 @@ void multiply_panel(const Element* panel, int64_t count, int64_t padded, const E
       A::Operand weight[4];
       for (int i = 0; i < 4; i++) {
         weight[i] = A::operand(weights[i] + k);
-        if (ROWS == 1) _mm_prefetch((const char*)(weights[i] + k + AHEAD * padded), _MM_HINT_T1);
+        if (ROWS == 1) fetch<64>(weights[i] + k + AHEAD * padded);
       }
       for (int m = 0; m < ROWS; m++) {
         A::Operand row = A::operand(rows[m] + k);
@@ -291,8 +296,8 @@ void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count,
   }
 }
 
-// Rows [first, first + count) of a matrix, at most TILE of them, times `num_rows` activation rows of `padded` elements:
-// out [num_rows, TILE], bias included.
+// Rows [first, first + count) of a matrix, at most TILE of them, times `num_rows` activation rows of `padded`
+// elements: out [num_rows, TILE], bias included.
 inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
                           int64_t num_rows, Scratch& scratch, float* out) {
   switch (matrix.kind) {

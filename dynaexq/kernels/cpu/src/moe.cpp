@@ -1,7 +1,7 @@
 // One mixture-of-experts layer on packed experts: sort the choices by expert, first matrix, activation, second matrix.
 //
-// The work is cut into tasks that any thread may take: TILE columns of the hidden layer of one expert, then TILE columns
-// of the output over all experts. Every number is computed inside one task, in an order that depends on the routing
+// The work is cut into tasks that any thread may take: TILE columns of the hidden layer of one expert, then TILE
+// columns of the output over all experts. Every number is computed inside one task, in an order that depends on the routing
 // alone, so the result does not depend on the number of threads.
 #include <algorithm>
 #include <atomic>
@@ -178,7 +178,8 @@ class Forward {
       const MatrixView up = view(layer.up, segment.expert);
       multiply_tile(up, first, count, inputs.data(), segment.count, scratch, scratch.first);
       if (call.stage == WHOLE) {
-        if (layer.gated) multiply_tile(up, columns + first, count, inputs.data(), segment.count, scratch, scratch.second);
+        if (layer.gated)
+          multiply_tile(up, columns + first, count, inputs.data(), segment.count, scratch, scratch.second);
         keep_hidden(segment, first, count, scratch);
       } else {
         for (int64_t i = 0; i < segment.count; i++)

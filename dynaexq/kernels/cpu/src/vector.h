@@ -1,7 +1,7 @@
 // Vectors of this machine: half-words that hold codes, floats that hold sums. It knows no format.
 //
-// `Avx512` and `Avx2` offer the same operations at two widths. On top of them an *arithmetic* says what rows and decoded
-// weights are made of: `Float32`, for rows of any dtype, or `Bfloat16`, where the machine multiplies pairs of it.
+// `Avx512` and `Avx2` offer the same operations at two widths. On top of them an *arithmetic* says what rows and
+// decoded weights are made of: `Float32`, for rows of any dtype, or `Bfloat16`, where the machine multiplies pairs.
 #pragma once
 
 #include <immintrin.h>
