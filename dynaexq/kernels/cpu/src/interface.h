@@ -12,8 +12,8 @@ enum Kind : int64_t { TOP2, TOP4, TOP2_MIDDLE2, TOP4_LOW4, TOP2_MIDDLE2_LOW4, DE
 
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
 
-// The whole layer; or only the first matrix, with one row of output a choice; or only the second, with one row of input
-// a choice.
+// The whole layer; or only the first matrix, with one row of output a choice; or only the second, with one row of
+// input a choice.
 enum Stage : int64_t { WHOLE, UP_ONLY, DOWN_ONLY };
 
 // Bytes of a block where an array begins; -1 where there is no such array.
