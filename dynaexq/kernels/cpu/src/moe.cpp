@@ -1,8 +1,8 @@
 // One mixture-of-experts layer on packed experts: sort the choices by expert, first matrix, activation, second matrix.
 //
 // The work is cut into tasks that any thread may take: TILE columns of the hidden layer of one expert, then TILE
-// columns of the output over all experts. Every number is computed inside one task, in an order that depends on the routing
-// alone, so the result does not depend on the number of threads.
+// columns of the output over all experts. Every number is computed inside one task, in an order that depends on the
+// routing alone, so the result does not depend on the number of threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
