@@ -209,7 +209,7 @@ def test_without_a_kernel_torch_takes_over_and_the_log_says_why_once(monkeypatch
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert_close("torch", got.run(torch_cpu.expert_mlp), got.run(cpu.expert_mlp), 0)
-            cpu._native.clear()
+            got.layer.prepared.clear()
     assert len(caplog.messages) == 1
     assert reason in caplog.messages[0]
 

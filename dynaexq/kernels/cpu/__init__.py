@@ -4,8 +4,6 @@ Torch keeps what the kernel does not do: experts that are 16-bit from the start,
 Transformers' eager loop; a norm behind each expert; and machines without a compiler or without AVX2.
 """
 
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor
 
@@ -13,8 +11,6 @@ from dynaexq.kernels import torch_cpu
 from dynaexq.kernels.cpu.build import load
 from dynaexq.kernels.cpu.native import DTYPES, NativeLayer
 from dynaexq.kernels.layer import ExpertLayer, Upgrades
-
-_native: "WeakKeyDictionary[ExpertLayer, dict[torch.dtype, NativeLayer | None]]" = WeakKeyDictionary()
 
 
 def expert_mlp(
@@ -37,10 +33,11 @@ def expert_mlp(
 
 def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
     """`layer` as the native kernel sees it, for rows of `dtype`; None where torch has to take it."""
-    known = _native.setdefault(layer, {})
-    if dtype not in known:
-        known[dtype] = _build(layer, dtype)
-    return known[dtype]
+    key = ("cpu", dtype)
+    if key not in layer.prepared:
+        layer.prepared[key] = _build(layer, dtype)
+    native: NativeLayer | None = layer.prepared[key]
+    return native
 
 
 def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:

@@ -71,7 +71,6 @@ class NativeLayer:
 
     def __init__(self, layer: ExpertLayer, dtype: torch.dtype, kernel: Kernel):
         self._kernel, self._dtype = kernel, dtype
-        # Not the layer itself: it is the key under which this is kept, and would keep itself alive.
         self._activation, self._base = layer.activation, layer.base
         self._fused = layer.activation_name in ACTIVATIONS
         self._shape = layer.codec.shape
