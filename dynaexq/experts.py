@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.errors import PatchError
-from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp, experts_operator, reference, register_layer
+from dynaexq.kernels import (
+    ExpertLayer,
+    Upgrades,
+    counts_routing,
+    expert_mlp,
+    experts_operator,
+    reference,
+    register_layer,
+)
 from dynaexq.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -69,13 +77,17 @@ class MixedPrecisionExperts(nn.Module):
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
         """What the operator runs."""
-        ports = self._ports
+        ports, counts = self._ports, None
+        counter = ports.memory.counter
         if observe:
             if ports.before_forward is not None:
                 ports.before_forward()
-            ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
+            if counts_routing(hidden_states, self._layer):
+                counts = counter.row(ports.index)
+            else:
+                counter.observe(ports.index, top_k_index, top_k_weights)
         with ports.memory.fence.reading():
-            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
+            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

@@ -15,6 +15,7 @@ from dynaexq.adoption import adopt, release
 from dynaexq.errors import UnpatchError
 from dynaexq.experts import MixedPrecisionExperts
 from dynaexq.formats import ExpertWeights
+from dynaexq.hf.activations import activation_name
 from dynaexq.hf.compat import install_output_capturing
 from dynaexq.hf.families import SparseLayer
 from dynaexq.kernels import ExpertLayer
@@ -76,7 +77,8 @@ class Installation:
             experts = layer.experts
             activation = experts._apply_gate if experts.has_gate else experts.act_fn
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
-            constant = ExpertLayer(runtime.codec, runtime.base_blocks(index), activation, post_norm)
+            base = runtime.base_blocks(index)
+            constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
             experts.connect(constant, runtime.ports(index))
             self._homes[layer.name] = runtime, index
             if layer.block is not None:
