@@ -36,17 +36,26 @@ class Runtime:
 
     All arrays are `[num_layers, num_experts]` over the model's sparse layers in order. As a context manager it closes
     itself at the end of the block.
+
+    Args:
+        base: the base slab, if it exists already; see `memory.DeviceMemory`.
     """
 
     def __init__(
-        self, model: nn.Module, plan: MemoryPlan, codec: ExpertCodec, settings: Settings, device: torch.device
+        self,
+        model: nn.Module,
+        plan: MemoryPlan,
+        codec: ExpertCodec,
+        settings: Settings,
+        device: torch.device,
+        base: Tensor | None = None,
     ):
         self.plan, self.settings, self.device = plan, settings, device
         self.codec = codec
         self._model = weakref.ref(model)
         slot_nbytes = codec.upgrade_layout.nbytes
         self._memory = DeviceMemory(
-            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device
+            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._traffic = Traffic()

@@ -20,7 +20,7 @@ from dynaexq.hf.families import SparseLayer, find_sparse_layers
 from dynaexq.hf.installation import Installation
 from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan
 from dynaexq.placement import QuantizedSupply, Supply
-from dynaexq.restoration import PackedSupply, packed_shape
+from dynaexq.restoration import EarlyReading, PackedSupply, packed_shape
 from dynaexq.runtime import Runtime
 from dynaexq.settings import Settings
 from dynaexq.storage import MARK, PackedReader, PackedShape
@@ -54,8 +54,7 @@ class CheckpointLoad:
         self._source = None if stored else CheckpointSource(model, self.layers, shards)
         self._reader = PackedReader(shards, self._packed_shape(self._stored_codec)) if self._stored_codec else None
         self._check_budget(device_map)
-        if self._reader is not None:
-            self._reader.prefetch_base()  # while Transformers loads the dense weights
+        self._early = self._read_early(device_map)
         self._installation = Installation(model, self.layers)
         self._installation.take_over(self._stand_ins(device_map))
         for layer in self.layers:
@@ -89,7 +88,8 @@ class CheckpointLoad:
             codecs = {tiers: make_codec(layers[0], tiers, self.settings) for tiers in self._ladders}
             dense = dense_bytes(self.model, [], device)
             plan = make_plan(self.model, layers, codecs, self.settings, device, dense, num_experts)
-            runtime = Runtime(self.model, plan, codecs[plan.tiers], self.settings, device)
+            base = self._early.base if self._early else None
+            runtime = Runtime(self.model, plan, codecs[plan.tiers], self.settings, device, base)
             runtime.load(supply)
             self._installation.connect(runtime, layers)
             runtimes.append((runtime, indices))
@@ -101,7 +101,16 @@ class CheckpointLoad:
             return QuantizedSupply(self._source.select(indices, first_expert, num_experts))
         assert self._reader is not None, "experts are packed or they are not"
         assert self._stored_codec is not None, "likewise"
-        return PackedSupply(self._reader.select(indices, first_expert, num_experts), self._stored_codec)
+        reader = self._reader.select(indices, first_expert, num_experts)
+        return PackedSupply(reader, self._stored_codec, self._early)
+
+    def _read_early(self, device_map: Any) -> EarlyReading | None:
+        """Begin to read the base while Transformers loads the dense weights, if it can be read to where it stays."""
+        whole = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}
+        if self._reader is None or self._stored_codec is None or not whole or self._is_distributed:
+            return None
+        same_base = all(ladder[0] == self._stored_codec.tiers[0] for ladder in self._ladders)
+        return EarlyReading(self._reader) if same_base else None
 
     def _packed_shape(self, codec: ExpertCodec) -> PackedShape:
         return packed_shape(codec, tuple(layer.name for layer in self.layers), self.layers[0].num_experts)
