@@ -7,6 +7,7 @@ import os
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,11 @@ from dynaexq.hf.compat import has_parallel_plans
 
 AMPLE = 10**6
 SIZES = {"tp_size": 2, "ep_size": 2}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp": {"tp_size": 2},
-    "ep": SIZES,
-    "ep by exchange": SIZES | {"ep_implementation": "all_to_all"},
-}
+OPTIONS = {field.name for field in fields(DistributedConfig)}
+LAYOUTS: dict[str, dict[str, Any]] = {"tp": {"tp_size": 2}, "ep by exchange": SIZES}
+if "ep_implementation" in OPTIONS:  # before, tokens were always exchanged
+    LAYOUTS["ep by exchange"] = SIZES | {"ep_implementation": "all_to_all"}
+    LAYOUTS["ep by sum"] = SIZES
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fp16": ("source", ("fp16",)),
     "int4": ("source", ("int4",)),
@@ -130,7 +131,6 @@ EXPERTS = "model.layers.*.mlp.experts"
 PREVENTED: dict[str, Callable[[Path], object]] = {
     "pipeline parallel": lambda at: load(at / "source", ("int4",), {"pp_size": 2}),
     "fsdp": lambda at: load(at / "source", ("int4",), {"fsdp_size": 2}),
-    "replicas": lambda at: load(at / "source", ("int4",), {"dp_replicate_size": 2}),
     "uneven": lambda at: load(at / "uneven", ("int4",), SIZES),
     "split inside": lambda at: load(
         at / "source", ("int4",), {"tp_size": 2, "tp_plan": {f"{EXPERTS}.down_proj": "rowwise"}}
@@ -138,7 +138,6 @@ PREVENTED: dict[str, Callable[[Path], object]] = {
     "shared in two ways": lambda at: load(
         at / "source", ("int4",), SIZES | {"ep_plan": {f"{EXPERTS}.down_proj": "rowwise"}}
     ),
-    "megamoe": lambda at: load(at / "source", ("int4",), SIZES | {"ep_implementation": "deepgemm_megamoe"}),
     "dense": lambda at: load(at / "source", ("int4",), {"tp_size": 2}, dense="bnb-8bit"),
     "patch of experts shared out": lambda at: dynaexq.patch(load(at / "source", None, SIZES), AMPLE),
     "patch of experts split": lambda at: dynaexq.patch(load(at / "source", None, LAYOUTS["tp"]), AMPLE),
@@ -146,6 +145,10 @@ PREVENTED: dict[str, Callable[[Path], object]] = {
     "save of whole experts": lambda at: load(at / "source", ("fp16",), LAYOUTS["tp"]).save_pretrained(at / "saved"),
     "unpatch": lambda at: dynaexq.unpatch(load(at / "source", ("fp16",), SIZES)),
 }
+if "dp_replicate_size" in OPTIONS:
+    PREVENTED["replicas"] = lambda at: load(at / "source", ("int4",), {"dp_replicate_size": 2})
+if "ep_implementation" in OPTIONS:
+    PREVENTED["megamoe"] = lambda at: load(at / "source", ("int4",), SIZES | {"ep_implementation": "deepgemm_megamoe"})
 
 
 def refusals(directory: Path) -> dict[str, str]:
