@@ -88,6 +88,19 @@ def whole_experts_at_two_precisions(directory: Path) -> dict[str, Any]:
     return observed(model)
 
 
+def gradients(directory: Path) -> dict[str, list[torch.Tensor]]:
+    """Of parameters before the experts and of the router, for each layout."""
+    return {layout: gradients_of(load(directory / "source", ("int4",), LAYOUTS[layout])) for layout in LAYOUTS}
+
+
+def gradients_of(model: Any) -> list[torch.Tensor]:
+    ids = tiny.prompt()
+    model.train()(ids, labels=ids).loss.backward()
+    layer = model.model.layers[0]
+    grads = [p.weight.grad for p in (model.model.embed_tokens, layer.self_attn.o_proj, layer.mlp.gate)]
+    return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
+
+
 def one_rank_idle(directory: Path) -> dict[str, Any]:
     """One token, exchanged, whose experts are both with the first rank."""
     model = load(directory / "source", ("int4",), LAYOUTS["ep by exchange"])
@@ -138,6 +151,7 @@ PREVENTED: dict[str, Callable[[Path], object]] = {
     "shared in two ways": lambda at: load(
         at / "source", ("int4",), SIZES | {"ep_plan": {f"{EXPERTS}.down_proj": "rowwise"}}
     ),
+    "shared without exchange": lambda at: load(at / "source", ("int4",), SIZES | {"ep_plan": {EXPERTS: "replicate"}}),
     "dense": lambda at: load(at / "source", ("int4",), {"tp_size": 2}, dense="bnb-8bit"),
     "patch of experts shared out": lambda at: dynaexq.patch(load(at / "source", None, SIZES), AMPLE),
     "patch of experts split": lambda at: dynaexq.patch(load(at / "source", None, LAYOUTS["tp"]), AMPLE),
@@ -173,6 +187,7 @@ if has_parallel_plans():
     CASES += (
         answers,
         stock_answers,
+        gradients,
         whole_experts_at_two_precisions,
         one_rank_idle,
         traffic_on_cold_experts,

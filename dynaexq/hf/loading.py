@@ -75,7 +75,7 @@ class CheckpointLoad:
 
     def finish(self, quantizer: Any, save: Any) -> None:
         """Read the experts onto the devices where their layers are, and join everything together."""
-        rank, num_ranks = share_of(self.layers)
+        rank, num_ranks = share_of(self.model, self.layers)
         self._installation.dismiss_stand_ins()
         num_experts = self.layers[0].num_experts // num_ranks
         runtimes = []
@@ -89,7 +89,7 @@ class CheckpointLoad:
             runtime.load(supply)
             self._installation.connect(runtime, layers)
             runtimes.append((runtime, indices))
-        self._installation.source = self._source if num_ranks == 1 else None
+        self._installation.source = self._source
         self._installation.attach(RuntimeGroup.of(runtimes), quantizer, save)
 
     def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> Supply:

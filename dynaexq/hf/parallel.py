@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from dynaexq.errors import UnsupportedModelError
-from dynaexq.hf.compat import has_parallel_plans
+from dynaexq.hf.compat import has_parallel_plans, is_distributed
 from dynaexq.hf.families import SparseLayer
 
 SIZES = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
@@ -92,25 +92,27 @@ def _check_overrides(distribution: Any, layers: Sequence[SparseLayer]) -> None:
 
 def edit_tensor_plan(plan: dict[str, str], layers: Sequence[SparseLayer]) -> None:
     """Drop the rules that split experts inside and sum what the parts answer: they are whole on every rank."""
-    if not plan:
+    if not plan:  # Transformers refuses such a model, and must still see why
         return
     for rule in _rules_of_experts(plan, layers):
         del plan[rule]
     plan.update(dict.fromkeys(_paths(layers), WHOLE_EXPERTS))
 
 
-def share_of(layers: Sequence[SparseLayer]) -> tuple[int, int]:
+def share_of(model: nn.Module, layers: Sequence[SparseLayer]) -> tuple[int, int]:
     """This rank's number among those that share out the experts, and how many they are; (0, 1) where all are whole.
 
     Raises:
-        UnsupportedModelError: the parameters that stand in for the experts were sharded in any other way.
+        UnsupportedModelError: the parameters that stand in for the experts were sharded in any other way, or nothing
+            was put round their forwards that makes ranks answer as one.
     """
     shares = {_share(parameter) for layer in layers for parameter in layer.experts._parameters.values()} or {(0, 1)}
     share = shares.pop()
-    if shares or share is None:
+    joined = not is_distributed(model) or all("forward" in vars(layer.experts) for layer in layers)
+    if shares or share is None or not joined:
         raise UnsupportedModelError(
-            f"the parallel plans share out {layers[0].name} and its like in a way that is not by whole experts; leave "
-            "the rules for experts to the plans of the model"
+            f"the parallel plans neither share out {layers[0].name} and its like by whole experts, nor keep them "
+            "whole; leave the rules for experts to the plans of the model"
         )
     return share
 
