@@ -200,7 +200,7 @@ def run(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     meeting = f"file://{directory / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     torch.save({case.__name__: outcome(case, directory) for case in CASES}, directory / f"found-{rank}.pt")
     dist.destroy_process_group()
 

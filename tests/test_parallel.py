@@ -42,8 +42,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(directory: Path) -> list[dict[str, Any]]:
-    """What each of the two ranks found."""
+def alone(directory: Path) -> dict[str, dict[str, Any]]:
+    """What one process finds."""
+    return {name: ranks.observed(ranks.load(directory / at, tiers, {})) for name, (at, tiers) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def found(directory: Path, alone: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each of the two ranks found; `alone` has compiled the kernel before they wait for each other."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=ranks.run, args=(rank, directory), daemon=True) for rank in range(2)]
     try:
@@ -64,12 +70,6 @@ def both(found: list[dict[str, Any]], case: str) -> list[Any]:
         if isinstance(rank[case], Exception):
             raise rank[case]
     return [rank[case] for rank in found]
-
-
-@pytest.fixture(scope="module")
-def alone(directory: Path) -> dict[str, dict[str, Any]]:
-    """What one process finds."""
-    return {name: ranks.observed(ranks.load(directory / at, tiers, {})) for name, (at, tiers) in MODELS.items()}
 
 
 each_model = pytest.mark.parametrize("name", MODELS)
