@@ -82,10 +82,10 @@ class MixedPrecisionExperts(nn.Module):
         if observe:
             if ports.before_forward is not None:
                 ports.before_forward()
-            if counts_routing(hidden_states, self._layer):
+            if counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
                 counts = counter.row(ports.index)
             else:
-                counter.observe(ports.index, top_k_index, top_k_weights)
+                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
         with ports.memory.fence.reading():
             return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
 
@@ -137,3 +137,11 @@ class MixedPrecisionExperts(nn.Module):
             "a patched model can be neither copied nor pickled: its experts live in slabs outside the module; "
             "copy or save the original model, or its state_dict, before patching"
         )
+
+
+def _mass(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The routing weights as they count for heat.
+
+    When tokens are exchanged among ranks, one that gets none is called with a single row of zeros for expert 0.
+    """
+    return top_k_weights * hidden_states.any() if top_k_weights.numel() == 1 else top_k_weights

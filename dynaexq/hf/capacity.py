@@ -14,6 +14,7 @@ from dynaexq.hf.cache import cache_bytes
 from dynaexq.hf.compat import text_config
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
 from dynaexq.hf.skeleton import skeleton_of
+from dynaexq.placement import weight_bytes
 from dynaexq.policy import weights_budget
 from dynaexq.settings import Settings
 
@@ -41,7 +42,7 @@ def auto_budget(model: nn.Module, settings: Settings, device: torch.device, host
     Raises:
         SettingsError: the context alone does not fit.
     """
-    held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()] if t.device == device)
+    held = weight_bytes(t for t in [*model.parameters(), *model.buffers()] if t.device == device)
     available = held + _free_bytes(device) - (host_bytes if device.type == "cpu" else 0)
     needed = sum(_context_of(model, settings))
     budget = weights_budget(available, needed)

@@ -31,6 +31,18 @@ def take_loading_attributes(config_class: type) -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)
 
 
+def has_parallel_plans() -> bool:
+    """Whether a quantizer is shown the parallel plans of the model at hand, and may edit them."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return hasattr(HfQuantizer, "update_parallel_plan")
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Whether Transformers has spread the model over ranks."""
+    return getattr(model, "_device_mesh", None) is not None
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model inside `model`, or None where there is none."""
     config = getattr(model, "config", None)

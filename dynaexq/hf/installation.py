@@ -16,7 +16,7 @@ from dynaexq.errors import UnpatchError
 from dynaexq.experts import MixedPrecisionExperts
 from dynaexq.formats import ExpertWeights
 from dynaexq.hf.activations import activation_name
-from dynaexq.hf.compat import install_output_capturing
+from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.families import SparseLayer
 from dynaexq.kernels import ExpertLayer
 from dynaexq.moe import DynaExqMoE
@@ -110,6 +110,10 @@ class Installation:
         Raises:
             UnpatchError: their 16-bit weights cannot be reached; the model stays patched.
         """
+        if is_distributed(self.model):
+            raise UnpatchError(
+                "the model is spread over ranks, and was never whole; load it again without a quantization_config"
+            )
         if self._lost_linears:
             raise UnpatchError(
                 "the dense layers were quantised by patch, and the originals freed; load the model again"
