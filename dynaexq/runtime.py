@@ -265,7 +265,7 @@ class Runtime:
         mass, tokens = self._tracker.update(self._steps - self._steps_at_tick)
         self._steps_at_tick = self._steps
         self._traffic.add(mass, tokens, met)
-        if not self._frozen:
+        if not self._frozen and self._memory.pool.num_slots:
             self._decide()
 
     def _decide(self) -> None:

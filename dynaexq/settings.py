@@ -77,7 +77,7 @@ class Settings:
     half_life: float | None = None
     alpha: float | None = None
     margin: float = 0.1
-    tick_every: int = 8
+    tick_every: int = 16
     traffic_limit: int | float | str | None = None
     host_copy: str = "auto"
     group_size: int = 64
