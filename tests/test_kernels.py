@@ -4,7 +4,7 @@ All on ugly shapes: rows that pack with padding, experts nobody asked for, ids t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -73,6 +73,7 @@ def case(
     shape: ExpertShape = GATED,
     top_k_index: Tensor | None = None,
     post_norm: Callable[[Tensor], Tensor] | None = None,
+    group_size: int = 64,
 ) -> Case:
     """Random experts at `tiers`, those in UPGRADED with their upgrade, and random rows for `top_k_index`."""
     index = distinct_choices(21, 3) if top_k_index is None else top_k_index
@@ -80,7 +81,7 @@ def case(
     up = torch.randn(EXPERTS, *(shape.up_rows, shape.hidden_size)[::flip]) * 0.2
     down = torch.randn(EXPERTS, *(shape.hidden_size, shape.intermediate_size)[::flip]) * 0.2
     biases = (torch.randn(EXPERTS, shape.up_rows), torch.randn(EXPERTS, shape.hidden_size)) if shape.has_bias else ()
-    codec = ExpertCodec(shape, dtype, tiers)
+    codec = ExpertCodec(shape, dtype, tiers, group_size)
     encoded = codec.encode(ExpertWeights(*(part.to(dtype) for part in (up, down, *biases))))
     activation = silu_gate if shape.up_rows == 2 * shape.intermediate_size else squared_relu
     return Case(
@@ -178,3 +179,23 @@ def test_experts_decoded_in_several_groups_give_the_same_bits(monkeypatch, tiers
 def test_the_norm_behind_an_expert_comes_before_its_routing_weight(kernel):
     got = case(("int4",), torch.float32, post_norm=partial(F.rms_norm, normalized_shape=(GATED.hidden_size,)))
     assert_close("post norm", naive(got), got.run(kernel.expert_mlp), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("activation", "is_swiglu"),
+    [
+        pytest.param(silu_gate, True, id="silu(gate) * up"),
+        pytest.param(lambda rows: silu_gate(rows.roll(rows.shape[1] // 2, 1)), False, id="up before gate"),
+        pytest.param(lambda rows: F.silu(rows[:, ::2]) * rows[:, 1::2], False, id="interleaved"),
+        pytest.param(lambda rows: silu_gate(rows.clamp(max=7)), False, id="clamped"),
+        pytest.param(lambda rows: F.gelu(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1], False, id="gelu"),
+        pytest.param(lambda rows: silu_gate(F.linear(rows, torch.eye(64).bfloat16())), False, id="with parameters"),
+    ],
+)
+def test_a_layer_knows_whether_its_activation_is_swiglu(activation, is_swiglu):
+    layer = replace(case(("int4",)).layer, activation=activation)
+    assert layer.is_swiglu == is_swiglu
+
+
+def test_an_activation_without_a_gate_is_not_swiglu():
+    assert not case(("int4",), shape=SHAPES["no gate"]).layer.is_swiglu

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +49,24 @@ class ExpertLayer:
     @property
     def num_experts(self) -> int:
         return len(self.base)
+
+    @cached_property
+    def is_swiglu(self) -> bool:
+        """Whether the activation is silu(gate) * up, gate first, which kernels may compute themselves.
+
+        It is asked and not recognised: families write the same function in many ways, and others, that clamp or
+        interleave, in the same.
+        """
+        rows, columns = self.codec.shape.up_rows, self.codec.shape.intermediate_size
+        if rows != 2 * columns:
+            return False
+        probe = torch.linspace(-1000, 1000, 7 * rows, device="cpu").view(rows, 7).T
+        try:
+            answer = self.activation(probe)
+        except RuntimeError:  # it has parameters, on another device or in another dtype
+            return False
+        gate, up = probe.chunk(2, -1)
+        return bool(torch.allclose(answer, F.silu(gate) * up, rtol=1e-5))
 
     def run_expert(self, hidden_states: Tensor, weights: ExpertWeights, index: int = 0) -> Tensor:
         """Expert `index` of `weights` on its rows `[n, H]`, in the dtype of the rows."""
