@@ -37,6 +37,8 @@ def expert_gemm(
         entries: int64 `[num_experts]`, `address | kind`.
         base: uint8 `[num_experts, matrix.base_nbytes]`.
     """
+    BLOCK_M: tl.constexpr = tiling.block_m
+    BLOCK_N: tl.constexpr = tiling.block_n
     tile, slot = tl.program_id(0), tl.program_id(1)
     expert = tl.load(blocks + slot)
     if expert < 0:
@@ -52,7 +54,7 @@ def expert_gemm(
     # Triton loads 16 bytes at a time only from where it knows the alignment.
     upgrade = tl.multiple_of(((entry >> 8) * 256).to(tl.pointer_type(tl.uint8)), 256)
 
-    member = tl.arange(0, tiling.block_m)
+    member = tl.arange(0, BLOCK_M)
     mask = member < tl.load(blocks + 2 * num_blocks + slot)
     pair = tl.load(order + tl.load(blocks + num_blocks + slot) + member, mask=mask, other=0).to(tl.int64)
     source = pair // CHOICES
@@ -62,7 +64,7 @@ def expert_gemm(
         row_sums = sums + source * (matrix.padded // tiling.sum_width)
     row = weight_rows(tile, matrix, tiling)
 
-    product = tl.zeros((tiling.block_n, tiling.block_m), tl.float32)
+    product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if matrix.upgrade == 0 or tiling.tiers == "base":
         product = base_product(product, rows, mask, row_sums, here, row, matrix, tiling)
     elif tiling.tiers == "upgraded":
@@ -100,17 +102,19 @@ def store_swiglu(product, tile, pair, mask, output, output_sums, matrix: tl.cons
     """Store silu(gate) * up `[R / 2, M]`, and the sums of the values as stored that the next product will need."""
     COLUMNS: tl.constexpr = matrix.rows // 2
     WIDTH: tl.constexpr = tiling.block_n // 2
-    halves = tl.permute(product.reshape(WIDTH // 8, 2, 8, tiling.block_m), (0, 2, 3, 1))
-    gate, up = tl.split(halves.reshape(WIDTH, tiling.block_m, 2))
+    PAIRS: tl.constexpr = tiling.block_m
+    halves = tl.permute(product.reshape(WIDTH // 8, 2, 8, PAIRS), (0, 2, 3, 1))
+    gate, up = tl.split(halves.reshape(WIDTH, PAIRS, 2))
     hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(matrix.dtype)
     column = tile * WIDTH + tl.arange(0, WIDTH)
     inside = (column < COLUMNS)[:, None]
     tl.store(output + pair[None, :] * COLUMNS + column[:, None], hidden, mask=mask[None, :] & inside)
     if tiling.next_sum_width > 0:
-        SUMS: tl.constexpr = WIDTH // tiling.next_sum_width
-        STRIDE: tl.constexpr = -(-COLUMNS // 64) * 64 // tiling.next_sum_width
+        SUM: tl.constexpr = tiling.next_sum_width
+        SUMS: tl.constexpr = WIDTH // SUM
+        STRIDE: tl.constexpr = -(-COLUMNS // 64) * 64 // SUM
         stored = tl.where(inside, hidden.to(tl.float32), 0.0)
-        total = tl.sum(stored.reshape(SUMS, tiling.next_sum_width, tiling.block_m), axis=1)
+        total = tl.sum(stored.reshape(SUMS, SUM, PAIRS), axis=1)
         place = tile * SUMS + tl.arange(0, SUMS)
         within = (place < STRIDE)[:, None]
         tl.store(output_sums + pair[None, :] * STRIDE + place[:, None], total, mask=mask[None, :] & within)
