@@ -51,8 +51,9 @@ def products(ladder: str, product: str, regime: str, arch: int) -> list[dict[str
     for launch in launches:
         kernel = compiled_product(matrix, launch, arch)
         codes = launch.tiling.block_n * matrix.codes / (32 * launch.num_warps)  # of a block, for one thread
-        # Loops over 16-bit weights are far shorter than those over codes.
-        per_code = round(max(inner_loops(disassembled(kernel))) / codes, 2)
+        # Loops over 16-bit weights are far shorter than those over codes; a short one may be unrolled altogether.
+        longest = max(inner_loops(disassembled(kernel)), default=None)
+        per_code = None if longest is None else round(longest / codes, 2)
         found.append({"tiers": launch.tiling.tiers, "instructions_per_code": per_code, **facts(kernel)})
     return found
 

@@ -68,8 +68,8 @@ def check(case: str, kernels: list[dict[str, Any]]) -> None:
             continue
         assert found["wide_loads"] >= recorded["wide_loads"], f"loads of 16 bytes were lost, {where}"
         assert found["wgmma"] == (arch == 90), f"the wrong matrix instructions, {where}"
-        limit = MARGIN * recorded["instructions_per_code"]
-        assert found["instructions_per_code"] <= limit, f"more instructions a code, {where}"
+        per_code = recorded["instructions_per_code"], found["instructions_per_code"]
+        assert None in per_code or per_code[1] <= MARGIN * per_code[0], f"more instructions a code, {where}"
 
 
 def test_interpreted_kernels_follow_the_reference():
