@@ -56,11 +56,11 @@ class MixedPrecisionExperts(nn.Module):
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
         """What the operator runs."""
         ports = self._ports
-        if observe:
-            if ports.before_forward is not None:
-                ports.before_forward()
-            ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
+        if observe and ports.before_forward is not None:
+            ports.before_forward()
         with ports.memory.fence.reading():
+            if observe:
+                ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
             return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
 
     def gradients(

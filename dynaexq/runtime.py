@@ -59,11 +59,11 @@ class Runtime:
         store = open_store(self._codec, source, self.settings)
         try:
             errors = place(source, self._codec, self._memory.base, store)
+            copier = copier_for(self.device, self._memory.pool.slot_nbytes, staged=store.page_locked(0) is None)
         except BaseException:
             store.close()
             raise
         self._controller = PrecisionController(errors[..., 0] - errors[..., -1], self.settings)
-        copier = copier_for(self.device, self._memory.pool.slot_nbytes)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)

@@ -25,7 +25,7 @@ class DeviceMemory:
         num_slots: int,
         device: torch.device,
     ):
-        self.fence: Fence = StreamFence() if device.type == "cuda" else ReaderFence()
+        self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
         self.base: Tensor = allocate_bytes(num_layers * num_experts * base_nbytes, device).view(
             num_layers, num_experts, base_nbytes
         )

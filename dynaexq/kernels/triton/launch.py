@@ -29,14 +29,22 @@ def expert_mlp(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
 ) -> Tensor:
     """The same sum as `reference.expert_mlp`, for 16-bit models; activations are rounded between the products."""
-    pairs, choices = top_k_index.numel(), top_k_index.shape[1]
-    if not pairs:
+    if not top_k_index.numel():
         return torch.zeros_like(hidden_states)
-    hidden_states, top_k_index, top_k_weights = (t.contiguous() for t in (hidden_states, top_k_index, top_k_weights))
+    with torch.cuda.device_of(hidden_states):  # Triton launches on the current device, wherever its arguments are
+        return _expert_mlp(
+            hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), layer, upgrades.entries
+        )
+
+
+def _expert_mlp(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, entries: Tensor
+) -> Tensor:
+    pairs, choices = top_k_index.numel(), top_k_index.shape[1]
     up, down = matrices(layer.codec)
     fused = layer.is_swiglu and up.bias < 0
     plan = tiles.plan_for(pairs, layer.num_experts, up, down, fused)
-    experts = _Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, upgrades.entries)
+    experts = _Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, entries)
 
     hidden, sums = experts.product(up, hidden_states, _sums(hidden_states, up, plan.up), plan.up, choices)
     if not fused:
