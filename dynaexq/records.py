@@ -9,6 +9,13 @@ KIND_MASK = 0xFF
 """The low bits of a table entry `address | kind`; addresses are multiples of 256."""
 
 
+MASS_UNITS = 2**20
+"""Routing mass is counted in integers, so many to a weight of one."""
+
+LARGEST_MASS = 256.0
+"""A weight counts at most this much: one absurd weight must not overflow a sum."""
+
+
 def split_entry(entry: int) -> tuple[int, int]:
     """(address, kind) of an entry of the expert table; kind 0 means that there is no upgrade."""
     return entry & ~KIND_MASK, entry & KIND_MASK

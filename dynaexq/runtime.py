@@ -19,6 +19,7 @@ from dynaexq.control import HotnessTracker, PrecisionController
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
+from dynaexq.kernels import add_routing_for
 from dynaexq.memory import DeviceMemory, SourceStore, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
 from dynaexq.placement import ExpertSource, open_store, place, weight_bytes
@@ -45,7 +46,13 @@ class Runtime:
         self._model = weakref.ref(model)
         slot_nbytes = codec.upgrade_layout.nbytes
         self._memory = DeviceMemory(
-            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device
+            plan.num_layers,
+            plan.num_experts,
+            plan.base.nbytes,
+            slot_nbytes,
+            plan.num_slots,
+            device,
+            add_routing_for(device),
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._traffic = Traffic()

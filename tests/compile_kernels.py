@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dynaexq.formats import ExpertCodec
-from dynaexq.kernels.triton import routing, rows, tiles
+from dynaexq.kernels.triton import counting, routing, rows, tiles
 from dynaexq.kernels.triton.gemm import expert_gemm
 from dynaexq.kernels.triton.launch import matrices
 from dynaexq.kernels.triton.shapes import Matrix
-from dynaexq.records import ExpertShape
+from dynaexq.records import LARGEST_MASS, MASS_UNITS, ExpertShape
 
 SHAPE = ExpertShape(hidden_size=2048, intermediate_size=768, up_rows=1536, has_bias=False, transposed=False)
 CHOICES, EXPERTS = 8, 128
@@ -86,7 +86,13 @@ def around(arch: int) -> list[dict[str, Any]]:
         {"CHOICES": CHOICES, "COLUMNS": rows.COLUMNS_PER_PROGRAM},
         arch,
     )
-    return [facts(kernel) for kernel in (count, sums, total)]
+    mass = compiled(
+        counting._add_routing,
+        {"sums": "*i64", "ids": "*i64", "weights": "*bf16", "pairs": "i32", "tokens": "i32", "num_experts": "i32"},
+        {"UNITS": MASS_UNITS, "LARGEST": LARGEST_MASS, "PROGRAM": counting.PAIRS_PER_PROGRAM},
+        arch,
+    )
+    return [facts(kernel) for kernel in (count, sums, total, mass)]
 
 
 def product_of(tiers: tuple[str, ...], product: str, pairs: int) -> tuple[Matrix, tuple[tiles.Launch, ...]]:

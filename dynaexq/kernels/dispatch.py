@@ -38,7 +38,18 @@ def kernel_for(device: torch.device, activations: torch.dtype, weights: torch.dt
     return reference.expert_mlp
 
 
-def _obstacle_to_triton(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> str | None:
+def add_routing_for(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None] | None:
+    """How to add routing to the counters in one launch; None where several operators of torch do."""
+    if _obstacle_to_triton(device) is not None:
+        return None
+    from dynaexq.kernels import triton
+
+    return triton.add_routing
+
+
+def _obstacle_to_triton(
+    device: torch.device, activations: torch.dtype = torch.float16, weights: torch.dtype = torch.float16
+) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "the fused kernel is for NVIDIA GPUs"
     if find_spec("triton") is None:

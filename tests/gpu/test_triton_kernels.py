@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from dynaexq.kernels import Upgrades, dispatch, reference
 from dynaexq.memory import allocate_bytes
+from dynaexq.memory.counter import add_routing
 from dynaexq.policy import LADDERS
 from dynaexq.records import ExpertShape
 
@@ -176,3 +177,12 @@ def test_other_inputs_in_a_captured_graph():
         got.hidden_states.normal_()
         graph.replay()
         assert torch.equal(output, got.run(dispatch.expert_mlp))
+
+
+def test_routing_is_counted_to_the_last_unit():
+    ids, weights = torch.randint(-1, EXPERTS + 2, (900, 3)), torch.rand(900, 3)
+    expected = torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    got = expected.to(DEVICE)
+    add_routing(expected, ids, weights)
+    dispatch.add_routing_for(DEVICE)(got, ids.to(DEVICE), weights.to(DEVICE))
+    assert torch.equal(got.cpu(), expected)

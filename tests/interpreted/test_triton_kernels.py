@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaexq.kernels import reference
-from dynaexq.kernels.triton import expert_mlp, routing, tiles
+from dynaexq.kernels.triton import add_routing, expert_mlp, routing, tiles
 from dynaexq.kernels.triton.rows import group_sums, weighted_sum
+from dynaexq.memory import counter
 from dynaexq.policy import LADDERS
-from dynaexq.records import ExpertShape
+from dynaexq.records import MASS_UNITS, ExpertShape
 
 WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias=False, transposed=False)
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
@@ -160,6 +161,25 @@ def test_sums_over_groups_leave_padding_out():
     rows = torch.randn(3, 70)
     padded = F.pad(rows, (0, 58))
     assert_close("sums", padded.view(3, 4, 32).sum(2), group_sums(rows, 128, 32), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_routing_is_counted_to_the_last_unit(dtype):
+    ids = torch.randint(-1, EXPERTS + 2, (70, 3))
+    weights = (torch.rand(70, 3) * 10.0 ** torch.randint(-7, 4, (70, 3))).to(dtype)
+    weights[:4] = torch.tensor([float("nan"), float("inf"), -1.0])
+    weights[4] = torch.tensor([0.5, 1.5, 2.5]) / MASS_UNITS  # halves
+    expected, got = (torch.arange(EXPERTS + 2) * 2**40 for _ in range(2))
+    for _ in range(2):
+        counter.add_routing(expected, ids, weights)
+        add_routing(got, ids, weights)
+    assert torch.equal(got, expected)
+
+
+def test_no_tokens_count_nothing():
+    sums = torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    add_routing(sums, torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3))
+    assert not sums.any()
 
 
 @pytest.mark.slow
