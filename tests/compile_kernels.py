@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def products(ladder: str, product: str, regime: str, arch: int) -> list[dict[str
         kernel = compiled_product(matrix, launch, arch)
         codes = launch.tiling.block_n * matrix.codes / (32 * launch.num_warps)  # of a block, for one thread
         # Loops over 16-bit weights are far shorter than those over codes; a short one may be unrolled altogether.
-        longest = max(inner_loops(disassembled(kernel)), default=None)
+        longest = max(map(len, inner_loops(kernel)), default=None)
         per_code = None if longest is None else round(longest / codes, 2)
         found.append({"tiers": launch.tiling.tiers, "instructions_per_code": per_code, **facts(kernel)})
     return found
@@ -128,21 +128,18 @@ def compiled(
 
 
 def facts(kernel: Any) -> dict[str, Any]:
-    """What limits a kernel: registers, bytes spilled from them, shared memory."""
+    """What limits a kernel: registers, bytes parked on the stack, accesses to it inside loops, shared memory."""
     usage = of_cubin(kernel, "cuobjdump", "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     ptx = kernel.asm["ptx"]
     return {
         "registers": registers,
-        "spilled": stack + local,
+        "parked": stack + local,
+        "spills_in_loops": sum(name.startswith(("LDL", "STL")) for loop in inner_loops(kernel) for name in loop),
         "shared": kernel.metadata.shared,
         "wide_loads": len(re.findall(r"cp\.async[^;]*, (?:0x10|16)\b", ptx)),
         "wgmma": "wgmma" in ptx,
     }
-
-
-def disassembled(kernel: Any) -> str:
-    return of_cubin(kernel, "nvdisasm", "-c")
 
 
 def of_cubin(kernel: Any, binary: str, option: str) -> str:
@@ -154,20 +151,23 @@ def of_cubin(kernel: Any, binary: str, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def inner_loops(sass: str) -> Iterator[int]:
-    """Instructions of each loop that has none inside."""
-    places, branches, count = {}, [], 0
-    for line in sass.splitlines():
+@cache
+def inner_loops(kernel: Any) -> list[list[str]]:
+    """Names of the instructions of each loop that has none inside."""
+    places, branches, names = {}, [], []
+    for line in of_cubin(kernel, "nvdisasm", "-c").splitlines():
         if label := LABEL.match(line):
-            places[label[1]] = count
+            places[label[1]] = len(names)
         elif instruction := INSTRUCTION.match(line):
             if instruction[1].startswith("BRA") and (target := re.search(r"\.L_\w+", instruction[2])):
-                branches.append((target[0], count))
-            count += 1
+                branches.append((target[0], len(names)))
+            names.append(instruction[1])
     loops = [(places[target], end) for target, end in branches if places.get(target, end) < end]
-    for start, end in loops:
-        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops):
-            yield end - start + 1
+    return [
+        names[start : end + 1]
+        for start, end in loops
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
+    ]
 
 
 if __name__ == "__main__":

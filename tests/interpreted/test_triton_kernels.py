@@ -10,10 +10,12 @@ import pytest
 import torch
 from numerics import assert_close
 from test_kernels import EXPERTS, GATED, SHAPES, case, distinct_choices, naive
+from tiny import logits, prompt, tiny_qwen3_moe
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynaexq.kernels import reference
+import dynaexq
+from dynaexq.kernels import dispatch, reference
 from dynaexq.kernels.triton import add_routing, expert_mlp, routing, tiles
 from dynaexq.kernels.triton.rows import group_sums, weighted_sum
 from dynaexq.memory import counter
@@ -180,6 +182,19 @@ def test_no_tokens_count_nothing():
     sums = torch.zeros(EXPERTS + 2, dtype=torch.int64)
     add_routing(sums, torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3))
     assert not sums.any()
+
+
+def test_a_patched_model_with_all_of_its_upgrades_and_with_none(monkeypatch):
+    """Through table, fence and operator."""
+    ids = prompt(batch=1, length=2)
+    model = tiny_qwen3_moe(torch.float16)
+    runtime = dynaexq.patch(model, hbm_budget="1GB", device="cpu", tiers=("int2", "int4"))
+    for budget in ("1GB", runtime.memory()["total"] - runtime.memory()["upgrade"]):
+        runtime.set_budget(budget)
+        expected = logits(model, ids)
+        monkeypatch.setattr(dispatch, "kernel_for", lambda *_: expert_mlp)
+        assert_close(f"logits within {budget}", expected, logits(model, ids), 5 * TOLERANCE[torch.float16])
+        monkeypatch.undo()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def add_routing(sums: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Non
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tokens"])
 def _add_routing(
     sums,
     ids,

@@ -13,7 +13,7 @@ import triton.language as tl
 from dynaexq.kernels.triton.products import base_product, upgraded_product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # it changes with the batch: one kernel must do for all
 def expert_gemm(
     x,
     sums,

@@ -49,7 +49,7 @@ def _route_by_counting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
     return Routing(order, blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "slots"])
 def _count(ids, order, blocks, pairs, slots, num_experts, block_m, PROGRAM: tl.constexpr):
     """Each pair finds its place by counting the pairs that come before it."""
     pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)
