@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "compiled_kernels.json").read_text())
 """What Triton 3.9 makes of every case of compile_kernels.py."""
 
-MARGIN = 1.1
-"""Another compiler moves registers and instructions by some per cent; a load that lost its alignment, or codes that
-every group of warps unpacks again, by a third and more."""
+SAME_COMPILER = find_spec("triton") is not None and version("triton").startswith("3.9.")
+"""Whether registers and instructions can be held against what was recorded; other compilers differ by an eighth."""
+
+MARGIN = 1.05
+"""Codes that every group of warps unpacks again, or planes combined code by code, take a third more and beyond."""
 
 PARKED = 16
 """Bytes that a thread may leave on the stack while a loop runs: ptxas does so to make room for another block."""
@@ -66,14 +69,16 @@ def check(case: str, kernels: list[dict[str, Any]]) -> None:
         where = f"{case} {found.get('tiers', '')}: {found}, recorded {recorded}"
         assert found["spills_in_loops"] == 0, f"registers are spilled inside a loop, {where}"
         assert found["parked"] <= PARKED, f"registers are spilled, {where}"
-        assert found["registers"] <= MARGIN * recorded["registers"], f"more registers, {where}"
+        assert not SAME_COMPILER or found["registers"] <= MARGIN * recorded["registers"], f"more registers, {where}"
         assert found["shared"] <= SHARED_MEMORY[arch] * 1024, f"more shared memory than there is, {where}"
         if "tiers" not in found:
             continue
         assert found["wide_loads"] >= recorded["wide_loads"], f"loads of 16 bytes were lost, {where}"
         assert found["wgmma"] == (arch == 90), f"the wrong matrix instructions, {where}"
         per_code = recorded["instructions_per_code"], found["instructions_per_code"]
-        assert None in per_code or per_code[1] <= MARGIN * per_code[0], f"more instructions a code, {where}"
+        assert not SAME_COMPILER or None in per_code or per_code[1] <= MARGIN * per_code[0], (
+            f"more instructions a code, {where}"
+        )
 
 
 def test_interpreted_kernels_follow_the_reference():

@@ -56,13 +56,14 @@ def compare(name: str, got) -> None:
 
 
 @each_ladder
-@each_regime
-def test_every_ladder_in_every_tile(tiers, regime):
+@pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
+def test_every_ladder_for_few_and_for_many_pairs(tiers, regime):
     compare(f"{tiers} {regime}", case(tiers, torch.float16, GATED, distinct_choices(3, 2)))
 
 
 @each_ladder
 def test_every_ladder_in_blocks_of_256_and_128_codes(tiers):
+    """And for a single token or two, whose tiles are the smallest."""
     compare(f"{tiers}", case(tiers, torch.float16, WIDE, distinct_choices(2, 2)))
 
 
