@@ -101,7 +101,7 @@ def build(shape: Shape, tiers: tuple[str, ...], share: float, source: Any) -> Mi
         if expert in slots and encoded.upgrade is not None and codec.upgrade is not None:
             slab[slots[expert]] = encoded.upgrade[0]
             entries[expert] = slab[slots[expert]].data_ptr() | codec.upgrade.bits
-    return Mix(ExpertLayer(codec, base, swiglu), entries.to(DEVICE), slab)
+    return Mix(ExpertLayer(codec, base, swiglu, activation_name="silu"), entries.to(DEVICE), slab)
 
 
 def source_experts(shape: Shape) -> Any:

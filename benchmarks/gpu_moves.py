@@ -34,7 +34,9 @@ class Decoder:
         self._fill(codec, store)
         copier = copier_for(DEVICE, codec.upgrade.nbytes, staged=not pinned)
         self.pipeline = SwapPipeline(self.memory.table, self.memory.pool, store, copier, codec.upgrade.bits)
-        self.layers = [ExpertLayer(codec, self.memory.base[layer], swiglu) for layer in range(LAYERS)]
+        self.layers = [
+            ExpertLayer(codec, self.memory.base[layer], swiglu, activation_name="silu") for layer in range(LAYERS)
+        ]
         self.upgraded = [divmod(i, shape.num_experts) for i in torch.randperm(count)[:slots].tolist()]
         for layer, expert in self.upgraded:
             self.pipeline.submit(Transition(layer, expert, promote=True))

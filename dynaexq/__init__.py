@@ -7,6 +7,7 @@
 
 from dynaexq.errors import (
     BudgetError,
+    CheckpointError,
     ClosedError,
     DynaExqError,
     PatchError,
@@ -16,7 +17,7 @@ from dynaexq.errors import (
     UnpatchError,
     UnsupportedModelError,
 )
-from dynaexq.hf import patch, unpatch
+from dynaexq.hf import DynaExqConfig, patch, unpatch
 from dynaexq.moe import DynaExqMoE
 from dynaexq.runtime import Runtime
 from dynaexq.settings import Settings
@@ -25,7 +26,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "ClosedError",
+    "DynaExqConfig",
     "DynaExqError",
     "DynaExqMoE",
     "PatchError",

@@ -1,7 +1,7 @@
-"""The command line: `dynaexq demo`, `dynaexq version`."""
+"""The command line: `dynaexq demo`, `plan`, `quantize`, `version`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,80 @@ def demo(
 
 
 @app.command()
+def plan(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint directory, a config.json, or the name of a repository on the Hub.")
+    ],
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the card, such as 24GiB; several common ones if left out.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence that the cache must hold.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the figures to this file as well; - prints them alone.")
+    ] = None,
+) -> None:
+    """Show what of a model fits a card, from its configuration alone: no weights are read, and no GPU is needed."""
+    import transformers
+
+    from dynaexq.forecast import outlook, require_fit
+    from dynaexq.hardware import CARDS
+    from dynaexq.hf.sizing import model_size
+    from dynaexq.planview import show_card, show_cards, write_json
+    from dynaexq.settings import parse_bytes
+
+    transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
+    cards = CARDS if gpu is None else {gpu: parse_bytes(gpu, "--gpu")}
+    room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
+    size = model_size(source, max_context=context, max_batch=batch)
+    outlooks = {name: outlook(size, card, room) for name, card in cards.items()}
+    if gpu is not None:
+        require_fit(size, outlooks[gpu])
+    if json is not None:
+        write_json(size, outlooks, json)
+    if json == "-":
+        return
+    if gpu is None:
+        show_cards(size, outlooks)
+    else:
+        show_card(size, outlooks[gpu])
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(help="The 16-bit checkpoint: config.json and safetensors.", file_okay=False)
+    ],
+    target: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
+    tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
+    hbm_budget: Annotated[
+        str | None, typer.Option(help="Bytes, such as 20GiB: chooses the tiers, and is kept.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
+    device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "5GB",
+    annotate: Annotated[
+        bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantise when loading.")
+    ] = False,
+) -> None:
+    """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
+    from dynaexq.hf.conversion import annotate_checkpoint, quantize_checkpoint
+
+    dials: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
+    if tiers is not None:
+        dials["tiers"] = tuple(tiers.split(","))
+    if hbm_budget is not None:
+        dials["hbm_budget"] = hbm_budget
+    if annotate:
+        annotate_checkpoint(source, target, **dials)
+    else:
+        quantize_checkpoint(source, target, max_shard_size, **dials | ({"device": device} if device else {}))
+    typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
+
+
+@app.command()
 def version() -> None:
     """Print the versions of dynaexq and of what it builds on."""
     import torch
@@ -44,7 +118,7 @@ def main() -> None:
 
     try:
         app()
-    except (DynaExqError, FileNotFoundError) as error:
+    except (DynaExqError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error
 

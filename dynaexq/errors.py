@@ -8,6 +8,7 @@ DynaExqError
 │   └── UnpatchError                  the exact original weights cannot be reached any more
 ├── QuantizationError(ValueError)     a weight that no code can represent (NaN, infinity)
 ├── StoreError(OSError)               upgrade bytes could not be read or written
+├── CheckpointError(OSError)          a checkpoint that is incomplete, damaged, of another kind, or cannot be written
 └── ClosedError(RuntimeError)         the runtime was closed
 """
 
@@ -52,6 +53,10 @@ class QuantizationError(DynaExqError, ValueError):
 
 class StoreError(DynaExqError, OSError):
     """Upgrade bytes could not be read from, or written to, the host store."""
+
+
+class CheckpointError(DynaExqError, OSError):
+    """A checkpoint that is incomplete, damaged, or of another kind than was expected, or that cannot be written."""
 
 
 class ClosedError(DynaExqError, RuntimeError):

@@ -1,7 +1,9 @@
 """The experts of one patched layer: observe, look up, multiply. They hold no policy and never see the runtime."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -9,10 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.errors import PatchError
-from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp, experts_operator, reference, register_layer
+from dynaexq.kernels import (
+    ExpertLayer,
+    Upgrades,
+    counts_routing,
+    expert_mlp,
+    experts_operator,
+    reference,
+    register_layer,
+)
 from dynaexq.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
+
+_SAVED_APART: ContextVar[bool] = ContextVar("_SAVED_APART", default=False)
+
+
+@contextmanager
+def saved_apart() -> Iterator[None]:
+    """Round a `state_dict` whose experts are saved by other means, so that nobody warns that they are missing."""
+    token = _SAVED_APART.set(True)
+    try:
+        yield
+    finally:
+        _SAVED_APART.reset(token)
 
 
 @dataclass
@@ -55,13 +77,16 @@ class MixedPrecisionExperts(nn.Module):
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
         """What the operator runs."""
-        ports = self._ports
+        ports, counts = self._ports, None
+        counter = ports.memory.counter
         if observe and ports.before_forward is not None:
             ports.before_forward()
         with ports.memory.fence.reading():
-            if observe:
-                ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
-            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
+            if observe and counts_routing(hidden_states, self._layer):
+                counts = counter.row(ports.index)
+            elif observe:
+                counter.observe(ports.index, top_k_index, top_k_weights)
+            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -77,14 +102,18 @@ class MixedPrecisionExperts(nn.Module):
             grad_hidden, grad_weights = pull_back(grad)
         return grad_hidden, grad_weights
 
+    @property
+    def _is_connected(self) -> bool:
+        return "_layer" in self.__dict__
+
     def _upgrades(self) -> Upgrades:
         memory = self._ports.memory
         return Upgrades(memory.table.row(self._ports.index), memory.pool.at)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self._ports.index == 0:
+        # Not even parameters that stand in for the experts while a checkpoint is loaded belong to the state.
+        if self._is_connected and self._ports.index == 0 and not _SAVED_APART.get():
             logger.warning("a patched model's state_dict is without its experts: they are packed, outside the modules")
-        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.refuse_move(fn)
@@ -92,6 +121,8 @@ class MixedPrecisionExperts(nn.Module):
 
     def refuse_move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise a PatchError if `fn`, as given to `nn.Module._apply`, changes device or dtype: slabs cannot follow."""
+        if not self._is_connected:
+            return
         here = torch.empty(0, dtype=self._layer.codec.dtype, device=self._layer.base.device)
         there = fn(here)
         if (there.device, there.dtype) != (here.device, here.dtype):

@@ -7,22 +7,22 @@ One decision spans several ticks and none of them waits: *publish* what has arri
 import logging
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynaexq.control import HotnessTracker, PrecisionController
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
-from dynaexq.kernels import add_routing_for
-from dynaexq.memory import DeviceMemory, SourceStore, SwapPipeline, copier_for
+from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
-from dynaexq.placement import ExpertSource, open_store, place, weight_bytes
+from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
@@ -42,17 +42,11 @@ class Runtime:
         self, model: nn.Module, plan: MemoryPlan, codec: ExpertCodec, settings: Settings, device: torch.device
     ):
         self.plan, self.settings, self.device = plan, settings, device
-        self._codec = codec
+        self.codec = codec
         self._model = weakref.ref(model)
         slot_nbytes = codec.upgrade_layout.nbytes
         self._memory = DeviceMemory(
-            plan.num_layers,
-            plan.num_experts,
-            plan.base.nbytes,
-            slot_nbytes,
-            plan.num_slots,
-            device,
-            add_routing_for(device),
+            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._traffic = Traffic()
@@ -61,16 +55,15 @@ class Runtime:
         self._steps = self._ticks = self._steps_at_tick = 0
         self._frozen = self._closed = False
 
-    def load(self, source: ExpertSource) -> None:
-        """Encode every expert of `source` into its place, then fill every upgrade slot by the error it removes."""
-        store = open_store(self._codec, source, self.settings)
+    def load(self, supply: Supply) -> None:
+        """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
+        self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
         try:
-            errors = place(source, self._codec, self._memory.base, store)
             copier = copier_for(self.device, self._memory.pool.slot_nbytes, staged=store.page_locked(0) is None)
         except BaseException:
             store.close()
             raise
-        self._controller = PrecisionController(errors[..., 0] - errors[..., -1], self.settings)
+        self._controller = PrecisionController(self._errors[..., 0] - self._errors[..., -1], self.settings)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)
@@ -90,20 +83,36 @@ class Runtime:
         """Whether upgrades are read from the source weights themselves, so that these must not be freed."""
         return isinstance(self._pipeline.store, SourceStore)
 
-    def base_blocks(self, layer: int) -> torch.Tensor:
+    def base_blocks(self, layer: int) -> Tensor:
         """Uint8 `[num_experts, nbytes]`: the base blocks of one layer."""
         return self._memory.base[layer]
 
+    def packed(self, layer: int) -> Iterator[tuple[Tensor, Tensor | None, np.ndarray]]:
+        """One layer's experts in turn, as they are saved: uint8 `[1, nbytes]` base, upgrade or None, errors `[1, T]`.
+
+        Raises:
+            ClosedError: the runtime was closed, and with it the place where upgrades wait.
+            StoreError: an upgrade cannot be read.
+        """
+        self._check_open()
+        base, store = self._memory.base[layer], self._pipeline.store
+        upgrade = torch.zeros(1, self.codec.upgrade_layout.nbytes, dtype=torch.uint8)
+        for expert in range(self.plan.num_experts):
+            if upgrade.numel():
+                store.read_into(layer * self.plan.num_experts + expert, upgrade[0])
+            rows = slice(expert, expert + 1)
+            yield base[rows].cpu(), upgrade if upgrade.numel() else None, self._errors[layer, rows]
+
     def source_weights(self, layer: int) -> ExpertWeights | None:
         """One layer's experts in the model's own dtype, bit for bit as given; None where no tier keeps them."""
-        if not self._codec.planes:
-            return self._codec.decode(self._memory.base[layer], None, self._codec.dtype)
-        if not self._codec.replaces or self._closed:
+        if not self.codec.planes:
+            return self.codec.decode(self._memory.base[layer], None, self.codec.dtype)
+        if not self.codec.replaces or self._closed:
             return None
         blocks = torch.empty(self.plan.num_experts, self._memory.pool.slot_nbytes, dtype=torch.uint8)
         for expert in range(self.plan.num_experts):
             self._pipeline.store.read_into(layer * self.plan.num_experts + expert, blocks[expert])
-        return self._codec.decode(self._memory.base[layer], blocks, self._codec.dtype)
+        return self.codec.decode(self._memory.base[layer], blocks, self.codec.dtype)
 
     def tick(self) -> bool:
         """One step of control: publish, observe, decide, submit. Never waits for a copy.
@@ -295,8 +304,7 @@ class Runtime:
         model = self._model()
         if model is None:
             return 0
-        tensors = [*model.parameters(), *model.buffers()]
-        return weight_bytes(t for t in tensors if t.device == self.device)
+        return weight_bytes(t for t in held_tensors(model) if t.device == self.device)
 
     def _check_open(self) -> None:
         if self._closed:

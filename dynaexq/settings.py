@@ -58,9 +58,12 @@ class Settings:
         tick_every: forward passes between two decisions.
         traffic_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
             measured link (a float); None moves at most 64 MiB a tick.
-        host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only) or `"disk"`.
+        host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only), `"disk"`, or `"auto"`: in
+            the checkpoint where that holds the very bytes, else in RAM.
         group_size: weights that share one scale: 32, 64 or 128.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).
+        dense: None leaves the dense linear layers as they are, `"bnb-4bit"` and `"bnb-8bit"` quantise them with
+            bitsandbytes.
         max_context, max_batch: the tokens and sequences that `hbm_budget="auto"` leaves room for.
     """
 
@@ -76,9 +79,10 @@ class Settings:
     margin: float = 0.1
     tick_every: int = 8
     traffic_limit: int | float | str | None = None
-    host_copy: str = "ram"
+    host_copy: str = "auto"
     group_size: int = 64
     quantizer: str = "als"
+    dense: str | None = None
     max_context: int = 4096
     max_batch: int = 1
 
@@ -87,9 +91,11 @@ class Settings:
             object.__setattr__(self, "hbm_budget", parse_bytes(self.hbm_budget))
         object.__setattr__(self, "tiers", _checked_tiers(self.tiers))
         _one_of("allocation", self.allocation, ("global", "per_layer"))
-        _one_of("host_copy", self.host_copy, ("ram", "pinned", "disk"))
+        _one_of("host_copy", self.host_copy, ("auto", "ram", "pinned", "disk"))
         _one_of("group_size", self.group_size, (32, 64, 128))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
+        if self.dense is not None:
+            _one_of("dense", self.dense, ("bnb-4bit", "bnb-8bit"))
         if not callable(self.policy):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
         for dial in ("tick_every", "max_context", "max_batch"):

@@ -26,7 +26,7 @@ from dynaexq.kernels.triton import counting, routing, rows, tiles
 from dynaexq.kernels.triton.gemm import expert_gemm
 from dynaexq.kernels.triton.launch import matrices
 from dynaexq.kernels.triton.shapes import Matrix
-from dynaexq.records import LARGEST_MASS, MASS_UNITS, ExpertShape
+from dynaexq.records import LARGEST_MASS, MASS_UNIT, ExpertShape
 
 SHAPE = ExpertShape(hidden_size=2048, intermediate_size=768, up_rows=1536, has_bias=False, transposed=False)
 CHOICES, EXPERTS = 8, 128
@@ -89,7 +89,7 @@ def around(arch: int) -> list[dict[str, Any]]:
     mass = compiled(
         counting._add_routing,
         {"sums": "*i64", "ids": "*i64", "weights": "*bf16", "pairs": "i32", "tokens": "i32", "num_experts": "i32"},
-        {"UNITS": MASS_UNITS, "LARGEST": LARGEST_MASS, "PROGRAM": counting.PAIRS_PER_PROGRAM},
+        {"UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": counting.PAIRS_PER_PROGRAM},
         arch,
     )
     return [facts(kernel) for kernel in (count, sums, total, mass)]

@@ -9,12 +9,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dynaexq"
 
 ROOMS_OF_FLOOR = {
-    0: {"records", "settings", "errors", "corpus"},
-    1: {"formats", "policy", "memory"},
+    0: {"records", "settings", "errors", "corpus", "hardware"},
+    1: {"formats", "policy", "memory", "storage"},
     2: {"kernels"},
-    3: {"adoption", "experts", "moe", "control", "traffic", "placement", "telemetry", "runtime", "evaluate"},
+    3: {
+        "adoption",
+        "experts",
+        "moe",
+        "control",
+        "traffic",
+        "placement",
+        "restoration",
+        "telemetry",
+        "runtime",
+        "group",
+        "evaluate",
+        "forecast",
+    },
     4: {"hf"},
-    5: {"demo", "cli", "__init__"},
+    5: {"demo", "planview", "cli", "__init__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in ROOMS_OF_FLOOR.items() for room in rooms}
 
@@ -23,13 +36,14 @@ ONLY_IN = {
     "accelerate": {"hf"},
     "triton": {"kernels"},
     "typer": {"cli"},
-    "rich": {"telemetry", "demo"},
+    "rich": {"telemetry", "demo", "planview"},
     "psutil": {"hf"},
+    "bitsandbytes": {"hf"},
 }
 """Heavy or outside packages, and the rooms that may know them."""
 
 NUMPY_ONLY = {"policy"}
-STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus"}
+STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus", "hardware"}
 
 
 def modules() -> list[Path]:

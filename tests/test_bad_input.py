@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynaexq
+import dynaexq.hf.installation
 import dynaexq.hf.patcher
 from dynaexq.errors import (
     BudgetError,
@@ -262,11 +263,11 @@ def test_the_dtype_of_the_model_represents_any_weight(name: str, value: float, m
 STEPS = {  # what patch goes through, and how often for two layers
     "encode": (ExpertCodec, "encode", 2),
     "write": (RamStore, "write", 2),
-    "adopt": (dynaexq.hf.patcher, "adopt", 4),
+    "adopt": (dynaexq.hf.installation, "adopt", 4),
     "connect": (MixedPrecisionExperts, "connect", 2),
     "show": (dynaexq.Runtime, "view", 2),
-    "guard": (dynaexq.hf.patcher._Patch, "_guard_ancestors", 1),
-    "attach": (dynaexq.hf.patcher, "AttachedQuantizer", 1),
+    "guard": (dynaexq.hf.installation.Installation, "_guard_ancestors", 1),
+    "attach": (dynaexq.hf.patcher, "DynaExqQuantizer", 1),
 }
 FAILURES = [
     (step, call, error) for step in STEPS for call in range(STEPS[step][2]) for error in (OSError, KeyboardInterrupt)
@@ -281,12 +282,12 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     owner, name, calls_expected = STEPS[step]
     original, calls = getattr(owner, name), 0
 
-    def failing(*args: Any) -> Any:
+    def failing(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls - 1 == call and when == "before":
             raise error("by the test")
-        result = original(*args)
+        result = original(*args, **kwargs)
         if calls - 1 == call:
             raise error("by the test")
         return result

@@ -28,13 +28,12 @@ from dynaexq.memory import (
     ReaderFence,
     RoutingCounter,
     SlabPool,
-    SourceStore,
     SwapPipeline,
     allocate_bytes,
     slab,
 )
 from dynaexq.memory.fence import Fence
-from dynaexq.records import LARGEST_MASS, MASS_UNITS, Transition, split_entry
+from dynaexq.records import LARGEST_MASS, MASS_UNIT, Transition, split_entry
 
 CPU = torch.device("cpu")
 COUNT, NBYTES = 6, 512
@@ -79,20 +78,6 @@ def test_a_ram_store_counts_its_bytes_and_gives_them_back_when_closed() -> None:
     assert store.nbytes == COUNT * NBYTES
     store.close()
     assert store.nbytes == 0
-
-
-def test_a_source_store_gathers_the_parts_of_an_expert() -> None:
-    experts = 3
-    up = [torch.randn(experts, 4, 8, dtype=torch.bfloat16) for _ in range(2)]
-    down = [torch.randn(experts, 8, 2, dtype=torch.bfloat16).transpose(1, 2) for _ in range(2)]
-    store = SourceStore([[(0, up[layer]), (256, down[layer])] for layer in range(2)], experts)
-    for layer, expert in np.ndindex(2, experts):
-        out = allocate_bytes(NBYTES, CPU)
-        store.read_into(layer * experts + expert, out)
-        assert torch.equal(out[:64].view(torch.bfloat16).view(4, 8), up[layer][expert])
-        assert torch.equal(out[256 : 256 + 32].view(torch.bfloat16).view(2, 8), down[layer][expert])
-    with pytest.raises(StoreError, match="never written"):
-        store.write(0, random_bytes(1, NBYTES))
 
 
 def test_a_disk_store_keeps_more_than_one_system_call_can_write(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +276,7 @@ def naive_sums(ids: Tensor, weights: Tensor, num_experts: int) -> list[int]:
     sums = [0] * (num_experts + 1) + [len(ids)]
     for expert, weight in zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True):
         mass = min(max(weight, 0.0), LARGEST_MASS) if math.isfinite(weight) else 0.0
-        sums[min(expert, num_experts)] += round(mass * MASS_UNITS)
+        sums[min(expert, num_experts)] += round(mass * MASS_UNIT)
     return sums
 
 
@@ -317,7 +302,7 @@ def test_a_counter_agrees_with_a_sum_taken_by_hand(rows, weight_dtype: torch.dty
     assert counter.sums.tolist() == [[0] * 9, expected]
     torch.testing.assert_close(weights, kept, rtol=0, atol=0, equal_nan=True)
     mass, tokens = counter.drain()
-    assert mass.tolist() == [[0.0] * 7, [s / MASS_UNITS for s in expected[:7]]]
+    assert mass.tolist() == [[0.0] * 7, [s / MASS_UNIT for s in expected[:7]]]
     assert tokens.tolist() == [0, len(rows)]
 
 
@@ -332,7 +317,7 @@ def test_sums_only_grow_and_what_was_drained_adds_up_to_them() -> None:
             mass, tokens = counter.drain()
             drained, seen = drained + mass, seen + tokens
     mass, tokens = counter.drain()
-    np.testing.assert_array_equal(drained + mass, counter.sums[:, :4].numpy() / MASS_UNITS)
+    np.testing.assert_array_equal(drained + mass, counter.sums[:, :4].numpy() / MASS_UNIT)
     np.testing.assert_array_equal(seen + tokens, [75, 75])
     assert not np.any(counter.drain()[0])
 

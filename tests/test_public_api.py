@@ -7,9 +7,9 @@ import sys
 import dynaexq
 
 PUBLIC = {
-    "BudgetError", "ClosedError", "DynaExqError", "DynaExqMoE", "PatchError", "QuantizationError", "Runtime",
-    "Settings", "SettingsError", "StoreError", "UnpatchError", "UnsupportedModelError", "__version__", "patch",
-    "unpatch",
+    "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "PatchError",
+    "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "UnpatchError",
+    "UnsupportedModelError", "__version__", "patch", "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",

@@ -22,6 +22,10 @@ MATRICES = ("up", "down")
 """The two matrices of an expert; `up` is the fused gate and up where there is a gate."""
 
 
+CODED_AT_ONCE = {False: 2**18, True: 2**24}
+"""Weights coded together on a CPU, where the float32 copies of them should stay in cache, and on a GPU."""
+
+
 class Plane(NamedTuple):
     """`bits` of every 8-bit code, starting at bit `shift`."""
 
@@ -102,21 +106,15 @@ class ExpertCodec:
         base = torch.zeros(n, self.base.nbytes, dtype=torch.uint8, device=weights.up.device)
         errors = np.zeros((n, len(self.tiers)))
         if not self.planes:
-            self._write_dense(base, weights)
+            self.write_dense(base, weights)
             return Encoded(base, None, errors)
         upgrade = torch.zeros(n, self.upgrade_layout.nbytes, dtype=torch.uint8, device=base.device)
         base_parts, upgrade_parts = self.base_layout.view(base), self.upgrade_layout.view(upgrade)
         for name in MATRICES:
-            matrix = self._oriented(getattr(weights, name))
-            code = self._quantize(name, matrix)
-            errors += self._errors(name, matrix, code)
-            self._write_planes(base_parts, name, code, self.planes)
-            base_parts[f"{name}.meta"].copy_(torch.stack([code.scale, code.minimum], -1).transpose(1, 2))
-            if not self.replaces:
-                self._write_planes(upgrade_parts, name, code, self.refine_planes)
+            errors += self._encode_matrix(name, self._oriented(getattr(weights, name)), base_parts, upgrade_parts)
         self._write_biases(base_parts, weights)
         if self.replaces:
-            self._write_dense(upgrade, weights)
+            self.write_dense(upgrade, weights)
         return Encoded(base, upgrade if self.upgrade else None, errors)
 
     def decode(self, base: Tensor, upgrade: Tensor | None, dtype: torch.dtype) -> ExpertWeights:
@@ -167,6 +165,23 @@ class ExpertCodec:
     def _oriented(self, weights: Tensor) -> Tensor:
         return weights.transpose(1, 2) if self.shape.transposed else weights
 
+    def _encode_matrix(
+        self, name: str, matrix: Tensor, base_parts: Mapping[str, Tensor], upgrade_parts: Mapping[str, Tensor]
+    ) -> np.ndarray:
+        """Code the rows of `matrix [n, N, K]` into their parts, a slice at a time; returns errors `[n, tiers]`."""
+        per_row = len(matrix) * self.matrices[name].padded
+        step = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row)
+        squares = []
+        for first in range(0, matrix.shape[1], step):
+            rows = slice(first, first + step)
+            code = self._quantize(name, matrix[:, rows])
+            squares.append(self._squares(name, matrix[:, rows], code))
+            base_parts[f"{name}.meta"][:, :, rows].copy_(torch.stack([code.scale, code.minimum], -1).transpose(1, 2))
+            self._write_planes(base_parts, name, code, self.planes, rows)
+            self._write_planes(upgrade_parts, name, code, self.refine_planes, rows)
+        *errors, norm = torch.cat(squares, 1).double().sum(1).unbind(-1)
+        return (torch.stack(errors, 1) / norm.clamp_min(1e-30)[:, None]).cpu().numpy()
+
     def _quantize(self, name: str, matrix: Tensor) -> Code:
         layout = self.matrices[name]
         if layout.padded > layout.columns:
@@ -174,24 +189,30 @@ class ExpertCodec:
             matrix = matrix.repeat(1, 1, -(-layout.padded // layout.columns))[..., : layout.padded]
         return quantize(matrix, layout.group_size, self.fit_bits, self.method, unshrink=not self.refine_planes)
 
-    def _errors(self, name: str, matrix: Tensor, code: Code) -> np.ndarray:
-        norm = _squared_norm(matrix.float()).clamp_min(1e-30)
-        columns = []
-        for tier in self.tiers:
-            if tier == "fp16":
-                columns.append(torch.zeros_like(norm))
-                continue
-            kept = code.values & (0xFF << (8 - BITS[tier]) & 0xFF)
-            reading = read(kept, code.scale, code.minimum, BITS[tier])[..., : self.matrices[name].columns]
-            columns.append(_squared_norm(reading - matrix.float()) / norm)
-        return torch.stack(columns, 1).cpu().numpy()
+    def _squares(self, name: str, matrix: Tensor, code: Code) -> Tensor:
+        """Sums over each row, `[n, N, tiers + 1]`: squared errors of the reading at each tier, squared weights."""
+        exact = matrix.float()
+        errors = [
+            exact.new_zeros(exact.shape[:2])
+            if tier == "fp16"
+            else (self._reading(name, code, BITS[tier]) - exact).square().sum(2)
+            for tier in self.tiers
+        ]
+        return torch.stack([*errors, exact.square().sum(2)], -1)
 
-    def _write_planes(self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...]) -> None:
+    def _reading(self, name: str, code: Code, bits: int) -> Tensor:
+        kept = code.values & (0xFF << (8 - bits) & 0xFF)
+        return read(kept, code.scale, code.minimum, bits)[..., : self.matrices[name].columns]
+
+    def _write_planes(
+        self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...], rows: slice
+    ) -> None:
         for plane in planes:
             bits = (code.values >> plane.shift) & (2**plane.bits - 1)
-            parts[f"{name}.{plane.name}"].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))
+            parts[f"{name}.{plane.name}"][:, rows].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))
 
-    def _write_dense(self, blocks: Tensor, weights: ExpertWeights) -> None:
+    def write_dense(self, blocks: Tensor, weights: ExpertWeights) -> None:
+        """Fill the 16-bit blocks, uint8 `[n, nbytes]`, of a ladder that has them."""
         parts = (self.upgrade_layout if self.planes else self.base_layout).view(blocks)
         for name in MATRICES:
             parts[f"{name}.weight"].copy_(getattr(weights, name))
@@ -216,8 +237,3 @@ class ExpertCodec:
         )
         scale, minimum = parts[f"{name}.meta"].transpose(1, 2).unbind(-1)
         return read(values, scale, minimum, bits)[..., : layout.columns].to(dtype)
-
-
-def _squared_norm(matrices: Tensor) -> Tensor:
-    """Squared norms `[n]`, equal to the last bit for any n and any number of threads: rows first, then their sums."""
-    return matrices.square().sum(2).double().sum(1)

@@ -68,16 +68,20 @@ def read(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
     return (groups * (scale / 16) + (minimum + scale * _centre(bits))).view(*lead, -1)
 
 
-def check_representable(weights: Tensor, name: str) -> None:
-    """Raise a QuantizationError naming `name` and the first expert of `weights [E, ...]` that no code represents."""
+def check_representable(weights: Tensor, name: str, first: int = 0) -> None:
+    """Raise a QuantizationError naming `name` and the first expert of `weights [n, ...]` that no code represents.
+
+    Args:
+        first: number of the expert in `weights[0]`.
+    """
     largest = weights.detach().abs().flatten(1).amax(1).float()  # NaN and infinity survive amax
     bad = (~(largest <= LARGEST_WEIGHT)).nonzero()
     if len(bad):
         expert = int(bad[0])
         found = float(largest[expert])
         raise QuantizationError(
-            f"{name}, expert {expert}: expected finite weights of at most {LARGEST_WEIGHT:g}, found {found:g}; "
-            "repair the checkpoint, or keep this model in its own dtype with tiers=('fp16',)"
+            f"{name}, expert {first + expert}: expected finite weights of at most {LARGEST_WEIGHT:g}, found "
+            f"{found:g}; repair the checkpoint, or keep this model in its own dtype with tiers=('fp16',)"
         )
 
 

@@ -1,5 +1,6 @@
 """Where dynaexq meets Transformers: finding experts, patching, and looking like a quantised model. Nowhere else."""
 
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.patcher import patch, unpatch
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["DynaExqConfig", "patch", "unpatch"]

@@ -23,7 +23,20 @@ def _captures(module: nn.Module) -> bool:
     return getattr(module, "_output_capturing_hooks_installed", False)
 
 
+def take_loading_attributes(config_class: type) -> None:
+    """Have Transformers let a configuration given to `from_pretrained` change the one stored in a checkpoint."""
+    from transformers.quantizers import auto
+
+    if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model inside `model`, or None where there is none."""
     config = getattr(model, "config", None)
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a model returned, or None: `cache` of late, `past_key_values` before."""
+    return output["cache"] if "cache" in output else output.get("past_key_values")

@@ -27,20 +27,36 @@ class SparseLayer:
     Attributes:
         name: path of the experts module.
         block: the module that holds them, or None where that is a whole decoder layer.
+        parameter_names: of the first matrix, the second, and their biases where there are any.
+        parameters: the experts' own parameters `[E, ...]` by name, possibly on the meta device.
     """
 
     name: str
     experts: Any
     block: Any
+    parameters: dict[str, nn.Parameter]
 
     @property
-    def up_name(self) -> str:
-        return "gate_up_proj" if self.experts.has_gate else "up_proj"
+    def parameter_names(self) -> tuple[str, ...]:
+        up = "gate_up_proj" if self.experts.has_gate else "up_proj"
+        biases = (f"{up}_bias", "down_proj_bias") if getattr(self.experts, "has_bias", False) else ()
+        return (up, "down_proj", *biases)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.parameters["down_proj"])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parameters["down_proj"].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters["down_proj"].device
 
     def weights(self) -> ExpertWeights:
         """All the layer's experts `[E, ...]`, as the family stores them."""
-        names = (self.up_name, "down_proj", f"{self.up_name}_bias", "down_proj_bias")
-        return ExpertWeights(*(self.experts._parameters.get(name) for name in names))
+        return ExpertWeights(*(self.parameters[name] for name in self.parameter_names))
 
     def shape(self) -> ExpertShape:
         weights = self.weights()
@@ -48,6 +64,11 @@ class SparseLayer:
         rows, hidden = weights.up.shape[1:] if not transposed else weights.up.shape[:0:-1]
         intermediate = weights.down.shape[1 if transposed else 2]
         return ExpertShape(hidden, intermediate, rows, weights.up_bias is not None, transposed)
+
+    def forget_weights(self) -> None:
+        """Keep what is known of the parameters, and let go of their bytes."""
+        for name, parameter in self.parameters.items():
+            self.parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 class LiveSource:
@@ -57,7 +78,9 @@ class LiveSource:
         self._names = [layer.name for layer in layers]
         self._weights = [layer.weights() for layer in layers]
         self.num_layers = len(layers)
-        self.num_experts = len(self._weights[0].up)
+        self.num_experts = layers[0].num_experts
+        self.is_lasting = layers[0].device.type == "cpu"
+        self.host_nbytes = sum(p.nbytes for layer in layers for p in layer.parameters.values()) * self.is_lasting
 
     def name(self, layer: int) -> str:
         return self._names[layer]
@@ -66,8 +89,11 @@ class LiveSource:
         return self._weights[layer].map(lambda part: part.detach()[first:last])
 
 
-def find_sparse_layers(model: nn.Module) -> list[SparseLayer]:
+def find_sparse_layers(model: nn.Module, on_meta: bool = False) -> list[SparseLayer]:
     """The sparse layers of `model` in order, checked.
+
+    Args:
+        on_meta: whether the experts are expected to have shapes only, as their weights will come from a checkpoint.
 
     Raises:
         PatchError: the model is patched or compiled already.
@@ -78,13 +104,13 @@ def find_sparse_layers(model: nn.Module) -> list[SparseLayer]:
     for name, module in model.named_modules():
         if name and _is_experts(module):
             parent = model.get_submodule(name.rpartition(".")[0])
-            layers.append(
-                SparseLayer(name, module, None if isinstance(parent, GradientCheckpointingLayer) else parent)
-            )
+            block = None if isinstance(parent, GradientCheckpointingLayer) else parent
+            parameters = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+            layers.append(SparseLayer(name, module, block, parameters))
     if not layers:
         raise UnsupportedModelError(_no_layers_message(model))
     for layer in layers:
-        _check_layer(layer)
+        _check_layer(layer, on_meta)
     _check_uniform(layers)
     return layers
 
@@ -118,7 +144,7 @@ def _no_layers_message(model: nn.Module) -> str:
     )
 
 
-def _check_layer(layer: SparseLayer) -> None:
+def _check_layer(layer: SparseLayer, on_meta: bool) -> None:
     experts, name = layer.experts, layer.name
     if name.endswith(".base_layer") or hasattr(experts, "base_layer"):
         raise UnsupportedModelError(
@@ -131,29 +157,30 @@ def _check_layer(layer: SparseLayer) -> None:
         raise UnsupportedModelError(
             f"{name} has a forward of its own (expert or tensor parallel, or another patch); undo that before patching"
         )
-    expected = {layer.up_name, "down_proj"}
-    if getattr(experts, "has_bias", False):
-        expected |= {f"{layer.up_name}_bias", "down_proj_bias"}
-    found = {key for key, value in experts._parameters.items() if value is not None}
+    expected, found = sorted(layer.parameter_names), sorted(layer.parameters)
     if found != expected:
-        raise UnsupportedModelError(f"{name}: expected parameters {sorted(expected)}, found {sorted(found)}")
-    parameters = {key: experts._parameters[key] for key in sorted(expected)}
-    for key, parameter in parameters.items():
-        _check_parameter(f"{name}.{key}", parameter)
-    kinds = {(p.dtype, p.device): f"{key} in {p.dtype} on {p.device}" for key, p in parameters.items()}
+        raise UnsupportedModelError(f"{name}: expected parameters {expected}, found {found}")
+    for key in found:
+        _check_parameter(f"{name}.{key}", layer.parameters[key], on_meta)
+    kinds = {(p.dtype, p.device): f"{key} in {p.dtype} on {p.device}" for key, p in sorted(layer.parameters.items())}
     if len(kinds) > 1:
         raise UnsupportedModelError(f"{name}: expected one dtype on one device, found {' and '.join(kinds.values())}")
 
 
-def _check_parameter(name: str, parameter: torch.Tensor | None) -> None:
+def _check_parameter(name: str, parameter: torch.Tensor, on_meta: bool) -> None:
     if type(parameter) not in (nn.Parameter, torch.Tensor):
         raise UnsupportedModelError(
             f"{name} is a {type(parameter).__name__}, expected a plain Parameter; "
             "load the experts unquantised and unsharded"
         )
-    assert parameter is not None, "its type was checked"
-    if parameter.is_meta:
-        raise UnsupportedModelError(f"{name} is on the meta device; load the weights before patching")
+    if parameter.is_meta and not on_meta:
+        raise UnsupportedModelError(
+            f"{name} is on the meta device; load the weights first, or say where they are with checkpoint=..."
+        )
+    if on_meta and not parameter.is_meta:
+        raise UnsupportedModelError(
+            f"{name} is loaded already, on {parameter.device}; leave out checkpoint=..., or load it on the meta device"
+        )
     if parameter.dtype not in FLOAT_DTYPES:
         raise UnsupportedModelError(f"{name} is {parameter.dtype}, expected float16, bfloat16 or float32 weights")
     if parameter.ndim not in (2, 3) or not parameter.numel():
@@ -177,5 +204,4 @@ def _check_uniform(layers: list[SparseLayer]) -> None:
 
 
 def _traits(layer: SparseLayer) -> tuple[ExpertShape, int, torch.dtype, torch.device]:
-    up = layer.weights().up
-    return layer.shape(), len(up), up.dtype, up.device
+    return layer.shape(), layer.num_experts, layer.dtype, layer.device

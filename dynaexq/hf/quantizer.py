@@ -1,36 +1,125 @@
-"""What makes Transformers treat a patched model as a quantised one, so that nothing happens behind its back.
+"""dynaexq as Transformers' quantizers are: what `from_pretrained` drives, and what a patched model carries.
 
 Without it `save_pretrained` would drop the experts in silence, `generate` would compile static caches on its own, and
-`Trainer` would try to train constants.
+`Trainer` would try to train constants. Dense weights in 4 or 8 bits are left to the quantizer it wraps.
 """
 
 from typing import Any
 
+import torch
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dynaexq.errors import PatchError
-
-
-class AttachedConfig(QuantizationConfigMixin):
-    """The little that Transformers asks of a quantisation config; the dials are in `model.dynaexq.settings`."""
-
-    def __init__(self) -> None:
-        self.quant_method = "dynaexq"
+from dynaexq.errors import PatchError, SettingsError
+from dynaexq.experts import saved_apart
+from dynaexq.hf.config import METHOD, DynaExqConfig
+from dynaexq.hf.dense import dense_quantizer
+from dynaexq.hf.loading import CheckpointLoad
+from dynaexq.hf.planning import resolve_device
+from dynaexq.hf.saving import save_packed
 
 
-class AttachedQuantizer(HfQuantizer):
-    """Attached to a live model by `patch`. It wraps the quantizer that was there, for dense weights in 4 or 8 bits."""
+@register_quantizer(METHOD)
+class DynaExqQuantizer(HfQuantizer):
+    """Hides the experts while Transformers loads the rest, then reads them itself, a few at a time.
 
-    def __init__(self, wrapped: HfQuantizer | None):
-        super().__init__(AttachedConfig(), pre_quantized=False)
+    Args:
+        pre_quantized: whether the configuration comes from the checkpoint.
+        wrapped: the quantizer of the dense weights of a model that is loaded already.
+    """
+
+    requires_calibration = False
+
+    def __init__(
+        self, quantization_config: DynaExqConfig, pre_quantized: bool = False, wrapped: HfQuantizer | None = None
+    ):
+        self.settings = quantization_config.settings(stored=pre_quantized)
+        stored_dense = (quantization_config.packed or {}).get("dense")
+        if stored_dense is not None and self.settings.dense != stored_dense:
+            raise SettingsError(
+                f"dense={self.settings.dense!r} cannot be had from a checkpoint saved with {stored_dense!r}; leave "
+                "it out, or load the 16-bit checkpoint"
+            )
+        # To Transformers it says how the dense weights are stored: it never gets to see the experts.
+        super().__init__(quantization_config, pre_quantized=stored_dense is not None)
         self.wrapped = wrapped
+        self._load: CheckpointLoad | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Called before loading, and again once an automatic device map is known: then its stand-ins have served."""
+        if self._load is not None:
+            self._load.device_map_is_known()
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if self.settings.dense is not None:
+            self.wrapped = dense_quantizer(self.settings.dense, dtype, self.pre_quantized)
+        return dtype
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """One device for everything unless the user says otherwise."""
+        if device_map is None:
+            device = resolve_device(self.settings)
+            return {"": device if device.type == "cpu" else device.index}
+        if self.settings.device is not None:
+            raise SettingsError(
+                f"expected device={self.settings.device!r} or device_map={device_map!r}, got both; leave one out"
+            )
+        return device_map
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """No device gets more weights than the budget allows."""
+        budget = self.settings.hbm_budget
+        if isinstance(budget, str):
+            return max_memory
+        return {name: size if name in ("cpu", "disk") else min(size, budget) for name, size in max_memory.items()}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.wrapped is not None:
+            self.wrapped._process_model_before_weight_loading(model, **kwargs)
+        self._load = CheckpointLoad(
+            model, self.quantization_config, self.settings, kwargs.get("checkpoint_files"), kwargs.get("device_map")
+        )
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        if self._load is not None:
+            self._load.edit_parallel_plan(plan)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.wrapped is not None:
+            self.wrapped._process_model_after_weight_loading(model, **kwargs)
+        assert self._load is not None, "weights were loaded after the model was processed"
+        load, self._load = self._load, None
+        load.finish(self, save_packed)
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return self.wrapped is not None and self.wrapped.param_needs_quantization(model, param_name, **kwargs)
+
+    def param_element_size(self, model: Any, param_name: str, param: Any) -> float:
+        if self.wrapped is None or ".experts." in param_name:
+            return param.element_size()
+        return self.wrapped.param_element_size(model, param_name, param)
+
+    def get_quantize_ops(self) -> Any:
+        return self._inner.get_quantize_ops()
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {} if self.wrapped is None else self.wrapped.get_load_operations()
+
+    def get_weight_conversions(self) -> list[Any]:
+        return [] if self.wrapped is None else self.wrapped.get_weight_conversions()
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        return {} if self.wrapped is None else getattr(self.wrapped, "serialized_names", {})
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """The dense weights; the experts are written beside them (`saving`)."""
+        with saved_apart():
+            return model.state_dict(), {}
 
     def is_serializable(self) -> bool:
-        raise PatchError(
-            "a patched model cannot be saved: its experts are packed; save the original model before patching, "
-            "or dynaexq.unpatch(model) first"
-        )
+        return True
 
     @property
     def is_trainable(self) -> bool:
@@ -41,6 +130,11 @@ class AttachedQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """False keeps `generate` from capturing CUDA graphs, which the kernels of today cannot be part of."""
         return False
+
+    @property
+    def _inner(self) -> HfQuantizer:
+        assert self.wrapped is not None, "only dense weights are quantised by Transformers"
+        return self.wrapped
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         raise PatchError(

@@ -1,55 +1,62 @@
 """The one door to the kernels: it chooses by device, and callers never ask."""
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from dynaexq.kernels import reference, torch_cpu
+from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.layer import ExpertLayer, Upgrades
 
 logger = logging.getLogger(__name__)
 
-Kernel = Callable[[Tensor, Tensor, Tensor, ExpertLayer, Upgrades], Tensor]
-
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum of each token's experts, `[N, H]`; see `reference.expert_mlp` for the arguments."""
-    kernel = kernel_for(hidden_states.device, hidden_states.dtype, layer.codec.dtype)
-    return kernel(hidden_states, top_k_index, top_k_weights, layer, upgrades)
+    """Weighted sum of each token's experts, `[N, H]`; see `reference.expert_mlp` for the arguments.
+
+    Args:
+        counts: where `counts_routing` says so, int64 `[num_experts + 2]` to which the routing is added, as
+            `memory.RoutingCounter` does: units of mass of each expert, of foreign ids, and tokens.
+    """
+    if hidden_states.device.type == "cpu":
+        return cpu.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades, counts)
+    if _runs_in_triton(hidden_states, layer):
+        from dynaexq.kernels import triton  # only now: a CPU does without
+
+        return triton.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades, counts)
+    return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
+
+
+def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
+    """Whether the kernel for these rows counts the routing itself: for a dozen operators a small model has no time."""
+    if hidden_states.device.type == "cpu":
+        return cpu.native_layer(layer, hidden_states.dtype) is not None
+    return _runs_in_triton(hidden_states, layer)
+
+
+def _runs_in_triton(hidden_states: Tensor, layer: ExpertLayer) -> bool:
+    return triton_runs(hidden_states.device, hidden_states.dtype, layer.codec.dtype)
 
 
 @cache
-def kernel_for(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> Kernel:
-    """The fastest kernel for activations and 16-bit weights of these dtypes; says so, once, if it is the slow one."""
-    if device.type == "cpu":
-        return torch_cpu.expert_mlp
+def triton_runs(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> bool:
+    """Whether the fused kernel takes activations and 16-bit weights of these dtypes; if not, says why, once."""
     obstacle = _obstacle_to_triton(device, activations, weights)
-    if obstacle is None:
-        from dynaexq.kernels import triton  # only now: a CPU does without
-
-        return triton.expert_mlp
-    logger.warning("experts on %s run one after the other, which is slow: %s", device, obstacle)
-    return reference.expert_mlp
+    if obstacle is not None:
+        logger.warning("experts on %s run one after the other, which is slow: %s", device, obstacle)
+    return obstacle is None
 
 
-def add_routing_for(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None] | None:
-    """How to add routing to the counters in one launch; None where several operators of torch do."""
-    if _obstacle_to_triton(device) is not None:
-        return None
-    from dynaexq.kernels import triton
-
-    return triton.add_routing
-
-
-def _obstacle_to_triton(
-    device: torch.device, activations: torch.dtype = torch.float16, weights: torch.dtype = torch.float16
-) -> str | None:
+def _obstacle_to_triton(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "the fused kernel is for NVIDIA GPUs"
     if find_spec("triton") is None:

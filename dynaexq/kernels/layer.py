@@ -1,10 +1,9 @@
 """What a kernel needs to know of one layer. It is filled in by the layer's module and read by every kernel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +29,7 @@ class Upgrades:
         return self.bytes_at(address) if kind else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertLayer:
     """The constant part of one layer of experts.
 
@@ -39,34 +38,21 @@ class ExpertLayer:
         base: uint8 `[num_experts, codec.base.nbytes]`, every expert's base block.
         activation: between the matrices, `[n, up_rows] -> [n, intermediate_size]`; the gate where there is one.
         post_norm: applied to an expert's output before its routing weight, or None.
+        activation_name: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2` where `activation` is exactly that, of the
+            first half of the rows times the second where there is a gate; else None. Kernels may fuse it.
+        prepared: what kernels keep for this layer. It may lead back to the layer; a table outside would keep it alive.
     """
 
     codec: ExpertCodec
     base: Tensor
     activation: Callable[[Tensor], Tensor]
     post_norm: Callable[[Tensor], Tensor] | None = None
+    activation_name: str | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_experts(self) -> int:
         return len(self.base)
-
-    @cached_property
-    def is_swiglu(self) -> bool:
-        """Whether the activation is silu(gate) * up, gate first, which kernels may compute themselves.
-
-        It is asked and not recognised: families write the same function in many ways, and others, that clamp or
-        interleave, in the same.
-        """
-        rows, columns = self.codec.shape.up_rows, self.codec.shape.intermediate_size
-        if rows != 2 * columns:
-            return False
-        probe = torch.linspace(-1000, 1000, 7 * rows, device="cpu").view(rows, 7).T
-        try:
-            answer = self.activation(probe)
-        except RuntimeError:  # it has parameters, on another device or in another dtype
-            return False
-        gate, up = probe.chunk(2, -1)
-        return bool(torch.allclose(answer, F.silu(gate) * up, rtol=1e-5))
 
     def run_expert(self, hidden_states: Tensor, weights: ExpertWeights, index: int = 0) -> Tensor:
         """Expert `index` of `weights` on its rows `[n, H]`, in the dtype of the rows."""

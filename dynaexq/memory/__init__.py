@@ -4,7 +4,7 @@ from dynaexq.memory.copiers import CudaCopier, EagerCopier, ManualCopier, copier
 from dynaexq.memory.counter import RoutingCounter
 from dynaexq.memory.device import DeviceMemory
 from dynaexq.memory.fence import Fence, ManualFence, ReaderFence, StreamFence
-from dynaexq.memory.host import DiskStore, HostStore, RamStore, SourceStore
+from dynaexq.memory.host import DiskStore, HostStore, RamStore
 from dynaexq.memory.slab import SlabPool, allocate_bytes
 from dynaexq.memory.swap import SwapPipeline
 from dynaexq.memory.table import ExpertTable
@@ -23,7 +23,6 @@ __all__ = [
     "ReaderFence",
     "RoutingCounter",
     "SlabPool",
-    "SourceStore",
     "StreamFence",
     "SwapPipeline",
     "allocate_bytes",

@@ -5,30 +5,22 @@ order of atomic additions, and with them every decision.)
 """
 
 import threading
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynaexq.records import LARGEST_MASS, MASS_UNITS
-
-AddRouting = Callable[[Tensor, Tensor, Tensor], None]
-"""Adds the routing of N tokens, ids and weights `[N, k]`, to one layer's sums; device work only, never waits."""
+from dynaexq.records import LARGEST_MASS, MASS_UNIT
 
 
 class RoutingCounter:
     """Sums `[num_layers, num_experts + 2]`: mass of each expert, mass of foreign ids, tokens seen.
 
     Ids outside `[0, num_experts)` belong to other ranks (expert parallelism) and are counted apart.
-
-    Args:
-        add: a faster way to do what `add_routing` does.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device, add: AddRouting | None = None):
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         self.num_experts = num_experts
-        self._add = add or add_routing
         self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
         self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
         self._lock = threading.Lock()
@@ -37,8 +29,13 @@ class RoutingCounter:
 
     def observe(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits."""
+        ids = top_k_index.reshape(-1)
+        ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
+        mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_MASS)
+        fixed = mass.mul_(MASS_UNIT).round_().to(torch.int64)
         with self._lock:
-            self._add(self.sums[layer], top_k_index, top_k_weights)
+            self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
+            self.sums[layer, -1] += top_k_index.shape[0]
 
     def drain(self) -> tuple[np.ndarray, np.ndarray]:
         """Mass `[L, E]` and tokens `[L]` since the last drain; on a GPU, up to a copy begun at an earlier drain."""
@@ -47,11 +44,15 @@ class RoutingCounter:
             return np.zeros((len(self._drained), self.num_experts)), np.zeros(len(self._drained), dtype=np.int64)
         grown = latest - self._drained
         self._drained = latest
-        return grown[:, : self.num_experts] / MASS_UNITS, grown[:, -1]
+        return grown[:, : self.num_experts] / MASS_UNIT, grown[:, -1]
 
     def totals(self) -> np.ndarray:
         """Mass `[L, E]` since the start. Waits for the device."""
-        return self.sums[:, : self.num_experts].cpu().numpy() / MASS_UNITS
+        return self.sums[:, : self.num_experts].cpu().numpy() / MASS_UNIT
+
+    def row(self, layer: int) -> Tensor:
+        """The sums of one layer, int64 `[num_experts + 2]`, for a kernel that counts by itself as `observe` does."""
+        return self.sums[layer]
 
     @property
     def nbytes(self) -> int:
@@ -72,13 +73,3 @@ class RoutingCounter:
         self._copied = torch.cuda.Event()
         self._copied.record()
         return latest
-
-
-def add_routing(sums: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-    """Add the routing of N tokens to `sums [num_experts + 2]`; a weight that is not finite counts nothing."""
-    num_experts = len(sums) - 2
-    ids = top_k_index.reshape(-1)
-    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_MASS)
-    sums.index_add_(0, ids.to(torch.int64), mass.mul_(MASS_UNITS).round_().to(torch.int64))
-    sums[-1] += len(top_k_index)

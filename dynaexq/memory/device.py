@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dynaexq.memory.counter import AddRouting, RoutingCounter
+from dynaexq.memory.counter import RoutingCounter
 from dynaexq.memory.fence import Fence, ReaderFence, StreamFence
 from dynaexq.memory.slab import SlabPool, allocate_bytes
 from dynaexq.memory.table import ExpertTable
@@ -24,7 +24,6 @@ class DeviceMemory:
         upgrade_nbytes: int,
         num_slots: int,
         device: torch.device,
-        add_routing: AddRouting | None = None,
     ):
         self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
         self.base: Tensor = allocate_bytes(num_layers * num_experts * base_nbytes, device).view(
@@ -34,7 +33,7 @@ class DeviceMemory:
         if num_slots:
             self.pool.grow(num_slots)
         self.table = ExpertTable(num_layers, num_experts, device)
-        self.counter = RoutingCounter(num_layers, num_experts, device, add_routing)
+        self.counter = RoutingCounter(num_layers, num_experts, device)
 
     @staticmethod
     def workspace_bytes(num_layers: int, num_experts: int) -> int:

@@ -1,11 +1,10 @@
-"""Where upgrade bytes wait until they are wanted: in host memory, page-locked, on disk, or in the source weights.
+"""Where upgrade bytes wait until they are wanted: in host memory, page-locked, or on disk.
 
 One expert's upgrade is one contiguous run of bytes, addressed by a flat index; a store does not know what it means.
 """
 
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -118,38 +117,3 @@ def _reserve(nbytes: int, directory: Path | None) -> IO[bytes]:
         file.close()
         raise
     return file
-
-
-class SourceStore:
-    """The source weights themselves, gathered into one run of bytes when asked for.
-
-    It keeps them alive, and that is all the memory it takes, unless one is not contiguous and has to be copied.
-
-    Args:
-        layers: for every layer, the parts of an upgrade: (offset in the slot, source `[num_experts, ...]`).
-    """
-
-    def __init__(self, layers: Sequence[Sequence[tuple[int, Tensor]]], num_experts: int):
-        self._num_experts = num_experts
-        self._layers = [
-            [(offset, source.contiguous().view(num_experts, -1).view(torch.uint8)) for offset, source in parts]
-            for parts in layers
-        ]
-
-    def write(self, first: int, blocks: Tensor) -> None:
-        raise StoreError("the source weights are read where they are and never written")
-
-    def read_into(self, index: int, out: Tensor) -> None:
-        layer, expert = divmod(index, self._num_experts)
-        for offset, source in self._layers[layer]:
-            out[offset : offset + source.shape[1]].copy_(source[expert])
-
-    def page_locked(self, index: int) -> Tensor | None:
-        return None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(source.numel() for parts in self._layers for _, source in parts)
-
-    def close(self) -> None:
-        self._layers = []

@@ -7,6 +7,7 @@ owner let go, but a kernel may still read it) until the fence says that the last
 import mmap
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,11 @@ def allocate_bytes(nbytes: int, device: torch.device) -> Tensor:
     CPU memory is mapped: freed, it goes back to the system. It is private: a forked process has its own.
     """
     if device.type == "cpu" and nbytes:
-        return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        pages = mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without them
+                pages.madvise(mmap.MADV_HUGEPAGE)  # experts are read once a token: fewer translations to miss
+        return torch.frombuffer(pages, dtype=torch.uint8)
     memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
     if device.type == "cuda":  # kernels queued for the last owner of a cached block may still be writing it
         torch.cuda.current_stream(device).synchronize()

@@ -1,12 +1,25 @@
 """Who deserves precision: budget, hotness, rules and moves. Pure functions over numpy arrays; no torch, no state."""
 
-from dynaexq.policy.budget import LADDERS, plan_memory, predicted_loss
+from dynaexq.policy.budget import (
+    LADDERS,
+    RESERVED_SHARE,
+    fitting_plans,
+    least_available,
+    loss_of,
+    plan_memory,
+    predicted_loss,
+    weights_budget,
+)
 from dynaexq.policy.hotness import decay_by_tokens, prior_hotness, update_hotness
 from dynaexq.policy.precision import slots_per_row, threshold, top_n, transitions
 
 __all__ = [
     "LADDERS",
+    "RESERVED_SHARE",
     "decay_by_tokens",
+    "fitting_plans",
+    "least_available",
+    "loss_of",
     "plan_memory",
     "predicted_loss",
     "prior_hotness",
@@ -15,4 +28,5 @@ __all__ = [
     "top_n",
     "transitions",
     "update_hotness",
+    "weights_budget",
 ]

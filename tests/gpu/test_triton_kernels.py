@@ -6,12 +6,11 @@ from functools import partial
 import pytest
 import torch
 from numerics import assert_close
-from test_kernels import EXPERTS, GATED, SHAPES, Case, case, distinct_choices
+from test_kernels import EXPERTS, GATED, SHAPES, Case, case, distinct_choices, named
 from torch.nn import functional as F
 
 from dynaexq.kernels import Upgrades, dispatch, reference
-from dynaexq.memory import allocate_bytes
-from dynaexq.memory.counter import add_routing
+from dynaexq.memory import RoutingCounter, allocate_bytes
 from dynaexq.policy import LADDERS
 from dynaexq.records import ExpertShape
 
@@ -46,7 +45,7 @@ def regime(request, monkeypatch) -> str:
 
 
 def on_gpu(got: Case) -> Case:
-    """The same case on the GPU, with the upgrades where its table says."""
+    """The same case on the GPU, with the upgrades where its table says and its activation named."""
     entries = got.upgrades.entries.clone()
     slots = {}
     for expert in entries.nonzero().flatten().tolist():
@@ -54,7 +53,7 @@ def on_gpu(got: Case) -> Case:
         slot = allocate_bytes(block.numel(), DEVICE).copy_(block)
         slots[slot.data_ptr()] = slot
         entries[expert] = slot.data_ptr() | int(entries[expert] & 0xFF)
-    layer = replace(got.layer, base=got.layer.base.to(DEVICE))
+    layer = replace(named(got).layer, base=got.layer.base.to(DEVICE))
     tensors = (got.hidden_states, got.top_k_index, got.top_k_weights)
     return Case(*(t.to(DEVICE) for t in tensors), layer, Upgrades(entries.to(DEVICE), slots.__getitem__))
 
@@ -66,8 +65,10 @@ def compare(name: str, got: Case) -> None:
 
 
 def test_the_door_leads_to_triton():
-    kernel = dispatch.kernel_for(DEVICE, torch.bfloat16, torch.bfloat16)
-    assert kernel.__module__ == "dynaexq.kernels.triton.launch"
+    got = on_gpu(case(("int4",), torch.bfloat16))
+    assert dispatch.triton_runs(DEVICE, torch.bfloat16, torch.bfloat16)
+    assert dispatch.counts_routing(got.hidden_states, got.layer)
+    assert not dispatch.counts_routing(got.hidden_states.float(), got.layer)
 
 
 @each_ladder
@@ -181,8 +182,9 @@ def test_other_inputs_in_a_captured_graph():
 
 def test_routing_is_counted_to_the_last_unit():
     ids, weights = torch.randint(-1, EXPERTS + 2, (900, 3)), torch.rand(900, 3)
-    expected = torch.zeros(EXPERTS + 2, dtype=torch.int64)
-    got = expected.to(DEVICE)
-    add_routing(expected, ids, weights)
-    dispatch.add_routing_for(DEVICE)(got, ids.to(DEVICE), weights.to(DEVICE))
-    assert torch.equal(got.cpu(), expected)
+    expected = RoutingCounter(1, EXPERTS, torch.device("cpu"))
+    expected.observe(0, ids, weights)
+    got = on_gpu(replace(case(("int4",), torch.bfloat16, GATED, ids), top_k_weights=weights))
+    counts = torch.zeros(EXPERTS + 2, dtype=torch.int64, device=DEVICE)
+    got.run(partial(dispatch.expert_mlp, counts=counts))
+    assert torch.equal(counts.cpu(), expected.row(0))

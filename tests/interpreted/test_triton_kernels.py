@@ -4,12 +4,14 @@ The interpreter runs the kernels' own code one program after the other. It says 
 where a GPU rounds; so float16 is the tight test, and bfloat16 a loose one.
 """
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from numerics import assert_close
-from test_kernels import EXPERTS, GATED, SHAPES, case, distinct_choices, naive
+from test_kernels import EXPERTS, GATED, SHAPES, case, distinct_choices, naive, named
 from tiny import logits, prompt, tiny_qwen3_moe
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,9 +20,9 @@ import dynaexq
 from dynaexq.kernels import dispatch, reference
 from dynaexq.kernels.triton import add_routing, expert_mlp, routing, tiles
 from dynaexq.kernels.triton.rows import group_sums, weighted_sum
-from dynaexq.memory import counter
+from dynaexq.memory import RoutingCounter
 from dynaexq.policy import LADDERS
-from dynaexq.records import MASS_UNITS, ExpertShape
+from dynaexq.records import MASS_UNIT, ExpertShape
 
 WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias=False, transposed=False)
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
@@ -52,6 +54,7 @@ each_regime = pytest.mark.parametrize("regime", REGIMES, indirect=True)
 
 
 def compare(name: str, got) -> None:
+    got = named(got)
     assert_close(name, got.run(reference.expert_mlp), got.run(expert_mlp), TOLERANCE[got.hidden_states.dtype])
 
 
@@ -108,6 +111,21 @@ def test_any_routing(top_k_index, counted, monkeypatch):
     compare("routing", case(("int4", "fp16"), torch.float16, GATED, top_k_index))
 
 
+@pytest.mark.parametrize(
+    ("shape", "activation", "name"),
+    [
+        pytest.param(GATED, lambda rows: F.silu(rows[:, ::2]) * rows[:, 1::2], None, id="gate without a name"),
+        pytest.param(GATED, lambda rows: F.gelu(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1], "gelu", id="gelu"),
+        pytest.param(SHAPES["no gate"], F.silu, "silu", id="silu without a gate"),
+    ],
+)
+@pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
+def test_only_silu_with_a_gate_is_computed_in_the_kernel(shape, activation, name, regime):
+    got = case(("int2", "int4"), torch.float16, shape, distinct_choices(3, 2))
+    got = replace(got, layer=replace(got.layer, activation=activation, activation_name=name))
+    assert_close(f"{name}", got.run(reference.expert_mlp), got.run(expert_mlp), TOLERANCE[torch.float16])
+
+
 def test_views_that_are_not_contiguous():
     got = case(("int4",), torch.float16, GATED, distinct_choices(2, 3).T.contiguous().T)
     assert not got.top_k_index.is_contiguous()
@@ -121,7 +139,7 @@ def test_the_norm_behind_an_expert_comes_before_its_routing_weight():
 
 
 def test_the_same_bits_every_time():
-    got = case(("int2", "int4"), torch.float16, GATED, distinct_choices(5, 3))
+    got = named(case(("int2", "int4"), torch.float16, GATED, distinct_choices(5, 3)))
     assert torch.equal(got.run(expert_mlp), got.run(expert_mlp))
 
 
@@ -171,30 +189,44 @@ def test_routing_is_counted_to_the_last_unit(dtype):
     ids = torch.randint(-1, EXPERTS + 2, (70, 3))
     weights = (torch.rand(70, 3) * 10.0 ** torch.randint(-7, 4, (70, 3))).to(dtype)
     weights[:4] = torch.tensor([float("nan"), float("inf"), -1.0])
-    weights[4] = torch.tensor([0.5, 1.5, 2.5]) / MASS_UNITS  # halves
-    expected, got = (torch.arange(EXPERTS + 2) * 2**40 for _ in range(2))
+    weights[4] = torch.tensor([0.5, 1.5, 2.5]) / MASS_UNIT  # halves
+    expected, got = (RoutingCounter(2, EXPERTS, torch.device("cpu")) for _ in range(2))
+    for counter in (expected, got):
+        counter.sums += torch.arange(EXPERTS + 2) * 2**40
     for _ in range(2):
-        counter.add_routing(expected, ids, weights)
-        add_routing(got, ids, weights)
-    assert torch.equal(got, expected)
+        expected.observe(1, ids, weights)
+        add_routing(got.row(1), ids, weights)
+    assert torch.equal(got.sums, expected.sums)
+
+
+def test_a_forward_counts_its_routing_where_it_is_asked_to():
+    got = named(case(("int4",), torch.float16, GATED, torch.tensor([[0, EXPERTS], [-1, 3]])))
+    counter = RoutingCounter(1, EXPERTS, torch.device("cpu"))
+    counter.observe(0, got.top_k_index, got.top_k_weights)
+    counts = torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    assert torch.equal(got.run(expert_mlp), got.run(partial(expert_mlp, counts=counts)))
+    assert torch.equal(counts, counter.row(0))
 
 
 def test_no_tokens_count_nothing():
-    sums = torch.zeros(EXPERTS + 2, dtype=torch.int64)
-    add_routing(sums, torch.empty(0, 3, dtype=torch.int64), torch.empty(0, 3))
-    assert not sums.any()
+    counts = torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    got = case(("int4",), torch.float16, GATED, torch.empty(0, 2, dtype=torch.int64))
+    got.run(partial(expert_mlp, counts=counts))
+    assert not counts.any()
 
 
 def test_a_patched_model_with_all_of_its_upgrades_and_with_none(monkeypatch):
-    """Through table, fence and operator."""
+    """Through table, fence, operator and counter."""
+    fused = SimpleNamespace(expert_mlp=expert_mlp, native_layer=lambda *_: True)
     ids = prompt(batch=1, length=2)
     model = tiny_qwen3_moe(torch.float16)
     runtime = dynaexq.patch(model, hbm_budget="1GB", device="cpu", tiers=("int2", "int4"))
     for budget in ("1GB", runtime.memory()["total"] - runtime.memory()["upgrade"]):
         runtime.set_budget(budget)
-        expected = logits(model, ids)
-        monkeypatch.setattr(dispatch, "kernel_for", lambda *_: expert_mlp)
+        expected, before = logits(model, ids), runtime.routed_mass()
+        monkeypatch.setattr(dispatch, "cpu", fused)
         assert_close(f"logits within {budget}", expected, logits(model, ids), 5 * TOLERANCE[torch.float16])
+        assert (runtime.routed_mass() - before).sum() == pytest.approx(ids.numel() * len(before), rel=1e-3)
         monkeypatch.undo()
 
 

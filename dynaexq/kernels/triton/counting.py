@@ -5,19 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynaexq.records import LARGEST_MASS, MASS_UNITS
+from dynaexq.records import LARGEST_MASS, MASS_UNIT
 
 PAIRS_PER_PROGRAM = 256
 
 
 def add_routing(sums: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-    """The same integers as `memory.counter.add_routing`; their order of addition is free, for integers do not mind."""
+    """The same integers as `memory.RoutingCounter` adds; their order of addition is free, for integers do not mind."""
     tokens, choices = top_k_index.shape
     ids, weights = top_k_index.contiguous(), top_k_weights.contiguous()
     programs = max(1, triton.cdiv(tokens * choices, PAIRS_PER_PROGRAM))
     with torch.cuda.device_of(sums):
         _add_routing[(programs,)](
-            sums, ids, weights, tokens * choices, tokens, len(sums) - 2, MASS_UNITS, LARGEST_MASS, PAIRS_PER_PROGRAM
+            sums, ids, weights, tokens * choices, tokens, len(sums) - 2, MASS_UNIT, LARGEST_MASS, PAIRS_PER_PROGRAM
         )
 
 

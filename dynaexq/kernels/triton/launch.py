@@ -6,7 +6,6 @@ Shapes: T tokens, k choices, P = T k pairs, H hidden, I intermediate.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from dynaexq.formats import ExpertCodec
 from dynaexq.kernels.layer import ExpertLayer, Upgrades
 from dynaexq.kernels.triton import tiles
+from dynaexq.kernels.triton.counting import add_routing
 from dynaexq.kernels.triton.gemm import expert_gemm
 from dynaexq.kernels.triton.routing import Routing, route
 from dynaexq.kernels.triton.rows import group_sums, weighted_sum
@@ -26,9 +26,19 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """The same sum as `reference.expert_mlp`, for 16-bit models; activations are rounded between the products."""
+    """The same sum as `reference.expert_mlp`, for 16-bit models; activations are rounded between the products.
+
+    `counts` as in `dispatch.expert_mlp`.
+    """
+    if counts is not None:
+        add_routing(counts, top_k_index, top_k_weights)
     if not top_k_index.numel():
         return torch.zeros_like(hidden_states)
     with torch.cuda.device_of(hidden_states):  # Triton launches on the current device, wherever its arguments are
@@ -41,8 +51,8 @@ def _expert_mlp(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, entries: Tensor
 ) -> Tensor:
     pairs, choices = top_k_index.numel(), top_k_index.shape[1]
-    up, down = matrices(layer.codec)
-    fused = layer.is_swiglu and up.bias < 0
+    up, down = _matrices_of(layer)
+    fused = _is_swiglu(layer) and up.bias < 0
     plan = tiles.plan_for(pairs, layer.num_experts, up, down, fused)
     experts = _Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, entries)
 
@@ -56,7 +66,19 @@ def _expert_mlp(
     return weighted_sum(results, top_k_index, top_k_weights, layer.num_experts)
 
 
-@lru_cache(maxsize=64)
+def _is_swiglu(layer: ExpertLayer) -> bool:
+    """Whether the activation is silu(gate) * up, which the first product may end in."""
+    shape = layer.codec.shape
+    return layer.activation_name == "silu" and shape.up_rows == 2 * shape.intermediate_size
+
+
+def _matrices_of(layer: ExpertLayer) -> tuple[Matrix, Matrix]:
+    if "triton" not in layer.prepared:
+        layer.prepared["triton"] = matrices(layer.codec)
+    found: tuple[Matrix, Matrix] = layer.prepared["triton"]
+    return found
+
+
 def matrices(codec: ExpertCodec) -> tuple[Matrix, Matrix]:
     """Both matrices of an expert as the kernels are compiled for them."""
     dtype = DTYPES[codec.dtype]

@@ -1,0 +1,169 @@
+"""A model on its way from a checkpoint: experts hidden from Transformers' loader, then read into their places.
+
+Before the weights are loaded the experts lose their (meta) parameters, so that the loader knows nothing of them; what
+cannot work is refused then, before a byte is read. After the dense weights are there, each device gets a runtime.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynaexq.errors import UnsupportedModelError
+from dynaexq.formats import ExpertCodec
+from dynaexq.group import RuntimeGroup
+from dynaexq.hf.checkpoint import CheckpointSource, open_shards
+from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.families import SparseLayer, find_sparse_layers
+from dynaexq.hf.installation import Installation
+from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan
+from dynaexq.placement import QuantizedSupply, Supply
+from dynaexq.restoration import PackedSupply, packed_shape
+from dynaexq.runtime import Runtime
+from dynaexq.settings import Settings
+from dynaexq.storage import MARK, PackedReader, PackedShape
+
+GUARD = "dynaexq_must_be_imported"
+"""A key in packed checkpoints that speaks to whoever loads one without dynaexq; see `saving`."""
+
+EXPERT_PARALLEL_STYLES = {"grouped_gemm", "ep_dispatch_experts"}
+
+
+class CheckpointLoad:
+    """One `from_pretrained`, from the model on the meta device to the runtime.
+
+    Args:
+        files: the checkpoint's shards.
+        device_map: as it is known before loading: a dict, or the name of a strategy.
+
+    Raises:
+        UnsupportedModelError, CheckpointError, BudgetError, SettingsError: what cannot work, before a byte is read.
+    """
+
+    def __init__(
+        self, model: Any, config: DynaExqConfig, settings: Settings, files: Sequence[str] | None, device_map: Any
+    ):
+        self.model, self.settings = model, settings
+        self.layers = find_sparse_layers(model, on_meta=True)
+        stored = config.stored_tiers()
+        self._ladders = choose_ladders(settings, stored)
+        self._stored_codec = make_codec(self.layers[0], stored, settings) if stored else None
+        shards = open_shards(files)
+        self._source = None if stored else CheckpointSource(model, self.layers, shards)
+        self._reader = PackedReader(shards, self._packed_shape(self._stored_codec)) if self._stored_codec else None
+        self._check_budget(device_map)
+        if self._reader is not None:
+            self._reader.prefetch_base()  # while Transformers loads the dense weights
+        self._installation = Installation(model, self.layers)
+        self._installation.take_over(self._stand_ins(device_map))
+        for layer in self.layers:
+            layer.experts._is_hf_initialized = True  # there is nothing that Transformers could initialise
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {_keys_of(model, self.layers), re.escape(MARK), GUARD}
+
+    def device_map_is_known(self) -> None:
+        """The stand-ins that gave every layer its size have served, unless ranks are still to share them out."""
+        if not self._is_distributed:
+            self._installation.dismiss_stand_ins()
+
+    def edit_parallel_plan(self, plan: dict[str, str]) -> None:
+        """Drop the rules that would split or reduce what is not split: experts are whole on every rank, or shared out
+        among ranks as expert parallelism does it."""
+        paths = {re.sub(r"\.\d+(?=\.|$)", ".*", layer.name) for layer in self.layers}
+        for rule, style in list(plan.items()):
+            of_experts = any(rule == path or rule.startswith(f"{path}.") for path in paths)
+            if of_experts and style not in EXPERT_PARALLEL_STYLES:
+                del plan[rule]
+
+    def finish(self, quantizer: Any, save: Any) -> None:
+        """Read the experts onto the devices where their layers are, and join everything together."""
+        rank, num_ranks = self._share()
+        self._installation.dismiss_stand_ins()
+        num_experts = self.layers[0].num_experts // num_ranks
+        runtimes = []
+        for device, indices in self._layers_by_device().items():
+            layers = [self.layers[index] for index in indices]
+            supply = self._supply(indices, rank * num_experts, num_experts)
+            codecs = {tiers: make_codec(layers[0], tiers, self.settings) for tiers in self._ladders}
+            dense = dense_bytes(self.model, [], device)
+            plan = make_plan(self.model, layers, codecs, self.settings, device, dense, num_experts)
+            runtime = Runtime(self.model, plan, codecs[plan.tiers], self.settings, device)
+            runtime.load(supply)
+            self._installation.connect(runtime, layers)
+            runtimes.append((runtime, indices))
+        self._installation.source = self._source if num_ranks == 1 else None
+        self._installation.attach(RuntimeGroup.of(runtimes), quantizer, save)
+
+    def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> Supply:
+        if self._source is not None:
+            return QuantizedSupply(self._source.select(indices, first_expert, num_experts))
+        assert self._reader is not None, "experts are packed or they are not"
+        assert self._stored_codec is not None, "likewise"
+        return PackedSupply(self._reader.select(indices, first_expert, num_experts), self._stored_codec)
+
+    def _packed_shape(self, codec: ExpertCodec) -> PackedShape:
+        return packed_shape(codec, tuple(layer.name for layer in self.layers), self.layers[0].num_experts)
+
+    def _check_budget(self, device_map: Any) -> None:
+        """Refuse a budget that cannot hold before the dense weights are read, where one device gets them all."""
+        devices = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if len(devices) != 1 or self.settings.dense is not None or isinstance(self.settings.hbm_budget, str):
+            return
+        codecs = {tiers: make_codec(self.layers[0], tiers, self.settings) for tiers in self._ladders}
+        dense = dense_bytes(self.model, self.layers)
+        device = torch.device("cpu")  # any will do: the budget is given
+        make_plan(self.model, self.layers, codecs, self.settings, device, dense, self.layers[0].num_experts)
+
+    def _stand_ins(self, device_map: Any) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters that show an automatic device map what a layer weighs, or ranks what there is to share."""
+        if self._is_distributed:
+            return {layer.name: layer.parameters for layer in self.layers}
+        if not isinstance(device_map, str):
+            return {}
+        base = make_codec(self.layers[0], self._ladders[0], self.settings).base.nbytes
+        return {
+            layer.name: {"down_proj": nn.Parameter(_meta(layer.num_experts, base), requires_grad=False)}
+            for layer in self.layers
+        }
+
+    def _layers_by_device(self) -> dict[torch.device, list[int]]:
+        found: dict[torch.device, list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            found.setdefault(_device_of(self.model, layer), []).append(index)
+        return found
+
+    @property
+    def _is_distributed(self) -> bool:
+        return getattr(self.model.config, "distributed_config", None) is not None
+
+    def _share(self) -> tuple[int, int]:
+        """This rank's number and how many there are, where experts are shared out among ranks."""
+        stand_in = self.layers[0].experts._parameters.get("down_proj")
+        mesh = getattr(stand_in, "device_mesh", None)
+        return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+
+
+def _device_of(model: nn.Module, layer: SparseLayer) -> torch.device:
+    """The device that a layer computes on: where its router, or whatever else its block holds, has its weights."""
+    path = layer.name.rpartition(".")[0]
+    tensors = [*model.get_submodule(path).parameters(), *model.get_submodule(path).buffers()]
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    if device.type == "meta":
+        raise UnsupportedModelError(
+            f"{path} is offloaded, and experts stay on a device; give a device_map without 'cpu' or 'disk' beside "
+            "accelerators, or a smaller hbm_budget"
+        )
+    return device
+
+
+def _keys_of(model: Any, layers: Sequence[SparseLayer]) -> str:
+    """A pattern of the keys that belong to experts, with or without the prefix of the base model."""
+    prefix = f"{model.base_model_prefix}."
+    names = "|".join(re.escape(layer.name.removeprefix(prefix)) for layer in layers)
+    return rf"(?:^|\.)(?:{names})\."
+
+
+def _meta(rows: int, columns: int) -> torch.Tensor:
+    return torch.empty(rows, columns, dtype=torch.uint8, device="meta")

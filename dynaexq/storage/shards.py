@@ -1,0 +1,194 @@
+"""Safetensors files read and written by position: rows of one tensor at a time, nothing mapped, nothing executed.
+
+A file is not trusted: whatever its header claims is checked against its size before a byte is used, so a truncated
+file is a sentence and not a dead process. It knows the container, not what the tensors mean.
+"""
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynaexq.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 100 * 2**20  # the limit of the safetensors library itself
+_LARGEST_READ = 2**30  # one call of the system transfers less than 2 GiB
+
+
+class Entry(NamedTuple):
+    """One tensor of a shard and where its bytes lie, counted from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one index of the first dimension."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class Shard:
+    """One safetensors file open for reading, by any number of threads; it closes with the last who knows it.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or not safetensors.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        try:
+            self._file = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot open {self.path}: {error.strerror}; the checkpoint is incomplete, fetch it again"
+            ) from error
+        self.close = weakref.finalize(self, os.close, self._file)
+        try:
+            self.entries, self.metadata = _parse(self.path, self._file)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """Rows `first` to `last` (exclusive) of tensor `name`, in memory of their own."""
+        entry = self.entries[name]
+        shape = entry.shape if not entry.shape else (len(range(entry.shape[0])[first:last]), *entry.shape[1:])
+        out = torch.empty(shape, dtype=entry.dtype, device="cpu")
+        self.read_into(entry.offset + first * entry.row_nbytes, out.view(-1).view(torch.uint8))
+        return out
+
+    def prefetch(self, name: str) -> None:
+        """Have the system begin to read tensor `name`, so that it is there, or on its way, when it is wanted."""
+        if hasattr(os, "posix_fadvise"):
+            entry = self.entries[name]
+            os.posix_fadvise(self._file, entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, offset: int, out: Tensor) -> None:
+        """Fill contiguous uint8 host tensor `out` with the bytes at `offset`."""
+        buffer = out.numpy().data
+        while buffer:
+            try:
+                count = os.preadv(self._file, [buffer[:_LARGEST_READ]], offset)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error}") from error
+            if not count:
+                raise CheckpointError(f"{self.path} ends at byte {offset}: it was truncated; fetch it again")
+            buffer, offset = buffer[count:], offset + count
+
+
+class ShardWriter:
+    """Write a safetensors file whose tensors are known beforehand and whose rows arrive in any order.
+
+    The disk space is reserved at once; the file is complete after `close`.
+
+    Raises:
+        CheckpointError: there is not enough space, here or in `write`.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+    ):
+        self.path = path
+        header, offset = {"__metadata__": dict(metadata)}, 0
+        relative: dict[str, Entry] = {}
+        for name, (dtype, shape) in tensors.items():
+            relative[name] = entry = Entry(dtype, shape, offset)
+            end = offset + entry.nbytes
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}  # type: ignore[dict-item]
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        self.entries = {name: entry._replace(offset=start + entry.offset) for name, entry in relative.items()}
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, start + offset)
+            self._write(0, len(text).to_bytes(8, "little") + text)
+        except OSError as error:
+            self._file.close()
+            raise _no_space(path, start + offset, error) from error
+
+    def write(self, name: str, first: int, rows: Tensor) -> None:
+        """Put `rows` at row `first` of tensor `name`."""
+        entry = self.entries[name]
+        content = rows.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
+        try:
+            self._write(entry.offset + first * entry.row_nbytes, content)
+        except OSError as error:
+            raise _no_space(self.path, len(content), error) from error
+
+    def close(self) -> None:
+        """Have the system write everything down, then close."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        """Close and remove the unfinished file."""
+        self._file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, offset: int, content: bytes | memoryview) -> None:
+        view = memoryview(content)
+        while view:
+            count = os.pwrite(self._file.fileno(), view[:_LARGEST_READ], offset)
+            view, offset = view[count:], offset + count
+
+
+def _parse(path: Path, file: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+        raise CheckpointError(
+            f"{path} is not a safetensors file, or was truncated to {size:,} bytes; pickles are never opened: "
+            "convert the checkpoint with safetensors, or fetch it again"
+        )
+    try:
+        header = json.loads(os.pread(file, length, 8))
+        metadata = header.pop("__metadata__", {})
+        entries = {
+            name: Entry(DTYPES[e["dtype"]], tuple(map(int, e["shape"])), 8 + length + int(e["data_offsets"][0]))
+            for name, e in header.items()
+        }
+        ends = {name: 8 + length + int(e["data_offsets"][1]) for name, e in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{path}: its safetensors header cannot be read ({error!r}); fetch it again") from error
+    for name, entry in entries.items():
+        bad_shape = any(length < 0 for length in entry.shape) or entry.offset + entry.nbytes != ends[name]
+        if bad_shape or entry.offset < 8 + length:
+            raise CheckpointError(f"{path}: the header lies about the size of {name}; fetch the file again")
+        if ends[name] > size:
+            raise CheckpointError(
+                f"{path} was truncated: {name} ends at byte {ends[name]:,} and the file at {size:,}; fetch it again"
+            )
+    return entries, metadata
+
+
+def _no_space(path: Path, nbytes: int, error: OSError) -> CheckpointError:
+    return CheckpointError(f"cannot write {nbytes:,} bytes to {path}: {error}; free some space or write elsewhere")
