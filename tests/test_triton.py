@@ -81,10 +81,12 @@ def check(case: str, kernels: list[dict[str, Any]]) -> None:
         )
 
 
+@pytest.mark.timeout(900)
 def test_interpreted_kernels_follow_the_reference():
     run("-m", "pytest", "-q", "-m", "not slow", "tests/interpreted", interpret=True)
 
 
+@pytest.mark.timeout(900)
 def test_compiled_kernels_stay_within_what_was_recorded(tmp_path):
     found = compile_kernels(QUICK, tmp_path)
     assert list(found) == QUICK

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from dynaexq.memory import RoutingCounter, allocate_bytes
 from dynaexq.policy import LADDERS
 from dynaexq.records import ExpertShape
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),
+]
 
 DEVICE = torch.device("cuda", 0)
 WIDE = ExpertShape(hidden_size=512, intermediate_size=384, up_rows=768, has_bias=False, transposed=False)

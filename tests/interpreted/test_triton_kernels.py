@@ -29,6 +29,9 @@ WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
 ALL_LADDERS = [*LADDERS, ("int2", "fp16")]
+MOST_PLANES = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int8", "fp16")]
+"""Ladders in which every plane is read from every place it may have."""
+
 REGIMES = {"single": {}, "few": {"SINGLE_PAIRS": 0}, "many": {"SINGLE_PAIRS": 0, "FEW_PAIRS": 0}}
 
 each_ladder = pytest.mark.parametrize("tiers", ALL_LADDERS, ids="+".join)
@@ -64,8 +67,8 @@ def test_every_ladder_for_few_and_for_many_pairs(tiers, regime):
     compare(f"{tiers} {regime}", case(tiers, torch.float16, GATED, distinct_choices(3, 2)))
 
 
-@each_ladder
-def test_every_ladder_in_blocks_of_256_and_128_codes(tiers):
+@pytest.mark.parametrize("tiers", MOST_PLANES, ids="+".join)
+def test_ladders_in_blocks_of_256_and_128_codes(tiers):
     """And for a single token or two, whose tiles are the smallest."""
     compare(f"{tiers}", case(tiers, torch.float16, WIDE, distinct_choices(2, 2)))
 
@@ -77,9 +80,13 @@ def test_every_kind_of_expert(tiers, shape, regime):
     compare(f"{tiers} {shape} {regime}", case(tiers, torch.float16, shape, distinct_choices(3, 2)))
 
 
-@pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4",)], ids="+".join)
+@pytest.mark.parametrize(
+    ("tiers", "regime"),
+    [(("int2", "int8"), "single"), (("int2", "int8"), "few"), (("int4",), "single")],
+    ids=["int2+int8 single", "int2+int8 few", "int4 single"],
+    indirect=["regime"],
+)
 @pytest.mark.parametrize("group_size", [32, 128])
-@pytest.mark.parametrize("regime", ["single", "few"], indirect=True)
 def test_every_group_size(tiers, group_size, regime):
     """Half a slice of codes is a group of 32; half a tile of gate and up is less than a group of 128."""
     got = case(tiers, torch.float16, WIDE, distinct_choices(1, 3), group_size=group_size)
