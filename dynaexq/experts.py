@@ -79,14 +79,13 @@ class MixedPrecisionExperts(nn.Module):
         """What the operator runs."""
         ports, counts = self._ports, None
         counter = ports.memory.counter
-        if observe:
-            if ports.before_forward is not None:
-                ports.before_forward()
-            if counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
-                counts = counter.row(ports.index)
-            else:
-                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
+        if observe and ports.before_forward is not None:
+            ports.before_forward()
         with ports.memory.fence.reading():
+            if observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
+                counts = counter.row(ports.index)
+            elif observe:
+                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
             return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
 
     def gradients(

@@ -67,8 +67,12 @@ class Runtime:
     def load(self, supply: Supply) -> None:
         """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
         self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
+        try:
+            copier = copier_for(self.device, self._memory.pool.slot_nbytes, staged=store.page_locked(0) is None)
+        except BaseException:
+            store.close()
+            raise
         self._controller = PrecisionController(self._errors[..., 0] - self._errors[..., -1], self.settings)
-        copier = copier_for(self.device, self._memory.pool.slot_nbytes)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)

@@ -101,6 +101,13 @@ def test_outside_packages_enter_through_their_own_rooms(path):
         assert "numpy" not in outside, f"{room} must not know numpy"
 
 
+def test_triton_is_known_in_one_corner_of_the_kernels():
+    knowing = {
+        path.parent.relative_to(PACKAGE) for path in modules() if "triton" in {n.split(".")[0] for n in imports(path)}
+    }
+    assert knowing == {Path("kernels/triton")}
+
+
 def test_every_room_stands_on_a_floor():
     rooms = {room_of(path) for path in modules()}
     assert rooms == set(FLOOR_OF), "a new room needs its floor in the table above"

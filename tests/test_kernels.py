@@ -4,7 +4,7 @@ All on ugly shapes: rows that pack with padding, experts nobody asked for, ids t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -53,6 +53,12 @@ class Case:
 
     def run(self, kernel: Callable[..., Tensor]) -> Tensor:
         return kernel(self.hidden_states, self.top_k_index, self.top_k_weights, self.layer, self.upgrades)
+
+
+def named(case: Case) -> Case:
+    """The same, its activation under its name, so that kernels may compute it themselves."""
+    name = "silu" if case.layer.activation is silu_gate else "relu2"
+    return replace(case, layer=replace(case.layer, activation_name=name))
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class DeviceMemory:
         device: torch.device,
         base: Tensor | None = None,
     ):
-        self.fence: Fence = StreamFence() if device.type == "cuda" else ReaderFence()
+        self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
         if base is None:
             base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
         self.base: Tensor = base.view(num_layers, num_experts, base_nbytes)
