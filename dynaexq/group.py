@@ -77,7 +77,8 @@ class RuntimeGroup:
 
     def report(self) -> Report:
         """Bytes, tiers, traffic and moves as a table."""
-        return Report(self.memory(), self.stats(), self.tiers(), self.runtimes[0].plan.tiers)
+        verdict = "\n".join(f"{runtime.device}: {runtime.verdict()}" for runtime in self.runtimes)
+        return Report(self.memory(), self.stats(), self.tiers(), self.runtimes[0].plan.tiers, verdict)
 
     def __enter__(self) -> "RuntimeGroup":
         return self

@@ -16,17 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynaexq.control import HotnessTracker, PrecisionController
+from dynaexq.control import Control, HotnessTracker
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
 from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
+from dynaexq.policy import Verdict
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
-from dynaexq.traffic import TrafficLimit
+from dynaexq.traffic import TrafficLimit, bytes_per_second
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class Runtime:
             plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
+        self._limit = TrafficLimit(bytes_per_second(settings.traffic_limit, device), slot_nbytes)
         self._traffic = Traffic()
-        self._limit = TrafficLimit(settings.traffic_limit, slot_nbytes, device)
         self._ticking = threading.Lock()
         self._steps = self._ticks = self._steps_at_tick = 0
         self._frozen = self._closed = False
@@ -58,7 +59,8 @@ class Runtime:
     def load(self, supply: Supply) -> None:
         """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
         self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
-        self._controller = PrecisionController(self._errors[..., 0] - self._errors[..., -1], self.settings)
+        gain = self._errors[..., 0] - self._errors[..., -1]
+        self._control = Control(self._tracker, gain, self._limit, self.settings)
         copier = copier_for(self.device, self._memory.pool.slot_nbytes)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
@@ -72,7 +74,7 @@ class Runtime:
 
     def view(self, layer: int) -> LayerView:
         """What one layer's sparse block shows of the runtime."""
-        return LayerView(layer, self._tracker, self._controller, self._pipeline, self.plan.base.bits)
+        return LayerView(layer, self._tracker, self._control.controller, self._pipeline, self.plan.base.bits)
 
     @property
     def keeps_source(self) -> bool:
@@ -189,7 +191,7 @@ class Runtime:
 
     def routed_mass(self) -> np.ndarray:
         """Routing mass that every expert has received since the start. Waits for the device."""
-        return self._tracker.counter.totals()
+        return self._memory.counter.totals()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start; `hot_coverage` is the share of the routing mass that met an upgraded expert."""
@@ -207,8 +209,12 @@ class Runtime:
         }
 
     def report(self) -> Report:
-        """Bytes, tiers, traffic and moves as a table; prints itself, and shows itself in a notebook."""
-        return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers)
+        """Bytes, tiers, traffic, moves and verdict as a table; prints itself, and shows itself in a notebook."""
+        return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers, str(self.verdict()))
+
+    def verdict(self) -> Verdict:
+        """Is it worth it here? In words (`str`), and the shares behind them; looks at the traffic since the start."""
+        return self._control.verdict(self._memory.table.kinds() > 0, self._frozen)
 
     def __enter__(self) -> "Runtime":
         return self
@@ -253,22 +259,16 @@ class Runtime:
         self._ticks += 1
         met = self._memory.table.kinds() > 0  # the tiers that the traffic since the last tick met
         self._pipeline.settle()
-        mass, tokens = self._tracker.update(self._steps - self._steps_at_tick)
+        mass, tokens = self._control.observe(self._steps - self._steps_at_tick, met)
         self._steps_at_tick = self._steps
         self._traffic.add(mass, tokens, met)
-        if not self._frozen:
-            self._decide()
+        self._decide()
 
     def _decide(self) -> None:
         pipeline, pool = self._pipeline, self._memory.pool
         pool.reclaim()
-        moves = self._controller.choose(
-            self._tracker.hotness,
-            pipeline.upgraded,
-            pipeline.broken,
-            pool.num_slots,
-            pool.num_available,
-            self._limit.promotions(),
+        moves = self._control.decide(
+            pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available, self._frozen
         )
         if pipeline.failing:
             moves = [move for move in moves if move.promote]
@@ -278,7 +278,7 @@ class Runtime:
     def _fill(self) -> None:
         """Give every free slot to the best expert that lacks one, and wait for it."""
         pipeline, pool = self._pipeline, self._memory.pool
-        promotions = self._controller.fill(
+        promotions = self._control.controller.fill(
             self._tracker.hotness, pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available
         )
         for promotion in promotions:
@@ -288,7 +288,7 @@ class Runtime:
     def _resize(self, slots: int) -> None:
         """Bring the upgrade slab to `slots`, dropping the segments of least worth; never above the old or the new."""
         pool, pipeline = self._memory.pool, self._pipeline
-        surplus = pool.surplus(slots, pipeline.worth(self._controller.score(self._tracker.hotness)))
+        surplus = pool.surplus(slots, pipeline.worth(self._control.controller.score(self._tracker.hotness)))
         if surplus:
             pipeline.vacate(surplus)
             pool.drop(surplus)

@@ -18,6 +18,7 @@ ROOMS_OF_FLOOR = {
         "moe",
         "control",
         "traffic",
+        "watch",
         "placement",
         "restoration",
         "telemetry",
