@@ -13,13 +13,11 @@ from dynaexq.policy import (
     Verdict,
     decay_by_tokens,
     prior_hotness,
-    sampling_error,
     slots_per_row,
     threshold,
     top_n,
     transitions,
     update_hotness,
-    update_noise,
 )
 from dynaexq.records import Transition
 from dynaexq.settings import Settings
@@ -48,7 +46,6 @@ class HotnessTracker:
     def __init__(self, counter: Counts, settings: Settings):
         self.counter = counter
         self.hotness = prior_hotness(*counter.shape)
-        self._noise = np.zeros(counter.shape[0])
         self._settings = settings
 
     def update(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,13 +57,7 @@ class HotnessTracker:
             assert self._settings.half_life is not None, "settings fill in one of the two"
             keep = decay_by_tokens(tokens, self._settings.half_life)
         self.hotness = update_hotness(self.hotness, mass, tokens, keep)
-        self._noise = update_noise(self._noise, tokens, keep)
         return mass, tokens
-
-    @property
-    def error(self) -> np.ndarray:
-        """Standard error `[L, E]` of the difference in hotness to a rival, from seeing so few tokens."""
-        return sampling_error(self.hotness, self._noise, self.counter.top_k)
 
 
 class PrecisionController:
@@ -106,16 +97,13 @@ class PrecisionController:
         free = self._free_slots(upgraded, num_slots, free_slots)
         return transitions(score, upgraded, wanted, free, max_promotions)
 
-    def followed(
-        self, tracker: HotnessTracker, upgraded: np.ndarray, broken: np.ndarray, num_slots: int
-    ) -> np.ndarray:
+    def followed(self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int) -> np.ndarray:
         """The set `[L, E]` that following the traffic by `"topn"` would upgrade now, whatever the rule in force."""
         lost = broken & ~upgraded
-        score = np.where(lost, -1.0, self.score(tracker.hotness))
+        score = np.where(lost, -1.0, self.score(hotness))
         slots = slots_per_row(self._settings.allocation, num_slots, len(score))
-        lead = self._settings.noise_margin * tracker.error * self.gain
-        score_rows, upgraded_rows, lead_rows = (t.reshape(len(slots), -1) for t in (score, upgraded, lead))
-        wanted = top_n(score_rows, upgraded_rows, slots, self._settings.margin, lead_rows)
+        score_rows, upgraded_rows = (table.reshape(len(slots), -1) for table in (score, upgraded))
+        wanted = top_n(score_rows, upgraded_rows, slots, self._settings.margin)
         return wanted.reshape(score.shape) & ~lost
 
     def fill(
@@ -165,7 +153,7 @@ class Control:
     def observe(self, steps: int, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Take in the last `steps` forwards, which met the experts `held [L, E]` upgraded; returns mass and tokens."""
         mass, tokens = self.tracker.update(steps)
-        self.watch.observe(mass, tokens, held)
+        self.watch.observe(mass, tokens, held, self.tracker.counter.top_k)
         return mass, tokens
 
     def decide(
@@ -174,7 +162,7 @@ class Control:
         """The moves of one tick; none while `frozen`, only promotions into empty slots while the watch has paused."""
         frozen = frozen or self._policy == "frozen"
         hotness, controller = self.tracker.hotness, self.controller
-        followed = controller.followed(self.tracker, upgraded, broken, num_slots)
+        followed = controller.followed(hotness, upgraded, broken, num_slots)
         self.watch.review(followed, upgraded, frozen)
         if frozen:
             return []

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,7 @@ from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
 from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
 from dynaexq.policy import Verdict
+from dynaexq.recording import Recorder, Recording, header_of
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
@@ -51,7 +53,7 @@ class Runtime:
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._limit = TrafficLimit(bytes_per_second(settings.traffic_limit, device), slot_nbytes)
-        self._traffic = Traffic()
+        self._traffic, self._recorder = Traffic(), Recorder()
         self._ticking = threading.Lock()
         self._steps = self._ticks = self._steps_at_tick = 0
         self._frozen = self._closed = False
@@ -168,8 +170,20 @@ class Runtime:
             if not self._frozen:
                 self._fill()
 
+    def trace(self, path: str | Path) -> Recording:
+        """Record what every tick drains, for `dynaexq simulate`, until the recording is closed; use it in a `with`.
+
+        Raises:
+            TraceError: another recording is running.
+            OSError: the file cannot be written.
+        """
+        self._check_open()
+        header = header_of(self._model(), self.plan, self.codec, self._errors, self._dense_bytes())
+        return self._recorder.start(path, header)
+
     def close(self) -> None:
         """Wait once for what is in flight, then stop for good. The model goes on answering at its last precisions."""
+        self._recorder.close()
         with self._ticking:
             if not self._closed:
                 self._frozen = self._closed = True
@@ -259,9 +273,10 @@ class Runtime:
         self._ticks += 1
         met = self._memory.table.kinds() > 0  # the tiers that the traffic since the last tick met
         self._pipeline.settle()
-        mass, tokens = self._control.observe(self._steps - self._steps_at_tick, met)
-        self._steps_at_tick = self._steps
+        steps, self._steps_at_tick = self._steps - self._steps_at_tick, self._steps
+        mass, tokens = self._control.observe(steps, met)
         self._traffic.add(mass, tokens, met)
+        self._recorder.add(mass, tokens, steps, self._memory.counter.top_k)
         self._decide()
 
     def _decide(self) -> None:

@@ -49,15 +49,14 @@ class Settings:
         tiers: `"auto"`, or the precisions of an expert, the base first: one or two of int2, int4, int8, fp16.
         device: where the model computes; None takes the accelerator if there is one, else the CPU.
         allocation: `"global"` lets layers compete for upgrade slots, `"per_layer"` gives each the same number.
-        policy: `"topn"` (which pauses where following does not pay), `"threshold"`, `"frozen"`, or a callable
-            `(score, upgraded, slots) -> wanted` over `[num_layers, num_experts]` arrays (see
-            `dynaexq.policy.precision`).
+        policy: `"topn"`, `"threshold"`, `"frozen"`, or a callable `(score, upgraded, slots) -> wanted` over
+            `[num_layers, num_experts]` arrays (see `dynaexq.policy.precision`).
         tau_h, tau_c: hotness above which `"threshold"` promotes, and below which it demotes.
         half_life: tokens after which an observation weighs half in the hotness; 512 unless `alpha` is given.
         alpha: the paper's factor instead, kept share of the old hotness at every step; in [0, 1).
         margin: relative hysteresis; a newcomer must beat an incumbent's score by this share.
-        noise_margin: standard errors of the hotness, from seeing so few tokens, by which it must win besides;
-            `"topn"` only.
+        auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
+            does (see `dynaexq.watch`).
         tick_every: forward passes between two decisions.
         traffic_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
             measured link (a float); None moves at most 64 MiB a tick.
@@ -80,7 +79,7 @@ class Settings:
     half_life: float | None = None
     alpha: float | None = None
     margin: float = 0.1
-    noise_margin: float = 3.0
+    auto_pause: bool = True
     tick_every: int = 8
     traffic_limit: int | float | str | None = None
     host_copy: str = "auto"
@@ -102,10 +101,11 @@ class Settings:
             _one_of("dense", self.dense, ("bnb-4bit", "bnb-8bit"))
         if not callable(self.policy):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
+        if not isinstance(self.auto_pause, bool):
+            raise SettingsError(f"auto_pause must be True or False, got {self.auto_pause!r}")
         for dial in ("tick_every", "max_context", "max_batch"):
             _whole_number(dial, getattr(self, dial))
-        for dial in ("margin", "noise_margin"):
-            _number(dial, getattr(self, dial), low=0.0)
+        _number("margin", self.margin, low=0.0)
         self._check_thresholds()
         self._check_decay()
         self._check_traffic_limit()

@@ -21,9 +21,9 @@ class Watch:
 
     def __init__(self, gain: np.ndarray, settings: Settings):
         self._gain = gain
-        self._may_pause = settings.policy == "topn"
+        self._may_pause = settings.policy == "topn" and settings.auto_pause
+        self._stance = Stance(paused=self._may_pause)
         self._patience = max(LEAST_PATIENCE, int(8 * (settings.half_life or 0)))
-        self._stance = Stance()
         self._tokens = 0
         self._coverage = self._removed = self._removed_by_start = Average()
         self._start: np.ndarray | None = None
@@ -35,7 +35,7 @@ class Watch:
         """Whether upgrades should stay where they are."""
         return self._stance.paused
 
-    def observe(self, mass: np.ndarray, tokens: np.ndarray, held: np.ndarray) -> None:
+    def observe(self, mass: np.ndarray, tokens: np.ndarray, held: np.ndarray, top_k: int) -> None:
         """Take in one drain: mass `[L, E]`, tokens `[L]`, and the experts `held [L, E]` that it met upgraded."""
         seen = int(tokens.max(initial=0))
         removable = mass * self._gain
@@ -49,9 +49,15 @@ class Watch:
         self._coverage = self._coverage.add(float(mass[held].sum()) / float(mass.sum()), keep)
         self._removed = self._removed.add(float(removable[held].sum()) / total, keep)
         self._removed_by_start = self._removed_by_start.add(float(removable[self._start].sum()) / total, keep)
-        if self._followed is not None:
-            advantage = float(removable[self._followed].sum() - removable[self._standing].sum()) / total
-            self._stance = self._stance.observed(advantage, seen, 0.5 ** (seen / ADVANTAGE_HALF_LIFE))
+        if self._followed is None or self._standing is None:
+            return
+        won = float(removable[self._followed & ~self._standing].sum()) / total
+        lost = float(removable[self._standing & ~self._followed].sum()) / total
+        if won + lost == 0:
+            return  # the two sets are the same to this traffic, which says nothing of either
+        # Each of the choices falls into one of the two sets with these chances, or into neither (Poisson).
+        variance = (won + lost) / (int(tokens.sum()) * top_k)
+        self._stance = self._stance.observed(won - lost, seen, 0.5 ** (seen / ADVANTAGE_HALF_LIFE), variance)
 
     def review(self, followed: np.ndarray, held: np.ndarray, frozen: bool) -> None:
         """Decide whether to hold still.

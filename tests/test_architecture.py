@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dynaexq"
 
 ROOMS_OF_FLOOR = {
     0: {"records", "settings", "errors", "corpus"},
-    1: {"formats", "policy", "memory", "storage"},
+    1: {"formats", "policy", "memory", "storage", "traces"},
     2: {"kernels"},
     3: {
         "adoption",
@@ -19,6 +19,8 @@ ROOMS_OF_FLOOR = {
         "control",
         "traffic",
         "watch",
+        "replay",
+        "recording",
         "placement",
         "restoration",
         "telemetry",
@@ -27,7 +29,7 @@ ROOMS_OF_FLOOR = {
         "evaluate",
     },
     4: {"hf"},
-    5: {"demo", "cli", "__init__"},
+    5: {"demo", "simulate", "cli", "__init__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in ROOMS_OF_FLOOR.items() for room in rooms}
 
@@ -36,13 +38,13 @@ ONLY_IN = {
     "accelerate": {"hf"},
     "triton": {"kernels"},
     "typer": {"cli"},
-    "rich": {"telemetry", "demo"},
+    "rich": {"telemetry", "demo", "simulate"},
     "psutil": {"hf"},
     "bitsandbytes": {"hf"},
 }
 """Heavy or outside packages, and the rooms that may know them."""
 
-NUMPY_ONLY = {"policy"}
+NUMPY_ONLY = {"policy", "traces", "watch", "control", "replay"}
 STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus"}
 
 

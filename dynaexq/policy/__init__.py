@@ -1,7 +1,7 @@
 """Who deserves precision, and whether that pays: budget, hotness, rules, moves, verdict. No torch, no state."""
 
 from dynaexq.policy.budget import LADDERS, plan_memory, predicted_loss
-from dynaexq.policy.hotness import decay_by_tokens, prior_hotness, sampling_error, update_hotness, update_noise
+from dynaexq.policy.hotness import decay_by_tokens, prior_hotness, update_hotness
 from dynaexq.policy.precision import slots_per_row, threshold, top_n, transitions
 from dynaexq.policy.worth import Average, Stance, Verdict, is_worth_it, lift
 
@@ -16,11 +16,9 @@ __all__ = [
     "plan_memory",
     "predicted_loss",
     "prior_hotness",
-    "sampling_error",
     "slots_per_row",
     "threshold",
     "top_n",
     "transitions",
     "update_hotness",
-    "update_noise",
 ]

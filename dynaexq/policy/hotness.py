@@ -32,26 +32,3 @@ def update_hotness(hotness: np.ndarray, mass: np.ndarray, tokens: np.ndarray, ke
     observed = mass / np.maximum(tokens, 1)[:, None]
     keep = np.where(tokens > 0, keep, 1.0)[:, None]
     return keep * hotness + (1 - keep) * observed
-
-
-def update_noise(noise: np.ndarray, tokens: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Sum of the squared weights `[L]` that single tokens have in the hotness: one over how many it really rests on.
-
-    `keep^2 * noise + (1 - keep)^2 / tokens`, the variance of a weighted mean; it starts at zero, as the prior is no
-    observation, and ends near `ln 2 / (2 * half_life)`.
-    """
-    keep = np.where(tokens > 0, keep, 1.0)
-    return keep**2 * noise + (1 - keep) ** 2 / np.maximum(tokens, 1)
-
-
-def sampling_error(hotness: np.ndarray, noise: np.ndarray, top_k: int) -> np.ndarray:
-    """Standard deviation `[L, E]` of the difference in hotness between an expert and an average rival of its layer.
-
-    Tokens are taken to choose independently, and each choice to weigh as much as the mean one: the variance of a
-    weighted count is its mean times the weight of one count (Poisson), here `hotness * weight * noise`. Text repeats
-    itself, so the true error is larger.
-    """
-    mean = hotness.mean(1, keepdims=True)
-    weight = mean * (hotness.shape[1] / top_k)
-    error: np.ndarray = np.sqrt((hotness + mean) * weight * noise[:, None])
-    return error

@@ -19,29 +19,34 @@ RESUME_ABOVE, PAUSE_BELOW = 0.02, 0.01
 STANDARD_ERRORS = 4.0
 """How many standard errors from zero an advantage must lie to end a pause: flat traffic must not do so by chance."""
 
-WINDOWS_TO_RESUME = 4
-"""Observations since the pause began that a standard error needs at the least."""
-
 
 @dataclass(frozen=True)
 class Average:
-    """A moving average that starts empty, and its standard error, from windows of different weight."""
+    """A moving average that starts empty, and its standard error, from windows of different weight.
+
+    Attributes:
+        chance: variance of `total` that chance alone explains.
+    """
 
     total: float = 0.0
     total_square: float = 0.0
     weight: float = 0.0
     weight_square: float = 0.0
-    windows: int = 0
+    chance: float = 0.0
 
-    def add(self, value: float, keep: float) -> "Average":
-        """The average with `value` taken in; what came before keeps the share `keep` of its weight."""
+    def add(self, value: float, keep: float, variance: float = 0.0) -> "Average":
+        """The average with `value` taken in; what came before keeps the share `keep` of its weight.
+
+        Args:
+            variance: what `value` varies by if only chance is at work.
+        """
         new = 1 - keep
         return Average(
             keep * self.total + new * value,
             keep * self.total_square + new * value**2,
             keep * self.weight + new,
             keep**2 * self.weight_square + new**2,
-            self.windows + 1,
+            keep**2 * self.chance + new**2 * variance,
         )
 
     @property
@@ -51,40 +56,40 @@ class Average:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean, were the windows independent."""
+        """Standard error of the mean, were the windows independent: what they show, or chance if that is more."""
         if not self.weight:
             return 0.0
         variance = max(0.0, self.total_square / self.weight - self.mean**2)
-        return math.sqrt(variance * self.weight_square) / self.weight
+        return math.sqrt(max(variance * self.weight_square, self.chance)) / self.weight
 
 
 @dataclass(frozen=True)
 class Stance:
-    """Whether moves are paused, and what is known since that was last reviewed.
+    """Whether moves are paused, and what is known since that was last reviewed. Nothing moves until it would pay.
 
     Attributes:
         tokens: seen since the last review.
         advantage: of following over standing still, since then.
     """
 
-    paused: bool = False
+    paused: bool = True
     tokens: int = 0
     advantage: Average = field(default_factory=Average)
 
-    def observed(self, advantage: float, tokens: int, keep: float) -> "Stance":
-        """The same stance after `tokens` more, over which following was better by `advantage`."""
-        return Stance(self.paused, self.tokens + tokens, self.advantage.add(advantage, keep))
+    def observed(self, advantage: float, tokens: int, keep: float, variance: float) -> "Stance":
+        """The same stance after `tokens` more, over which following was better by `advantage`; see `Average.add`."""
+        return Stance(self.paused, self.tokens + tokens, self.advantage.add(advantage, keep, variance))
 
     def reviewed(self, patience: int) -> "Stance":
         """The stance to take from here on; another one, with nothing known, where there was reason for a review.
 
         Moves are paused only after `patience` tokens over whose last part following has not paid, and resumed as soon
-        as it clearly would. So a pause and the next are at least `patience` tokens apart.
+        as it clearly would. So the end of a pause and the next are at least `patience` tokens apart.
         """
         found = self.advantage
         if self.paused:
-            sure = found.windows >= WINDOWS_TO_RESUME and found.mean > STANDARD_ERRORS * found.error
-            return Stance(paused=False) if sure and found.mean > RESUME_ABOVE else self
+            pays = found.mean > max(RESUME_ABOVE, STANDARD_ERRORS * found.error)
+            return Stance(paused=False) if pays else self
         if self.tokens < patience:
             return self
         return Stance(paused=found.mean < PAUSE_BELOW)
