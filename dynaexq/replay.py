@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dynaexq.control import Control, HotnessTracker
+from dynaexq.errors import TraceError
 from dynaexq.policy import Verdict, slots_per_row, top_n
 from dynaexq.records import Transition
 from dynaexq.settings import Settings
@@ -124,7 +125,8 @@ class Slots:
         key = move.layer, move.expert
         if not move.promote:
             begun = bool(self.published[key])
-            self.upgraded[key] = self.published[key] = self.upgraded[key] and not begun
+            if begun:
+                self.upgraded[key] = self.published[key] = False
             return begun
         if self.num_free == 0 or self.upgraded[key]:
             return False
@@ -149,7 +151,12 @@ def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings)
 
     Args:
         gain: `[L, E]`, the error that the upgrade removes from each expert.
+
+    Raises:
+        TraceError: the trace is empty.
     """
+    if not trace.num_windows:
+        raise TraceError(f"{trace.path} holds no window: no tick fell into its recording; record for longer")
     counts, slots = Counts(trace), Slots(machine, trace.header.shape)
     limit = settings.traffic_limit
     rate = limit * machine.link if isinstance(limit, float) else limit

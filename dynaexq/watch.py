@@ -53,8 +53,8 @@ class Watch:
             return
         won = float(removable[self._followed & ~self._standing].sum()) / total
         lost = float(removable[self._standing & ~self._followed].sum()) / total
-        if won + lost == 0:
-            return  # the two sets are the same to this traffic, which says nothing of either
+        if self.paused and won + lost == 0:
+            return  # nobody yet wants anything else; counted, it would delay the end of the pause
         # Each of the choices falls into one of the two sets with these chances, or into neither (Poisson).
         variance = (won + lost) / (int(tokens.sum()) * top_k)
         self._stance = self._stance.observed(won - lost, seen, 0.5 ** (seen / ADVANTAGE_HALF_LIFE), variance)

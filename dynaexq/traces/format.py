@@ -161,7 +161,8 @@ class Trace:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            # Opened here, because np.load does not close what it cannot read.
+            with open(self.path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 self.header = _read_header(archive, self.path)
                 self._chunks = sorted({name.split(".")[0] for name in archive.files if name.endswith(".steps")})
                 self.num_windows = sum(len(archive[f"{chunk}.steps"]) for chunk in self._chunks)
@@ -170,7 +171,7 @@ class Trace:
             raise TraceError(
                 f"{self.path} is not a routing trace, or its recording was cut off before it was closed: {error}"
             ) from error
-        ends = [*starts[1:], self.num_windows]
+        ends = [*starts[1:], self.num_windows][: len(starts)]
         marked = [Phase(*phase) for phase in zip(names, starts, ends, strict=True) if phase[1] < phase[2]]
         unmarked = [Phase("start", 0, starts[0] if starts else self.num_windows)]
         self.phases = [phase for phase in unmarked if phase.end] + marked
