@@ -6,6 +6,7 @@ Moves may take a tenth of a PCIe 4 link (25 GB/s); 50 tokens a second; a fifth o
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -33,7 +34,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("half-life 64", "qwen3-next-80b", {"half_life": 64}),
     ("defaults", "flat", {}),
     ("never paused", "flat", {"auto_pause": False}),
+    ("defaults", "still", {}),
+    ("never paused", "still", {"auto_pause": False}),
 ]
+STILL = replace(WORKLOADS["qwen3-30b"], drift=0.0, locality=0.0)
+"""Phases within which nothing changes, long enough for moves to pause before the shift."""
 
 
 def row_of(case: str, workload: str, figures: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +65,8 @@ def measured(tokens: int) -> list[dict[str, Any]]:
         traces = {name: Path(scratch) / f"{name}.npz" for name in WORKLOADS}
         for name, path in traces.items():
             generate(path, WORKLOADS[name], tokens, 4)
+        traces["still"] = Path(scratch) / "still.npz"
+        generate(traces["still"], STILL, 10_000, 2)
         for case, workload, dials in CASES:
             for tiers in LADDERS if not dials else LADDERS[:1]:
                 settings = Settings(tiers=tiers, traffic_limit=0.1, **dials)
@@ -74,7 +81,7 @@ def main(
 ) -> None:
     """Replay made-up traffic through the policy, one dial changed at a time."""
     rows = measured(tokens)
-    table = Table(title=f"four phases of {tokens:,} tokens")
+    table = Table(title=f"four phases of {tokens:,} tokens; still: two of 10,000")
     shown = [name for name in rows[0] if name not in ("bytes_moved", "coverage_start")]
     for name in shown:
         table.add_column(name.replace("_", " "))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,17 @@ def test_flat_traffic_is_left_alone_and_not_worth_it(flat: Trace) -> None:
     assert figures["verdict"]["worth_it"] is False
     churning = simulate(flat, Settings(tiers=("int2", "int4"), auto_pause=False), upgraded=0.2).figures()
     assert churning["moves_per_1000_tokens_per_slot"] > 0.1, "nothing to suppress: the traffic tests nothing"
+
+
+def test_moves_pause_while_nothing_changes_and_a_shift_ends_the_pause_at_once(tmp_path: Path) -> None:
+    workload = replace(WORKLOADS["qwen3-30b"], num_layers=8, drift=0.0, locality=0.0)
+    generate(tmp_path / "a.npz", workload, tokens_a_phase=9000, num_phases=2)
+    outcome = simulate(Trace(tmp_path / "a.npz"), Settings(tiers=("int2", "int4")), upgraded=0.2).outcome
+    shift = outcome.phases[1].first
+    assert outcome.paused[shift - 20 : shift].all()
+    assert outcome.promotions[shift - 20 : shift].sum() == 0
+    assert not outcome.paused[shift + 40], "320 tokens later"
+    assert outcome.tokens_to(0.9, outcome.phases[1]) <= 2000
 
 
 def test_yardsticks_keep_their_order(shifting: Trace) -> None:
