@@ -33,6 +33,8 @@ types: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/precision_table.py
 	$(BIN)/python benchmarks/policy_speed.py
+	$(BIN)/python benchmarks/cpu_layer.py
+	$(BIN)/python benchmarks/cpu_model.py
 
 # torch goes first: what depends on it would otherwise bring the newest build with every CUDA library.
 $(VENV)/installed: pyproject.toml

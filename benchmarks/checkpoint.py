@@ -24,7 +24,7 @@ from typing import Any
 
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 2048, 768, 2, 64  # experts of the shape of Qwen3-30B-A3B
 EXPERTS_OF_30B = 48 * 128
-RUNS = 5
+RUNS = 9
 THREADS = 2
 MIB = 2**20
 
@@ -51,23 +51,36 @@ def generate(directory: Path) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(directory, max_shard_size="500MB")
 
 
-def load(directory: str, dials: dict[str, Any] | None) -> dict[str, Any]:
-    """What a measured process does: load, write one token, say what the model holds."""
+def load(directory: str, dials: dict[str, Any] | None, warm: bool) -> dict[str, Any]:
+    """What a measured process does: load, write one token, say what the model holds.
+
+    Args:
+        warm: do the same with the embedded model first, so that nothing is left to import, or to set up once; then
+            read the base once, for comparison.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     import dynaexq
+    from dynaexq.demo import embedded_model
 
     torch.set_num_threads(THREADS)
     config = None if dials is None else dynaexq.DynaExqConfig(**dials)
+    prompt = torch.ones(1, 1, dtype=torch.int64)
+    if warm:
+        small = dynaexq.DynaExqConfig(hbm_budget="1GiB", tiers=("int4",), quantizer="rtn")
+        model = AutoModelForCausalLM.from_pretrained(embedded_model(), quantization_config=small)
+        model.generate(prompt, max_new_tokens=1, do_sample=False)
+    read, kept = read_once(directory) if warm else (0.0, [])
     wait_for_turn("ready")
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
     loaded = time.perf_counter() - start
-    model.generate(torch.ones(1, 1, dtype=torch.int64), max_new_tokens=1, do_sample=False)
+    model.generate(prompt, max_new_tokens=1, do_sample=False)
     first_token = time.perf_counter() - start
     memory = {"dense": model.get_memory_footprint()} if dials is None else model.dynaexq.memory()
-    return {"load_s": loaded, "first_token_s": first_token, "memory": memory}
+    del kept  # until now, so that the memory it took was new, and that of the model is, too
+    return {"load_s": loaded, "first_token_s": first_token, "read_s": read, "memory": memory}
 
 
 def wait_for_turn(word: str) -> None:
@@ -78,8 +91,8 @@ def wait_for_turn(word: str) -> None:
 class Measured:
     """A process that is watched from outside while it loads."""
 
-    def __init__(self, directory: Path, dials: dict[str, Any] | None):
-        args = [sys.executable, str(Path(__file__)), "--load", str(directory), json.dumps(dials)]
+    def __init__(self, directory: Path, dials: dict[str, Any] | None, warm: bool = False):
+        args = [sys.executable, str(Path(__file__)), "--load", str(directory), json.dumps(dials), json.dumps(warm)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(args, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
@@ -121,21 +134,17 @@ def drop_from_cache(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_once(files: list[Path]) -> float:
-    """Seconds to read files from beginning to end into memory that is there."""
-    buffer = memoryview(bytearray(max(file.stat().st_size for file in files)))
-    buffer[::4096] = bytes(len(buffer[::4096]))
+def read_once(directory: str) -> tuple[float, list[bytes]]:
+    """Seconds to read the base of every expert from the disk into new memory, as a slab is; and what was read."""
+    files = sorted(Path(directory).glob("experts-base-*"))
+    drop_from_cache(Path(directory))
     start = time.perf_counter()
-    for path in files:
-        with open(path, "rb", buffering=0) as file:
-            position = 0
-            while count := file.readinto(buffer[position:]):
-                position += count
-    return time.perf_counter() - start
+    kept = [file.read_bytes() for file in files]
+    return time.perf_counter() - start, kept
 
 
 def measure_memory(source: Path, packed: Path, least: int) -> dict[str, Any]:
-    """Peak anonymous memory of the three ways to load, and what of it the model itself takes."""
+    """Peak anonymous memory of each way to load, and what of it packed experts take."""
     ways = {
         "plain Transformers": (source, None),
         "16 bit to int4": (source, {"hbm_budget": "2GiB", "tiers": ["int4"]}),
@@ -145,38 +154,40 @@ def measure_memory(source: Path, packed: Path, least: int) -> dict[str, Any]:
     rows = {}
     for name, (directory, dials) in ways.items():
         report = Measured(directory, dials).run()
-        held = sum(report["memory"].get(part, 0) for part in ("dense", "base", "upgrade"))
+        memory = report["memory"]
+        experts = memory.get("base", 0) + memory.get("upgrade", 0)
         if name.endswith("int8"):
-            held += report["memory"]["upgrade"]  # the copy in RAM from which upgrades are fetched
+            experts += memory["upgrade"]  # the copy in RAM from which upgrades are fetched
         rows[name] = {
             "peak_mib": report["peak_anonymous"] / MIB,
-            "held_mib": held / MIB,
-            "above_mib": (report["peak_anonymous"] - held) / MIB,
+            "dense_mib": memory["dense"] / MIB,  # mapped from the files, so not anonymous
+            "experts_mib": experts / MIB,
+            "above_experts_mib": (report["peak_anonymous"] - experts) / MIB,
             "load_s": report["load_s"],
         }
     return rows
 
 
 def measure_start(packed: Path, least: int) -> dict[str, Any]:
-    """Time from `from_pretrained` to the first token against reading the base once, in turn, each from the disk."""
-    files = sorted(packed.glob("experts-base-*"))
-    reading, starting = [], []
+    """Time from `from_pretrained` to the first token against reading the base once, each from the disk.
+
+    Both happen in one process, as what new memory costs depends on the process and its history.
+    """
+    reports = []
     for _ in range(RUNS):
+        process = Measured(packed, {"hbm_budget": least}, warm=True)
         drop_from_cache(packed)
-        reading.append(read_once(files))
-        process = Measured(packed, {"hbm_budget": least})
-        drop_from_cache(packed)
-        starting.append(process.run()["first_token_s"])
-    read, start = statistics.median(reading), statistics.median(starting)
-    nbytes = sum(file.stat().st_size for file in files)
+        reports.append(process.run())
+    read, first_token = ([report[name] for report in reports] for name in ("read_s", "first_token_s"))
+    nbytes = sum(file.stat().st_size for file in packed.glob("experts-base-*"))
     return {
         "base_bytes": nbytes,
-        "read_s": read,
-        "read_bytes_per_s": nbytes / read,
-        "first_token_s": start,
-        "ratio": start / read,
-        "reads_s": reading,
-        "first_tokens_s": starting,
+        "read_s": statistics.median(read),
+        "read_bytes_per_s": nbytes / statistics.median(read),
+        "first_token_s": statistics.median(first_token),
+        "ratio": statistics.median(one / other for one, other in zip(first_token, read, strict=True)),
+        "reads_s": read,
+        "first_tokens_s": first_token,
     }
 
 
@@ -243,10 +254,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", help="keep the checkpoints here, and use those that are there")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
-        print(json.dumps(load(args.load[0], json.loads(args.load[1]))), flush=True)
+        print(json.dumps(load(args.load[0], *map(json.loads, args.load[1:]))), flush=True)
         return
     with checkpoints(args.dir) as (source, packed):
         least = least_budget(packed)

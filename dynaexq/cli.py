@@ -1,4 +1,4 @@
-"""The command line: `dynaexq demo`, `quantize`, `simulate`, `version`."""
+"""The command line: `dynaexq demo`, `plan`, `quantize`, `simulate`, `version`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,47 @@ def demo(
     outcomes = run(model, (base, upgrade), windows)
     if json is not None:
         write_json(outcomes, json)
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint directory, a config.json, or the name of a repository on the Hub.")
+    ],
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the card, such as 24GiB; several common ones if left out.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence that the cache must hold.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
+    json: Annotated[
+        str | None, typer.Option(help="Write the figures to this file as well; - prints them alone.")
+    ] = None,
+) -> None:
+    """Show what of a model fits a card, from its configuration alone: no weights are read, and no GPU is needed."""
+    import transformers
+
+    from dynaexq.forecast import outlook, require_fit
+    from dynaexq.hardware import CARDS
+    from dynaexq.hf.sizing import model_size
+    from dynaexq.planview import show_card, show_cards, write_json
+    from dynaexq.settings import parse_bytes
+
+    transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
+    cards = CARDS if gpu is None else {gpu: parse_bytes(gpu, "--gpu")}
+    room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
+    size = model_size(source, max_context=context, max_batch=batch)
+    outlooks = {name: outlook(size, card, room) for name, card in cards.items()}
+    if gpu is not None:
+        require_fit(size, outlooks[gpu])
+    if json is not None:
+        write_json(size, outlooks, json)
+    if json == "-":
+        return
+    if gpu is None:
+        show_cards(size, outlooks)
+    else:
+        show_card(size, outlooks[gpu])
 
 
 @app.command()
@@ -116,7 +157,7 @@ def main() -> None:
 
     try:
         app()
-    except (DynaExqError, FileNotFoundError) as error:
+    except (DynaExqError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise SystemExit(1) from error
 

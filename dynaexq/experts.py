@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.errors import PatchError
-from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp, experts_operator, reference, register_layer
+from dynaexq.kernels import (
+    ExpertLayer,
+    Upgrades,
+    counts_routing,
+    expert_mlp,
+    experts_operator,
+    reference,
+    register_layer,
+)
 from dynaexq.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -69,13 +77,16 @@ class MixedPrecisionExperts(nn.Module):
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
         """What the operator runs."""
-        ports = self._ports
-        if observe:
-            if ports.before_forward is not None:
-                ports.before_forward()
-            ports.memory.counter.observe(ports.index, top_k_index, top_k_weights)
+        ports, counts = self._ports, None
+        counter = ports.memory.counter
+        if observe and ports.before_forward is not None:
+            ports.before_forward()
         with ports.memory.fence.reading():
-            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
+            if observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
+                counts = counter.row(ports.index, top_k_index.shape[-1])
+            elif observe:
+                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
+            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -125,3 +136,11 @@ class MixedPrecisionExperts(nn.Module):
             "a patched model can be neither copied nor pickled: its experts live in slabs outside the module; "
             "copy or save the original model, or its state_dict, before patching"
         )
+
+
+def _mass(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The routing weights as they count for heat.
+
+    When tokens are exchanged among ranks, one that gets none is called with a single row of zeros for expert 0.
+    """
+    return top_k_weights * hidden_states.any() if top_k_weights.numel() == 1 else top_k_weights

@@ -164,9 +164,13 @@ def held_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def weight_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of `tensors` and of what hangs on them; those that share their memory, as tied weights do, count once."""
+    """Bytes of `tensors` and of what hangs on them; those that share their memory, as tied weights do, count once.
+
+    Of a tensor that is spread over ranks only what this rank holds is counted.
+    """
     # On the meta device there is no memory to share, and none to tell apart by.
-    found = (part for tensor in tensors for part in (tensor, *_attached(tensor)))
+    here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    found = (part for tensor in here for part in (tensor, *_attached(tensor)))
     return sum({part.data_ptr() or id(part): part.nbytes for part in found}.values())
 
 

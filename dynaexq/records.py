@@ -5,6 +5,12 @@ from dataclasses import dataclass
 BITS = {"int2": 2, "int4": 4, "int8": 8, "fp16": 16}
 """Code bits of a weight at each precision. `fp16` stands for the model's own floating dtype, stored as it is."""
 
+MASS_UNIT = 2**20
+"""Routing mass is counted in integers: this many units for a weight of one."""
+
+LARGEST_MASS = 256
+"""What a routing weight counts for at most, so that an absurd one cannot overflow a sum."""
+
 KIND_MASK = 0xFF
 """The low bits of a table entry `address | kind`; addresses are multiples of 256."""
 
@@ -76,6 +82,11 @@ class MemoryPlan:
     @property
     def upgrade_bytes(self) -> int:
         return self.num_slots * self.upgrade.nbytes if self.upgrade else 0
+
+    @property
+    def share_upgraded(self) -> float:
+        """Upgrade slots an expert."""
+        return self.num_slots / (self.num_layers * self.num_experts)
 
     @property
     def total(self) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaexq.formats import ExpertCodec, pieces, rebase
-from dynaexq.memory import HostStore, RamStore
+from dynaexq.memory import HostStore, RamStore, allocate_bytes
 from dynaexq.placement import Placed
 from dynaexq.records import BITS
 from dynaexq.settings import Settings
@@ -26,15 +26,33 @@ def packed_shape(codec: ExpertCodec, layers: tuple[str, ...], num_experts: int) 
     )
 
 
+class EarlyReading:
+    """A base slab in host memory that fills itself while others are still at work, for a CPU that it can stay on."""
+
+    def __init__(self, reader: PackedReader):
+        shape = reader.shape
+        nbytes = len(shape.layers) * shape.num_experts * shape.base_nbytes
+        self.base = allocate_bytes(nbytes, torch.device("cpu")).view(-1, shape.num_experts, shape.base_nbytes)
+        self._pool = ThreadPoolExecutor(READERS)
+        self._layers = [self._pool.submit(reader.read_base, i, layer) for i, layer in enumerate(self.base)]
+
+    def wait(self, layer: int) -> None:
+        """Return once the blocks of `layer` are there; a CheckpointError if they are not what was saved."""
+        self._layers[layer].result()
+        if layer == len(self._layers) - 1:
+            self._pool.shutdown()
+
+
 class PackedSupply:
     """Experts of a packed checkpoint.
 
     Args:
         stored: the codec they were packed with; another one can be placed if `formats.offered` says so.
+        early: what has been reading into the very slab that is to be filled.
     """
 
-    def __init__(self, reader: PackedReader, stored: ExpertCodec):
-        self.reader, self.stored = reader, stored
+    def __init__(self, reader: PackedReader, stored: ExpertCodec, early: EarlyReading | None = None):
+        self.reader, self.stored, self._early = reader, stored, early
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
         """See `placement.Supply`. A block that does not match its checksum is a CheckpointError."""
@@ -50,6 +68,9 @@ class PackedSupply:
         return Placed(errors, self._open_store(codec, settings))
 
     def _place_layer(self, codec: ExpertCodec, layer: int, base: Tensor) -> None:
+        if self._early is not None:
+            self._early.wait(layer)
+            return
         if codec.tiers[0] == self.stored.tiers[0]:
             if base.is_cpu:
                 self.reader.read_base(layer, base)

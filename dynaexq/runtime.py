@@ -39,17 +39,26 @@ class Runtime:
 
     All arrays are `[num_layers, num_experts]` over the model's sparse layers in order. As a context manager it closes
     itself at the end of the block.
+
+    Args:
+        base: the base slab, if it exists already; see `memory.DeviceMemory`.
     """
 
     def __init__(
-        self, model: nn.Module, plan: MemoryPlan, codec: ExpertCodec, settings: Settings, device: torch.device
+        self,
+        model: nn.Module,
+        plan: MemoryPlan,
+        codec: ExpertCodec,
+        settings: Settings,
+        device: torch.device,
+        base: Tensor | None = None,
     ):
         self.plan, self.settings, self.device = plan, settings, device
         self.codec = codec
         self._model = weakref.ref(model)
         slot_nbytes = codec.upgrade_layout.nbytes
         self._memory = DeviceMemory(
-            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device
+            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._limit = TrafficLimit(bytes_per_second(settings.traffic_limit, device), slot_nbytes)
@@ -61,9 +70,13 @@ class Runtime:
     def load(self, supply: Supply) -> None:
         """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
         self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
+        try:
+            copier = copier_for(self.device, self._memory.pool.slot_nbytes, staged=store.page_locked(0) is None)
+        except BaseException:
+            store.close()
+            raise
         gain = self._errors[..., 0] - self._errors[..., -1]
         self._control = Control(self._tracker, gain, self._limit, self.settings)
-        copier = copier_for(self.device, self._memory.pool.slot_nbytes)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)
@@ -277,7 +290,8 @@ class Runtime:
         mass, tokens = self._control.observe(steps, met)
         self._traffic.add(mass, tokens, met)
         self._recorder.add(mass, tokens, steps, self._memory.counter.top_k)
-        self._decide()
+        if self._memory.pool.num_slots:
+            self._decide()
 
     def _decide(self) -> None:
         pipeline, pool = self._pipeline, self._memory.pool

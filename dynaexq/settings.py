@@ -80,7 +80,7 @@ class Settings:
     alpha: float | None = None
     margin: float = 0.1
     auto_pause: bool = True
-    tick_every: int = 8
+    tick_every: int = 16
     traffic_limit: int | float | str | None = None
     host_copy: str = "auto"
     group_size: int = 64

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dynaexq"
 
 ROOMS_OF_FLOOR = {
-    0: {"records", "settings", "errors", "corpus"},
+    0: {"records", "settings", "errors", "corpus", "hardware"},
     1: {"formats", "policy", "memory", "storage", "traces"},
     2: {"kernels"},
     3: {
@@ -27,9 +27,10 @@ ROOMS_OF_FLOOR = {
         "runtime",
         "group",
         "evaluate",
+        "forecast",
     },
     4: {"hf"},
-    5: {"demo", "simulate", "cli", "__init__"},
+    5: {"demo", "planview", "simulate", "cli", "__init__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in ROOMS_OF_FLOOR.items() for room in rooms}
 
@@ -38,14 +39,14 @@ ONLY_IN = {
     "accelerate": {"hf"},
     "triton": {"kernels"},
     "typer": {"cli"},
-    "rich": {"telemetry", "demo", "simulate"},
+    "rich": {"telemetry", "demo", "planview", "simulate"},
     "psutil": {"hf"},
     "bitsandbytes": {"hf"},
 }
 """Heavy or outside packages, and the rooms that may know them."""
 
 NUMPY_ONLY = {"policy", "traces", "watch", "control", "replay"}
-STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus"}
+STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus", "hardware"}
 
 
 def modules() -> list[Path]:
@@ -101,6 +102,13 @@ def test_outside_packages_enter_through_their_own_rooms(path):
         assert "torch" not in outside, f"{room} must not know torch"
     if room in STANDARD_LIBRARY_ONLY:
         assert "numpy" not in outside, f"{room} must not know numpy"
+
+
+def test_triton_is_known_in_one_corner_of_the_kernels():
+    knowing = {
+        path.parent.relative_to(PACKAGE) for path in modules() if "triton" in {n.split(".")[0] for n in imports(path)}
+    }
+    assert knowing == {Path("kernels/triton")}
 
 
 def test_every_room_stands_on_a_floor():

@@ -24,6 +24,9 @@ PLENTY = "1GiB"
 # the interface says, and inkling2_text does not run at all.
 DTYPES = {"nemotron_h": torch.float32, "inkling2_text": torch.float32}
 
+# Transformers 5.17 reads some of their weights as float32, whatever was saved.
+DTYPES_IN_FILES = DTYPES | dict.fromkeys(("deepseek_v4", "hy_v4", "inkling_text"), torch.float32)
+
 
 @pytest.fixture(params=TINY_FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
@@ -149,7 +152,7 @@ def test_a_family_is_loaded_saved_and_reloaded_to_the_same_bits_and_guarded_agai
 ) -> None:
     if family in UNSAVABLE:
         pytest.skip("Transformers cannot save it")
-    model = tiny_model(family, DTYPES.get(family, torch.bfloat16))
+    model = tiny_model(family, DTYPES_IN_FILES.get(family, torch.bfloat16))
     model.save_pretrained(tmp_path / "source")
     config = dynaexq.DynaExqConfig(hbm_budget=PLENTY, tiers=("int2", "int4"), quantizer="rtn")
     loaded = type(model).from_pretrained(tmp_path / "source", quantization_config=config).eval()

@@ -4,7 +4,7 @@ All on ugly shapes: rows that pack with padding, experts nobody asked for, ids t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaexq.formats import ExpertCodec, ExpertWeights
-from dynaexq.kernels import ExpertLayer, Upgrades, reference, torch_cpu
+from dynaexq.kernels import ExpertLayer, Upgrades, cpu, reference, torch_cpu
 from dynaexq.memory import allocate_bytes
 from dynaexq.policy import LADDERS
 from dynaexq.records import ExpertShape
@@ -37,7 +37,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5 * 2**-7, torch.float16: 1.
 
 each_ladder = pytest.mark.parametrize("tiers", [*LADDERS, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
-each_kernel = pytest.mark.parametrize("kernel", [reference, torch_cpu], ids=["reference", "torch_cpu"])
+each_fast_kernel = pytest.mark.parametrize("kernel", [torch_cpu, cpu], ids=["torch_cpu", "cpu"])
+each_kernel = pytest.mark.parametrize("kernel", [reference, torch_cpu, cpu], ids=["reference", "torch_cpu", "cpu"])
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,12 @@ class Case:
 
     def run(self, kernel: Callable[..., Tensor]) -> Tensor:
         return kernel(self.hidden_states, self.top_k_index, self.top_k_weights, self.layer, self.upgrades)
+
+
+def named(case: Case) -> Case:
+    """The same, its activation under its name, so that kernels may compute it themselves."""
+    name = "silu" if case.layer.activation is silu_gate else "relu2"
+    return replace(case, layer=replace(case.layer, activation_name=name))
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
@@ -73,6 +80,8 @@ def case(
     shape: ExpertShape = GATED,
     top_k_index: Tensor | None = None,
     post_norm: Callable[[Tensor], Tensor] | None = None,
+    activation_name: str | None = None,
+    group_size: int = 64,
 ) -> Case:
     """Random experts at `tiers`, those in UPGRADED with their upgrade, and random rows for `top_k_index`."""
     index = distinct_choices(21, 3) if top_k_index is None else top_k_index
@@ -80,14 +89,14 @@ def case(
     up = torch.randn(EXPERTS, *(shape.up_rows, shape.hidden_size)[::flip]) * 0.2
     down = torch.randn(EXPERTS, *(shape.hidden_size, shape.intermediate_size)[::flip]) * 0.2
     biases = (torch.randn(EXPERTS, shape.up_rows), torch.randn(EXPERTS, shape.hidden_size)) if shape.has_bias else ()
-    codec = ExpertCodec(shape, dtype, tiers)
+    codec = ExpertCodec(shape, dtype, tiers, group_size)
     encoded = codec.encode(ExpertWeights(*(part.to(dtype) for part in (up, down, *biases))))
     activation = silu_gate if shape.up_rows == 2 * shape.intermediate_size else squared_relu
     return Case(
         torch.randn(len(index), shape.hidden_size).to(dtype),
         index,
         torch.rand(index.shape).to(dtype),
-        ExpertLayer(codec, encoded.base, activation, post_norm),
+        ExpertLayer(codec, encoded.base, activation, post_norm, activation_name),
         published(codec, encoded.upgrade),
     )
 
@@ -132,18 +141,20 @@ def test_the_reference_is_the_weighted_sum_over_the_choices_of_each_token(tiers,
 
 @each_ladder
 @each_dtype
-def test_the_cpu_path_follows_the_reference_with_some_experts_upgraded_and_some_not(tiers, dtype):
+@each_fast_kernel
+def test_the_cpu_paths_follow_the_reference_with_some_experts_upgraded_and_some_not(tiers, dtype, kernel):
     got = case(tiers, dtype)
     allowed = 0 if tiers == ("fp16",) else TOLERANCE[dtype]
-    assert_close(f"{tiers} {dtype}", got.run(reference.expert_mlp), got.run(torch_cpu.expert_mlp), allowed)
+    assert_close(f"{tiers} {dtype}", got.run(reference.expert_mlp), got.run(kernel.expert_mlp), allowed)
 
 
 @pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4", "fp16"), ("fp16",)], ids="+".join)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_cpu_path_follows_the_reference_for_every_kind_of_expert(tiers, shape):
+@each_fast_kernel
+def test_the_cpu_paths_follow_the_reference_for_every_kind_of_expert(tiers, shape, kernel):
     got = case(tiers, shape=shape)
     allowed = 0 if tiers == ("fp16",) else TOLERANCE[torch.bfloat16]
-    assert_close(f"{tiers} {shape}", got.run(reference.expert_mlp), got.run(torch_cpu.expert_mlp), allowed)
+    assert_close(f"{tiers} {shape}", got.run(reference.expert_mlp), got.run(kernel.expert_mlp), allowed)
 
 
 @pytest.mark.parametrize(

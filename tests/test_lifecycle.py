@@ -252,7 +252,7 @@ def test_hooks_of_accelerate_survive_patch_and_unpatch(where: str) -> None:
     add_hook_to_module(modules[1], AlignDevicesHook(execution_device="cpu"))
     answer, before = tiny.logits(model), tiny.anatomy(model)
     for forwards in (1, 3):
-        dynaexq.patch(model, AMPLE, tiers=("int4", "fp16"))
+        dynaexq.patch(model, AMPLE, tiers=("fp16",))
         assert torch.equal(tiny.logits(model), answer), "every expert is at 16 bits"
         assert counting.before == counting.after == forwards + 1
         assert modules[0]._hf_hook is counting
@@ -271,7 +271,7 @@ def test_a_hook_that_was_removed_leaves_nothing_that_stands_in_the_way() -> None
     for block in tiny.sparse_blocks(model):
         remove_hook_from_module(add_hook_to_module(block.experts, CountingHook()))
     answer = tiny.logits(model)
-    dynaexq.patch(model, AMPLE, tiers=("int4", "fp16"))
+    dynaexq.patch(model, AMPLE, tiers=("fp16",))
     assert torch.equal(tiny.logits(model), answer)
     assert model.dynaexq.stats()["steps"] == 1, "the experts' old forward was called"
 

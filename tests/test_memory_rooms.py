@@ -32,9 +32,8 @@ from dynaexq.memory import (
     allocate_bytes,
     slab,
 )
-from dynaexq.memory.counter import FIXED_POINT, LARGEST_WEIGHT
 from dynaexq.memory.fence import Fence
-from dynaexq.records import Transition, split_entry
+from dynaexq.records import LARGEST_MASS, MASS_UNIT, Transition, split_entry
 
 CPU = torch.device("cpu")
 COUNT, NBYTES = 6, 512
@@ -276,8 +275,8 @@ def naive_sums(ids: Tensor, weights: Tensor, num_experts: int) -> list[int]:
     """Fixed-point mass of every expert, of foreign ids, and the tokens, one assignment at a time."""
     sums = [0] * (num_experts + 1) + [len(ids)]
     for expert, weight in zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True):
-        mass = min(max(weight, 0.0), LARGEST_WEIGHT) if math.isfinite(weight) else 0.0
-        sums[min(expert, num_experts)] += round(mass * FIXED_POINT)
+        mass = min(max(weight, 0.0), LARGEST_MASS) if math.isfinite(weight) else 0.0
+        sums[min(expert, num_experts)] += round(mass * MASS_UNIT)
     return sums
 
 
@@ -303,7 +302,7 @@ def test_a_counter_agrees_with_a_sum_taken_by_hand(rows, weight_dtype: torch.dty
     assert counter.sums.tolist() == [[0] * 9, expected]
     torch.testing.assert_close(weights, kept, rtol=0, atol=0, equal_nan=True)
     mass, tokens = counter.drain()
-    assert mass.tolist() == [[0.0] * 7, [s / FIXED_POINT for s in expected[:7]]]
+    assert mass.tolist() == [[0.0] * 7, [s / MASS_UNIT for s in expected[:7]]]
     assert tokens.tolist() == [0, len(rows)]
 
 
@@ -318,7 +317,7 @@ def test_sums_only_grow_and_what_was_drained_adds_up_to_them() -> None:
             mass, tokens = counter.drain()
             drained, seen = drained + mass, seen + tokens
     mass, tokens = counter.drain()
-    np.testing.assert_array_equal(drained + mass, counter.sums[:, :4].numpy() / FIXED_POINT)
+    np.testing.assert_array_equal(drained + mass, counter.sums[:, :4].numpy() / MASS_UNIT)
     np.testing.assert_array_equal(seen + tokens, [75, 75])
     assert not np.any(counter.drain()[0])
 

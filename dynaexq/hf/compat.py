@@ -31,7 +31,24 @@ def take_loading_attributes(config_class: type) -> None:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (config_class,)
 
 
+def has_parallel_plans() -> bool:
+    """Whether a quantizer is shown the parallel plans of the model at hand, and may edit them."""
+    from transformers.quantizers.base import HfQuantizer
+
+    return hasattr(HfQuantizer, "update_parallel_plan")
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Whether Transformers has spread the model over ranks."""
+    return getattr(model, "_device_mesh", None) is not None
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the language model inside `model`, or None where there is none."""
     config = getattr(model, "config", None)
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a model returned, or None: `cache` of late, `past_key_values` before."""
+    return output["cache"] if "cache" in output else output.get("past_key_values")

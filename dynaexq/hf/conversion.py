@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.formats import ExpertCodec
@@ -28,6 +26,7 @@ from dynaexq.hf.saving import (
     write_guard,
     write_index,
 )
+from dynaexq.hf.skeleton import skeleton
 from dynaexq.placement import encode_all
 from dynaexq.restoration import packed_shape
 from dynaexq.settings import Settings, parse_bytes
@@ -99,34 +98,6 @@ def annotate_checkpoint(source: str | Path, target: str | Path, **dials: Any) ->
             link_or_copy(Path(file), staging / Path(file).name)
         _copy_others(source, staging, config)
     return target
-
-
-def skeleton(source: Path) -> Any:
-    """The model of a checkpoint directory on the meta device, from its configuration alone.
-
-    Raises:
-        CheckpointError: there is no configuration, or the checkpoint is quantised already.
-    """
-    if not (source / "config.json").is_file():
-        raise CheckpointError(f"expected a checkpoint directory with a config.json, found none in {source}")
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the configuration of {source}: {error}") from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise CheckpointError(
-            f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
-            "give the 16-bit checkpoint it was made from"
-        )
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
-    dtype = config.dtype or torch.bfloat16
-    with torch.device("meta"):
-        if model_class is None:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return model_class._from_config(config, dtype=dtype)
 
 
 def checkpoint_files(source: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dynaexq.errors import PatchError, UnsupportedModelError
 from dynaexq.experts import MixedPrecisionExperts
 from dynaexq.formats import ExpertWeights
+from dynaexq.hf.compat import is_distributed
 from dynaexq.records import ExpertShape
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -126,6 +127,11 @@ def _check_model(model: nn.Module) -> None:
         )
     if isinstance(model, DataParallel | DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
         raise UnsupportedModelError(f"{type(model).__name__} wraps the model; patch model.module before wrapping it")
+    if is_distributed(model):
+        raise UnsupportedModelError(
+            "the model is spread over ranks already; pass quantization_config=dynaexq.DynaExqConfig(...) to "
+            "from_pretrained beside distributed_config instead"
+        )
     for name, module in model.named_modules():
         if isinstance(module, MixedPrecisionExperts):
             raise PatchError(f"{name} is patched already; use model.dynaexq, or dynaexq.unpatch(model) first")

@@ -15,7 +15,8 @@ from dynaexq.adoption import adopt, release
 from dynaexq.errors import UnpatchError
 from dynaexq.experts import MixedPrecisionExperts
 from dynaexq.formats import ExpertWeights
-from dynaexq.hf.compat import install_output_capturing
+from dynaexq.hf.activations import activation_name
+from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.families import SparseLayer
 from dynaexq.kernels import ExpertLayer
 from dynaexq.moe import DynaExqMoE
@@ -76,7 +77,8 @@ class Installation:
             experts = layer.experts
             activation = experts._apply_gate if experts.has_gate else experts.act_fn
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
-            constant = ExpertLayer(runtime.codec, runtime.base_blocks(index), activation, post_norm)
+            base = runtime.base_blocks(index)
+            constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
             experts.connect(constant, runtime.ports(index))
             self._homes[layer.name] = runtime, index
             if layer.block is not None:
@@ -108,6 +110,10 @@ class Installation:
         Raises:
             UnpatchError: their 16-bit weights cannot be reached; the model stays patched.
         """
+        if is_distributed(self.model):
+            raise UnpatchError(
+                "the model is spread over ranks, and was never whole; load it again without a quantization_config"
+            )
         if self._lost_linears:
             raise UnpatchError(
                 "the dense layers were quantised by patch, and the originals freed; load the model again"

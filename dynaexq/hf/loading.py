@@ -18,17 +18,16 @@ from dynaexq.hf.checkpoint import CheckpointSource, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
 from dynaexq.hf.installation import Installation
+from dynaexq.hf.parallel import check_distribution, edit_tensor_plan, share_of
 from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan
 from dynaexq.placement import QuantizedSupply, Supply
-from dynaexq.restoration import PackedSupply, packed_shape
+from dynaexq.restoration import EarlyReading, PackedSupply, packed_shape
 from dynaexq.runtime import Runtime
 from dynaexq.settings import Settings
 from dynaexq.storage import MARK, PackedReader, PackedShape
 
 GUARD = "dynaexq_must_be_imported"
 """A key in packed checkpoints that speaks to whoever loads one without dynaexq; see `saving`."""
-
-EXPERT_PARALLEL_STYLES = {"grouped_gemm", "ep_dispatch_experts"}
 
 
 class CheckpointLoad:
@@ -47,6 +46,7 @@ class CheckpointLoad:
     ):
         self.model, self.settings = model, settings
         self.layers = find_sparse_layers(model, on_meta=True)
+        check_distribution(model.config, self.layers, settings.dense)
         stored = config.stored_tiers()
         self._ladders = choose_ladders(settings, stored)
         self._stored_codec = make_codec(self.layers[0], stored, settings) if stored else None
@@ -54,8 +54,7 @@ class CheckpointLoad:
         self._source = None if stored else CheckpointSource(model, self.layers, shards)
         self._reader = PackedReader(shards, self._packed_shape(self._stored_codec)) if self._stored_codec else None
         self._check_budget(device_map)
-        if self._reader is not None:
-            self._reader.prefetch_base()  # while Transformers loads the dense weights
+        self._early = self._read_early(device_map)
         self._installation = Installation(model, self.layers)
         self._installation.take_over(self._stand_ins(device_map))
         for layer in self.layers:
@@ -68,18 +67,14 @@ class CheckpointLoad:
         if not self._is_distributed:
             self._installation.dismiss_stand_ins()
 
-    def edit_parallel_plan(self, plan: dict[str, str]) -> None:
-        """Drop the rules that would split or reduce what is not split: experts are whole on every rank, or shared out
-        among ranks as expert parallelism does it."""
-        paths = {re.sub(r"\.\d+(?=\.|$)", ".*", layer.name) for layer in self.layers}
-        for rule, style in list(plan.items()):
-            of_experts = any(rule == path or rule.startswith(f"{path}.") for path in paths)
-            if of_experts and style not in EXPERT_PARALLEL_STYLES:
-                del plan[rule]
+    def edit_tensor_plan(self, plan: dict[str, str]) -> None:
+        """Keep experts whole under tensor parallelism; see `parallel`."""
+        if self._is_distributed:
+            edit_tensor_plan(plan, self.layers)
 
     def finish(self, quantizer: Any, save: Any) -> None:
         """Read the experts onto the devices where their layers are, and join everything together."""
-        rank, num_ranks = self._share()
+        rank, num_ranks = share_of(self.model, self.layers)
         self._installation.dismiss_stand_ins()
         num_experts = self.layers[0].num_experts // num_ranks
         runtimes = []
@@ -89,11 +84,12 @@ class CheckpointLoad:
             codecs = {tiers: make_codec(layers[0], tiers, self.settings) for tiers in self._ladders}
             dense = dense_bytes(self.model, [], device)
             plan = make_plan(self.model, layers, codecs, self.settings, device, dense, num_experts)
-            runtime = Runtime(self.model, plan, codecs[plan.tiers], self.settings, device)
+            base = self._early.base if self._early else None
+            runtime = Runtime(self.model, plan, codecs[plan.tiers], self.settings, device, base)
             runtime.load(supply)
             self._installation.connect(runtime, layers)
             runtimes.append((runtime, indices))
-        self._installation.source = self._source if num_ranks == 1 else None
+        self._installation.source = self._source
         self._installation.attach(RuntimeGroup.of(runtimes), quantizer, save)
 
     def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> Supply:
@@ -101,7 +97,16 @@ class CheckpointLoad:
             return QuantizedSupply(self._source.select(indices, first_expert, num_experts))
         assert self._reader is not None, "experts are packed or they are not"
         assert self._stored_codec is not None, "likewise"
-        return PackedSupply(self._reader.select(indices, first_expert, num_experts), self._stored_codec)
+        reader = self._reader.select(indices, first_expert, num_experts)
+        return PackedSupply(reader, self._stored_codec, self._early)
+
+    def _read_early(self, device_map: Any) -> EarlyReading | None:
+        """Begin to read the base while Transformers loads the dense weights, if it can be read to where it stays."""
+        whole = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}
+        if self._reader is None or self._stored_codec is None or not whole or self._is_distributed:
+            return None
+        same_base = all(ladder[0] == self._stored_codec.tiers[0] for ladder in self._ladders)
+        return EarlyReading(self._reader) if same_base else None
 
     def _packed_shape(self, codec: ExpertCodec) -> PackedShape:
         return packed_shape(codec, tuple(layer.name for layer in self.layers), self.layers[0].num_experts)
@@ -137,12 +142,6 @@ class CheckpointLoad:
     @property
     def _is_distributed(self) -> bool:
         return getattr(self.model.config, "distributed_config", None) is not None
-
-    def _share(self) -> tuple[int, int]:
-        """This rank's number and how many there are, where experts are shared out among ranks."""
-        stand_in = self.layers[0].experts._parameters.get("down_proj")
-        mesh = getattr(stand_in, "device_mesh", None)
-        return (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
 
 
 def _device_of(model: nn.Module, layer: SparseLayer) -> torch.device:

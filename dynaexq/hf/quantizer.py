@@ -81,8 +81,9 @@ class DynaExqQuantizer(HfQuantizer):
         )
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        if self._load is not None:
-            self._load.edit_parallel_plan(plan)
+        """Called with each of the model's plans; what the one of expert parallelism does to experts is right."""
+        if self._load is not None and plan is model.tp_plan:
+            self._load.edit_tensor_plan(plan)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.wrapped is not None:

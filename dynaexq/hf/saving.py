@@ -15,6 +15,7 @@ import torch
 
 from dynaexq.errors import CheckpointError, PatchError
 from dynaexq.formats import ExpertCodec
+from dynaexq.hf.compat import is_distributed
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer
 from dynaexq.hf.installation import Installation
@@ -44,7 +45,7 @@ def save_packed(
     The directory appears complete, or stays as it was.
 
     Raises:
-        PatchError: `push_to_hub` or `variant` were asked for, or the experts are shared out among ranks.
+        PatchError: `push_to_hub` or `variant` were asked for, or the model is spread over ranks.
         CheckpointError: the directory cannot be written, or holds weights that are no packed checkpoint.
     """
     model: Any = installation.model
@@ -56,11 +57,11 @@ def save_packed(
             "a packed checkpoint is saved in a directory and without variant=...; upload it with "
             "huggingface_hub.upload_folder afterwards"
         )
-    homes = installation.homes()
-    if any(layer.num_experts != runtime.plan.num_experts for layer, runtime, _ in homes):
-        raise PatchError("the experts are shared out among ranks; load the model in one process to save it")
+    if is_distributed(model):
+        raise PatchError("the model is spread over ranks, and none has all of it; load it in one process to save it")
     if not is_main_process:
         return
+    homes = installation.homes()
     refuse_foreign_weights(Path(save_directory))
     codec: ExpertCodec = homes[0][1].codec
     config: DynaExqConfig = model.hf_quantizer.quantization_config

@@ -1,7 +1,8 @@
 """What a kernel needs to know of one layer. It is filled in by the layer's module and read by every kernel."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ class Upgrades:
         return self.bytes_at(address) if kind else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertLayer:
     """The constant part of one layer of experts.
 
@@ -37,12 +38,17 @@ class ExpertLayer:
         base: uint8 `[num_experts, codec.base.nbytes]`, every expert's base block.
         activation: between the matrices, `[n, up_rows] -> [n, intermediate_size]`; the gate where there is one.
         post_norm: applied to an expert's output before its routing weight, or None.
+        activation_name: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2` where `activation` is exactly that, of the
+            first half of the rows times the second where there is a gate; else None. Kernels may fuse it.
+        prepared: what kernels keep for this layer. It may lead back to the layer; a table outside would keep it alive.
     """
 
     codec: ExpertCodec
     base: Tensor
     activation: Callable[[Tensor], Tensor]
     post_norm: Callable[[Tensor], Tensor] | None = None
+    activation_name: str | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_experts(self) -> int:

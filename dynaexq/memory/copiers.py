@@ -1,6 +1,9 @@
 """How upgrade bytes reach their slot: at once on a CPU, on a stream of their own on CUDA, by hand in tests."""
 
+import contextlib
+import ctypes
 import queue
+import sys
 import threading
 from typing import Protocol
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from dynaexq.errors import StoreError
 from dynaexq.memory.host import HostStore
+from dynaexq.memory.pinned import PageLocked
 
 
 class Copy:
@@ -97,26 +101,38 @@ class _CudaCopy(Copy):
 
 
 class CudaCopier:
-    """Copies on a CUDA stream of its own, which the compute stream never waits for.
+    """Copies on a CUDA stream of its own, which the compute stream never waits for; a copy engine does the work.
 
     From page-locked stores the stream fetches directly. From others a worker thread first fills one of `ring_slots`
     page-locked buffers; a buffer is filled again only after the event behind its last copy.
     """
 
     def __init__(self, device: torch.device, slot_nbytes: int, ring_slots: int = 4):
-        self._stream = torch.cuda.Stream(device)  # default, that is lowest, priority: compute goes first
+        self._stream = torch.cuda.Stream(device)  # at the lowest priority, which is the default
         self._slot_nbytes, self._ring_slots = slot_nbytes, ring_slots
-        self._ring: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._ring: PageLocked | None = None
         self._jobs: queue.Queue[tuple[_CudaCopy, HostStore, int, Tensor] | None] = queue.Queue()
         self._worker: threading.Thread | None = None
+
+    def reserve(self) -> None:
+        """Set up staging now and not with the first copy that needs it. Raises StoreError."""
+        if self._worker is None:
+            self._ring = PageLocked(self._ring_slots * self._slot_nbytes)
+            buffers = list(self._ring.bytes.view(self._ring_slots, self._slot_nbytes))
+            self._worker = threading.Thread(target=self._work, args=(buffers,), name="dynaexq-staging", daemon=True)
+            self._worker.start()
 
     def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
         copy = _CudaCopy()
         source = store.page_locked(index)
         if source is not None:
             copy.event = self._queue(source, out)
+            return copy
+        try:
+            self.reserve()
+        except StoreError as error:
+            copy.finish(error)
         else:
-            self._start_worker()
             self._jobs.put((copy, store, index, out))
         return copy
 
@@ -130,7 +146,9 @@ class CudaCopier:
             self._jobs.put(None)
             self._worker.join()
             self._worker = None
-        self._ring = []
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def _queue(self, source: Tensor, out: Tensor) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -139,34 +157,42 @@ class CudaCopier:
             event.record()
         return event
 
-    def _start_worker(self) -> None:
-        if self._worker is not None:
-            return
-        for _ in range(self._ring_slots):
-            buffer = torch.empty(self._slot_nbytes, dtype=torch.uint8, pin_memory=True)
-            self._ring.append((buffer, torch.cuda.Event()))
-        self._worker = threading.Thread(target=self._work, name="dynaexq-staging", daemon=True)
-        self._worker.start()
-
-    def _work(self) -> None:
+    def _work(self, buffers: list[Tensor]) -> None:
         torch.cuda.set_device(self._stream.device)  # which has an index even where the device given had none
+        _leave_captures_alone()
+        last_use = [torch.cuda.Event() for _ in buffers]
         turn = 0
         while (job := self._jobs.get()) is not None:
             copy, store, index, out = job
-            buffer, last_use = self._ring[turn]
             try:
-                last_use.synchronize()
-                store.read_into(index, buffer)
-                copy.event = self._queue(buffer, out)
-                self._ring[turn] = (buffer, copy.event)
+                last_use[turn].synchronize()
+                store.read_into(index, buffers[turn])
+                copy.event = last_use[turn] = self._queue(buffers[turn], out)
             except Exception as error:  # whatever it is, the move fails and generation goes on
                 copy.finish(error)
             finally:
                 self._jobs.task_done()
-            turn = (turn + 1) % self._ring_slots
+            turn = (turn + 1) % len(buffers)
         self._jobs.task_done()
 
 
-def copier_for(device: torch.device, slot_nbytes: int) -> Copier:
-    """The copier that suits `device`."""
-    return CudaCopier(device, slot_nbytes) if device.type == "cuda" else EagerCopier()
+def _leave_captures_alone() -> None:
+    """Let this thread wait for its events while another captures a graph, without making that capture invalid.
+
+    By default CUDA forbids such calls to every thread for as long as any captures. A thread may opt out, through the
+    driver only; PyTorch has no door to it.
+    """
+    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    with contextlib.suppress(OSError):  # ROCm has no such library and no such rule
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
+
+
+def copier_for(device: torch.device, slot_nbytes: int, staged: bool = True) -> Copier:
+    """The copier that suits `device`; `staged` if the store's bytes are not page-locked. Raises StoreError."""
+    if device.type != "cuda":
+        return EagerCopier()
+    copier = CudaCopier(device, slot_nbytes)
+    if staged:
+        copier.reserve()
+    return copier

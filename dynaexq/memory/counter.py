@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FIXED_POINT = 2**20
-LARGEST_WEIGHT = 256.0  # keeps one absurd routing weight from overflowing a sum
+from dynaexq.records import LARGEST_MASS, MASS_UNIT
 
 
 class RoutingCounter:
@@ -40,8 +39,8 @@ class RoutingCounter:
         self.top_k = top_k_index.shape[-1]
         ids = top_k_index.reshape(-1)
         ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
-        mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_WEIGHT)
-        fixed = mass.mul_(FIXED_POINT).round_().to(torch.int64)
+        mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_MASS)
+        fixed = mass.mul_(MASS_UNIT).round_().to(torch.int64)
         with self._lock:
             self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
             self.sums[layer, -1] += top_k_index.shape[0]
@@ -53,11 +52,16 @@ class RoutingCounter:
             return np.zeros((len(self._drained), self.num_experts)), np.zeros(len(self._drained), dtype=np.int64)
         grown = latest - self._drained
         self._drained = latest
-        return grown[:, : self.num_experts] / FIXED_POINT, grown[:, -1]
+        return grown[:, : self.num_experts] / MASS_UNIT, grown[:, -1]
 
     def totals(self) -> np.ndarray:
         """Mass `[L, E]` since the start. Waits for the device."""
-        return self.sums[:, : self.num_experts].cpu().numpy() / FIXED_POINT
+        return self.sums[:, : self.num_experts].cpu().numpy() / MASS_UNIT
+
+    def row(self, layer: int, top_k: int) -> Tensor:
+        """The sums of one layer, int64 `[num_experts + 2]`, for a kernel that counts by itself as `observe` does."""
+        self.top_k = top_k
+        return self.sums[layer]
 
     @property
     def nbytes(self) -> int:

@@ -12,6 +12,9 @@ from dynaexq.memory.table import ExpertTable
 class DeviceMemory:
     """Memory for `num_layers * num_experts` base blocks and `num_slots` upgrades.
 
+    Args:
+        base: the base slab, where somebody has begun to fill it already; else it is allocated.
+
     Attributes:
         base: uint8 `[num_layers, num_experts, base_nbytes]`; blocks that never move.
     """
@@ -24,11 +27,12 @@ class DeviceMemory:
         upgrade_nbytes: int,
         num_slots: int,
         device: torch.device,
+        base: Tensor | None = None,
     ):
-        self.fence: Fence = StreamFence() if device.type == "cuda" else ReaderFence()
-        self.base: Tensor = allocate_bytes(num_layers * num_experts * base_nbytes, device).view(
-            num_layers, num_experts, base_nbytes
-        )
+        self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
+        if base is None:
+            base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
+        self.base: Tensor = base.view(num_layers, num_experts, base_nbytes)
         self.pool = SlabPool(upgrade_nbytes, device, self.fence)
         if num_slots:
             self.pool.grow(num_slots)

@@ -14,6 +14,9 @@ class Fence(Protocol):
     def reading(self) -> AbstractContextManager[None]:
         """Round everything a reader does from looking at the table to its last read."""
 
+    def writing(self) -> AbstractContextManager[None]:
+        """Round a write that readers which begin later must find."""
+
     def mark(self) -> Any:
         """A ticket for this moment."""
 
@@ -45,6 +48,9 @@ class ReaderFence:
                 self._begun.remove(reader)
                 self._changed.notify_all()
 
+    def writing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def mark(self) -> int:
         return self._clock
 
@@ -61,14 +67,31 @@ class ReaderFence:
 
 
 class StreamFence:
-    """On CUDA a reader is a kernel that was queued: stream order is the lock, and a ticket is an event behind it."""
+    """On CUDA a reader is a kernel that was queued: stream order is the lock, and a ticket is an event behind it.
+
+    The order is that of the stream which readers use. When they change to another, it waits, on the device, for the
+    one before. While a graph is captured they stay where they were: a capture is no reader, and its replays run where
+    the program lets them.
+    """
+
+    def __init__(self, device: torch.device | None = None):
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
 
     def reading(self) -> AbstractContextManager[None]:
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            if self._stream is not None:
+                stream.wait_stream(self._stream)
+            self._stream = stream
         return nullcontext()
+
+    def writing(self) -> AbstractContextManager[None]:
+        return torch.cuda.stream(self._stream)
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
-        event.record()
+        event.record(self._stream or torch.cuda.current_stream(self._device))
         return event
 
     def passed(self, ticket: torch.cuda.Event) -> bool:
@@ -100,6 +123,9 @@ class ManualFence:
             yield
         finally:
             self.finish(reader)
+
+    def writing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def mark(self) -> int:
         return self.clock

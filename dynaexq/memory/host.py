@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.errors import StoreError
+from dynaexq.memory.pinned import PageLocked
 from dynaexq.memory.slab import allocate_bytes
 
 
@@ -40,13 +41,9 @@ class RamStore:
 
     def __init__(self, count: int, slot_nbytes: int, pinned: bool = False):
         nbytes = count * slot_nbytes
-        memory = (
-            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            if pinned
-            else allocate_bytes(nbytes, torch.device("cpu"))
-        )
+        self._locked = PageLocked(nbytes) if pinned else None
+        memory = self._locked.bytes if self._locked else allocate_bytes(nbytes, torch.device("cpu"))
         self._blocks: Any = memory.view(count, slot_nbytes)
-        self._pinned = pinned
 
     def write(self, first: int, blocks: Tensor) -> None:
         self._blocks[first : first + len(blocks)].copy_(blocks)
@@ -55,7 +52,7 @@ class RamStore:
         out.copy_(self._blocks[index])
 
     def page_locked(self, index: int) -> Tensor | None:
-        return self._blocks[index] if self._pinned else None
+        return self._blocks[index] if self._locked else None
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +60,9 @@ class RamStore:
 
     def close(self) -> None:
         self._blocks = None  # and no call of torch: a forgotten store may be collected while a model is traced
+        if self._locked:
+            self._locked.close()
+            self._locked = None
 
 
 class DiskStore:

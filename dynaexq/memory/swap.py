@@ -81,7 +81,8 @@ class SwapPipeline:
                 continue
             self.failing = False
             self._published[key] = slot
-            self.table.publish(*key, slot.address, self.kind)
+            with self.pool.fence.writing():
+                self.table.publish(*key, slot.address, self.kind)
             self.counts.promotions += 1
             self.counts.bytes_copied += self.pool.slot_nbytes
 
@@ -121,7 +122,8 @@ class SwapPipeline:
         slot = self._published.pop(key, None)
         if slot is None:
             return False
-        self.table.unpublish(*key)
+        with self.pool.fence.writing():
+            self.table.unpublish(*key)
         self.pool.retire(slot)
         self.upgraded[key] = False
         self.counts.demotions += 1

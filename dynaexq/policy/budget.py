@@ -36,6 +36,10 @@ LADDERS = (
 """What `tiers="auto"` chooses from. Not ("int2", "fp16"): the same bytes as planes serve three times the experts."""
 
 
+RESERVED_SHARE = 0.1
+"""Of the memory at hand, kept for allocator rounding and everybody else."""
+
+
 def predicted_loss(base: str, upgrade: str | None, share_upgraded: float) -> float:
     """Predicted KL, nats a token, of a model with `share_upgraded` of its experts at `upgrade`, the rest at `base`."""
     refinable = base == "int2" and upgrade in ("int4", "int8")
@@ -69,8 +73,7 @@ def plan_memory(
     ladders = list(ladders)
     fixed = dense + workspace
     experts = num_layers * num_experts
-    plans = [_filled(ladder, num_layers, num_experts, dense, workspace, budget) for ladder in ladders]
-    fitting = [plan for plan in plans if plan is not None]
+    fitting = fitting_plans(ladders, num_layers, num_experts, dense, workspace, budget)
     if not fitting:
         least, base = min((fixed + experts * base.nbytes, base.precision) for base, _ in ladders)
         others = [(fixed + experts * base.nbytes, base.precision) for base, _ in alternatives]
@@ -82,7 +85,35 @@ def plan_memory(
             budget,
             least,
         )
-    return min(fitting, key=lambda plan: (_loss_of(plan), plan.total, len(plan.tiers)))
+    return fitting[0]
+
+
+def fitting_plans(
+    ladders: Iterable[Ladder], num_layers: int, num_experts: int, dense: int, workspace: int, budget: int
+) -> list[MemoryPlan]:
+    """One plan for each of `ladders` whose base fits, the best first; arguments as those of `plan_memory`."""
+    plans = (_filled(ladder, num_layers, num_experts, dense, workspace, budget) for ladder in ladders)
+    fitting = [plan for plan in plans if plan is not None]
+    return sorted(fitting, key=lambda plan: (loss_of(plan), plan.total, len(plan.tiers)))
+
+
+def loss_of(plan: MemoryPlan) -> float:
+    """`predicted_loss` of a plan."""
+    upgrade = plan.upgrade.precision if plan.upgrade else None
+    return predicted_loss(plan.base.precision, upgrade, plan.share_upgraded)
+
+
+def weights_budget(available: int, context: int) -> int:
+    """Bytes that weights may take of `available`, beside `context` bytes of cache and activations; may be negative."""
+    return available - int(RESERVED_SHARE * available) - context
+
+
+def least_available(budget: int, context: int) -> int:
+    """The least memory of which `weights_budget` leaves `budget`."""
+    available = max(0, int((budget + context) / (1 - RESERVED_SHARE)) - 2)
+    while weights_budget(available, context) < budget:
+        available += 1
+    return available
 
 
 def _filled(
@@ -96,8 +127,3 @@ def _filled(
         return plan
     slots = min(num_layers * num_experts, (budget - plan.total) // upgrade.nbytes)
     return replace(plan, num_slots=slots)
-
-
-def _loss_of(plan: MemoryPlan) -> float:
-    upgrade = plan.upgrade.precision if plan.upgrade else None
-    return predicted_loss(plan.base.precision, upgrade, plan.num_slots / (plan.num_layers * plan.num_experts))

@@ -68,6 +68,8 @@ def transitions(
             share them, `[L]` where each has its own, so that no layer takes from another even for a tick.
         max_promotions: what the traffic limit allows in this tick.
     """
+    if np.array_equal(wanted, upgraded):
+        return []
     free = np.atleast_1d(free_slots)
     row_size = score.size // len(free)
     flat_score = score.ravel()

@@ -170,17 +170,11 @@ class PackedReader:
         part.first_expert = first_expert
         return part
 
-    def prefetch_base(self) -> None:
-        """Have the system begin to read all base blocks."""
-        for layer in self.shape.layers:
-            shard, _ = self._at[f"{layer}{MARK}base"]
-            shard.prefetch(f"{layer}{MARK}base")
-
     def read_base(self, layer: int, out: Tensor) -> None:
         """Fill host tensor `out [E, base_nbytes]` with a layer's base blocks; CheckpointError if one is damaged."""
         shard, entry = self._at[f"{self.shape.layers[layer]}{MARK}base"]
-        shard.read_into(entry.offset + self.first_expert * entry.row_nbytes, out.view(-1))
-        for expert, block in enumerate(out):
+        for expert, block in enumerate(out):  # one by one, so that a block is checked while it is in cache
+            shard.read_into(entry.offset + (self.first_expert + expert) * entry.row_nbytes, block)
             if zlib.crc32(block.numpy().data) != self._checksums[layer, expert, 0]:
                 raise CheckpointError(
                     f"{shard.path}: the base of expert {expert} in {self.shape.layers[layer]} does not match its "

@@ -83,12 +83,6 @@ class Shard:
         self.read_into(entry.offset + first * entry.row_nbytes, out.view(-1).view(torch.uint8))
         return out
 
-    def prefetch(self, name: str) -> None:
-        """Have the system begin to read tensor `name`, so that it is there, or on its way, when it is wanted."""
-        if hasattr(os, "posix_fadvise"):
-            entry = self.entries[name]
-            os.posix_fadvise(self._file, entry.offset, entry.nbytes, os.POSIX_FADV_WILLNEED)
-
     def read_into(self, offset: int, out: Tensor) -> None:
         """Fill contiguous uint8 host tensor `out` with the bytes at `offset`."""
         buffer = out.numpy().data

@@ -1,0 +1,148 @@
+"""Promotions on a GPU: what the link carries, how long one takes, and what a stream of them does to decoding."""
+
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch
+from gpu_layers import DEVICE, MODELS, Shape, routings, source_experts, swiglu
+from torch import Tensor
+
+from dynaexq.formats import ExpertCodec, ExpertWeights
+from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp
+from dynaexq.memory import DeviceMemory, RamStore, SwapPipeline, copier_for
+from dynaexq.records import Transition
+
+LAYERS, BATCH, TICK_EVERY, MOVES = 8, 8, 8, 64
+TIERS = (("int2", "int4"), ("int4", "fp16"))
+UPGRADED = 0.2
+
+
+class Decoder:
+    """Layers of experts that share one slab, and a pipeline that moves precision between them."""
+
+    def __init__(self, shape: Shape, tiers: tuple[str, ...], pinned: bool):
+        codec = ExpertCodec(shape.expert, torch.bfloat16, tiers, method="rtn")
+        assert codec.upgrade is not None, "a ladder of two"
+        count, slots = LAYERS * shape.num_experts, int(UPGRADED * LAYERS * shape.num_experts)
+        self.shape, self.slot_nbytes = shape, codec.upgrade.nbytes
+        self.memory = DeviceMemory(
+            LAYERS, shape.num_experts, codec.base.nbytes, codec.upgrade.nbytes, slots + MOVES, DEVICE
+        )
+        store = RamStore(count, codec.upgrade.nbytes, pinned)
+        self._fill(codec, store)
+        copier = copier_for(DEVICE, codec.upgrade.nbytes, staged=not pinned)
+        self.pipeline = SwapPipeline(self.memory.table, self.memory.pool, store, copier, codec.upgrade.bits)
+        self.layers = [
+            ExpertLayer(codec, self.memory.base[layer], swiglu, activation_name="silu") for layer in range(LAYERS)
+        ]
+        self.upgraded = [divmod(i, shape.num_experts) for i in torch.randperm(count)[:slots].tolist()]
+        for layer, expert in self.upgraded:
+            self.pipeline.submit(Transition(layer, expert, promote=True))
+        self.pipeline.drain()
+
+    def step(self, arguments: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """One token of every sequence through all layers."""
+        residual, ids, weights = arguments
+        hidden = residual
+        for index, layer in enumerate(self.layers):
+            with self.memory.fence.reading():
+                upgrades = Upgrades(self.memory.table.row(index), self.memory.pool.at)
+                hidden = residual + expert_mlp(hidden, ids, weights, layer, upgrades)
+        return hidden
+
+    def swap(self, moves: int) -> int:
+        """Demote the oldest upgrades, promote as many others; how many copies were begun."""
+        self.pipeline.settle()
+        begun = 0
+        for _ in range(moves):
+            layer, expert = self.upgraded.pop(0)
+            self.pipeline.submit(Transition(layer, expert, promote=False))
+            other = int(torch.randint(self.shape.num_experts, ()))
+            if self.pipeline.submit(Transition(layer, other, promote=True)):
+                self.upgraded.append((layer, other))
+                begun += 1
+        return begun
+
+    def _fill(self, codec: ExpertCodec, store: RamStore) -> None:
+        source, experts = source_experts(self.shape), self.shape.num_experts
+        for expert in range(experts):
+            weights = ExpertWeights(source.gate_up_proj.data[[expert]], source.down_proj.data[[expert]])
+            encoded = codec.encode(weights)
+            assert encoded.upgrade is not None
+            for layer in range(LAYERS):  # the same weights in every layer: their bytes are what is measured
+                self.memory.base[layer, expert] = encoded.base[0]
+                store.write(layer * experts + expert, encoded.upgrade.cpu())
+
+
+def link(shape: Shape, tiers: tuple[str, ...], pinned: bool) -> dict[str, Any]:
+    """Gigabytes a second of many promotions, microseconds of one, while nothing else runs."""
+    decoder = Decoder(shape, tiers, pinned)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    begun = decoder.swap(MOVES)
+    decoder.pipeline.drain()
+    seconds = time.perf_counter() - start
+    single = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        decoder.swap(1)
+        decoder.pipeline.drain()
+        torch.cuda.synchronize()
+        single.append((time.perf_counter() - start) * 1e6)
+    decoder.pipeline.close()
+    return {
+        "model": shape.name,
+        "ladder": "+".join(tiers),
+        "store": "pinned" if pinned else "ram",
+        "gigabytes_a_second": begun * decoder.slot_nbytes / seconds / 1e9,
+        "promotion_microseconds": statistics.median(single),
+    }
+
+
+def swapping(shape: Shape, tiers: tuple[str, ...], steps: int) -> list[dict[str, Any]]:
+    """Step times with no moves, and with as many as a quarter of the link carries, all the time."""
+    decoder = Decoder(shape, tiers, pinned=False)
+    arguments = routings(shape, BATCH)
+    for i in range(16):
+        decoder.step(arguments[i % len(arguments)])
+    rows = []
+    for moves in (0, max(1, 16 * 2**20 // decoder.slot_nbytes)):
+        allocated = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
+        ends = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+        ends[0].record()
+        begun, start = 0, time.perf_counter()
+        for i in range(steps):
+            if moves and i % TICK_EVERY == 0:
+                begun += decoder.swap(moves)
+            decoder.step(arguments[i % len(arguments)])
+            ends[i + 1].record()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        times = sorted(a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(ends))
+        rows.append(
+            {
+                "model": shape.name,
+                "ladder": "+".join(tiers),
+                "moves": begun,
+                "megabytes_a_second": begun * decoder.slot_nbytes / seconds / 1e6,
+                "tokens_a_second": steps * BATCH / seconds,
+                "median_microseconds": statistics.median(times),
+                "p99_microseconds": times[int(0.99 * len(times))],
+                "allocations_a_step": (torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] - allocated)
+                / steps,
+            }
+        )
+    decoder.pipeline.close()
+    return rows
+
+
+def run(steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Everything that moves, on the first model."""
+    shape = MODELS[0]
+    return {
+        "link": [link(shape, tiers, pinned) for tiers in TIERS for pinned in (True, False)],
+        "swapping": [row for tiers in TIERS for row in swapping(shape, tiers, steps)],
+    }

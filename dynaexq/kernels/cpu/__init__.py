@@ -1,0 +1,47 @@
+"""The CPU path: the native kernel wherever it applies, vectorised torch everywhere else.
+
+Torch keeps what the kernel does not do: experts that are 16-bit from the start, which must give the very bits of
+Transformers' eager loop; a norm behind each expert; and machines without a compiler or without AVX2.
+"""
+
+import torch
+from torch import Tensor
+
+from dynaexq.kernels import torch_cpu
+from dynaexq.kernels.cpu.build import load
+from dynaexq.kernels.cpu.native import DTYPES, NativeLayer
+from dynaexq.kernels.layer import ExpertLayer, Upgrades
+
+
+def expert_mlp(
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The same sum as `reference.expert_mlp`; coded weights may be rounded to the dtype of `hidden_states` first.
+
+    `counts` as in `dispatch.expert_mlp`; only the native kernel takes them.
+    """
+    native = native_layer(layer, hidden_states.dtype)
+    if native is None:
+        return torch_cpu.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
+    return native(hidden_states, top_k_index, top_k_weights, upgrades.entries, counts)
+
+
+def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
+    """`layer` as the native kernel sees it, for rows of `dtype`; None where torch has to take it."""
+    key = ("cpu", dtype)
+    if key not in layer.prepared:
+        layer.prepared[key] = _build(layer, dtype)
+    native: NativeLayer | None = layer.prepared[key]
+    return native
+
+
+def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
+    if not layer.codec.planes or layer.post_norm is not None or dtype not in DTYPES:
+        return None
+    kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
+    return None if kernel is None else NativeLayer(layer, dtype, kernel)

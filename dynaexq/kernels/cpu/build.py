@@ -1,0 +1,155 @@
+"""Compile the kernel for this machine when it is first needed, and keep it. It knows no layer.
+
+A wheel carries the source and needs no compiler; a machine without one, or without AVX2, gets None and a sentence in
+the log. Set DYNAEXQ_CPU_KERNEL to `torch` to go without, or to the name of an instruction set to choose a lesser one;
+DYNAEXQ_CACHE_DIR says where compiled kernels are kept (default: `~/.cache/dynaexq`).
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "src"
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-shared", "-fPIC")
+
+Kernel = Callable[..., int]
+
+
+class InstructionSet(NamedTuple):
+    """What a kernel is compiled for: the CPU's features as Linux names them, and the compiler's flags."""
+
+    name: str
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+AVX2 = InstructionSet("avx2", ("avx2", "fma", "f16c"), ("-mavx2", "-mfma", "-mf16c"))
+AVX512 = InstructionSet(
+    "avx512",
+    (*AVX2.features, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    (*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+)
+AVX512_BF16 = InstructionSet("avx512bf16", (*AVX512.features, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16"))
+
+INSTRUCTION_SETS = (AVX512_BF16, AVX512, AVX2)
+"""The best first."""
+
+
+class Unavailable(Exception):
+    """There is no native kernel on this machine; the message says why."""
+
+
+@functools.cache
+def load(all_bfloat16: bool) -> Kernel | None:
+    """`dynaexq_forward` (see `src/moe.cpp`), or None. Compiles, which takes some ten seconds, where it must.
+
+    Args:
+        all_bfloat16: rows and 16-bit weights are bfloat16, which some machines multiply directly; else the kernel
+            works in float32, whatever the dtypes.
+    """
+    try:
+        return open_kernel(compiled(instruction_set(), all_bfloat16))
+    except (Unavailable, OSError) as error:
+        logger.warning("no native CPU kernel, experts run through PyTorch instead, slower: %s", error)
+        return None
+
+
+def open_kernel(library: Path) -> Kernel:
+    """`dynaexq_forward` of a compiled library."""
+    kernel = ctypes.CDLL(str(library)).dynaexq_forward
+    kernel.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    return kernel
+
+
+def instruction_set() -> InstructionSet:
+    """The best this CPU has, or the one that DYNAEXQ_CPU_KERNEL names."""
+    wanted = os.environ.get("DYNAEXQ_CPU_KERNEL", "")
+    if wanted == "torch":
+        raise Unavailable("DYNAEXQ_CPU_KERNEL=torch")
+    features = cpu_features()
+    for candidate in INSTRUCTION_SETS:
+        if features.issuperset(candidate.features) and wanted in ("", candidate.name):
+            return candidate
+    names = ", ".join(candidate.name for candidate in INSTRUCTION_SETS)
+    raise Unavailable(f"expected a Linux machine with {wanted or 'one of ' + names}")
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """Features of the CPU in Linux's words; none elsewhere."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def compiled(target: InstructionSet, all_bfloat16: bool, extra_flags: tuple[str, ...] = ()) -> Path:
+    """The shared library for `target`, from the cache or compiled into it.
+
+    Raises:
+        Unavailable: no compiler, or it failed, or the cache cannot be written.
+    """
+    if target is AVX512_BF16 and not all_bfloat16:
+        target = AVX512
+    define = ("-DDYNAEXQ_BFLOAT16",) if target is AVX512_BF16 else ()
+    flags = (*FLAGS, *target.flags, *define, *extra_flags)
+    compiler = find_compiler()
+    library = cache_directory() / f"moe-{target.name}-{_fingerprint(compiler, flags)}.so"
+    if not library.exists():
+        _compile(compiler, flags, library)
+    return library
+
+
+def find_compiler() -> str:
+    """Path of a C++ compiler, $CXX before all."""
+    candidates = filter(None, (os.environ.get("CXX"), *COMPILERS))
+    found = next(filter(None, map(shutil.which, candidates)), None)
+    if found is None:
+        raise Unavailable(f"no C++ compiler found, looked for {', '.join(COMPILERS)}; set CXX, or install one")
+    return found
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("DYNAEXQ_CACHE_DIR") or Path.home() / ".cache" / "dynaexq")
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    """Changes with the source, the compiler, the flags and the CPU."""
+    digest = hashlib.sha256()
+    version = subprocess.run((compiler, "--version"), capture_output=True, check=False).stdout
+    for part in (version, *(flag.encode() for flag in flags), *map(Path.read_bytes, sorted(SOURCES.iterdir()))):
+        digest.update(part + b"\0")
+    digest.update(" ".join(sorted(cpu_features())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
+    """Compile beside `library` and rename: no process ever sees half of it, and the last of several to finish wins."""
+    try:
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+            unfinished = Path(directory) / library.name
+            logger.info("compiling the CPU kernel for this machine with %s, once", compiler)
+            command = (compiler, *flags, str(SOURCES / "moe.cpp"), "-o", str(unfinished))
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Unavailable(f"{compiler} failed: {done.stderr.strip()[:400]}")
+            unfinished.replace(library)
+    except OSError as error:
+        raise Unavailable(f"cannot compile into {library.parent}: {error}; set DYNAEXQ_CACHE_DIR") from error

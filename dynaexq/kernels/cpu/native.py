@@ -1,0 +1,169 @@
+"""A layer as the native kernel sees it: where the parts of its experts lie, and one call for a forward.
+
+The structures mirror `src/interface.h`; every field is 64 bits wide.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from dynaexq.formats.codec import MATRICES
+from dynaexq.formats.layout import BlockLayout
+from dynaexq.kernels.cpu import threads
+from dynaexq.kernels.cpu.build import Kernel
+from dynaexq.kernels.layer import ExpertLayer
+from dynaexq.records import LARGEST_MASS, MASS_UNIT
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+DENSE = 5
+KINDS = {
+    ("top2",): 0,
+    ("top4",): 1,
+    ("top2", "middle2"): 2,
+    ("top4", "low4"): 3,
+    ("top2", "middle2", "low4"): 4,
+    ("weight",): DENSE,
+}
+ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "low4": 2}
+WHOLE, UP_ONLY, DOWN_ONLY = range(3)
+
+
+def _fields(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_int64) for name in names]
+
+
+class _Part(ctypes.Structure):
+    _fields_ = _fields("offset", "in_upgrade")
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = [*_fields("kind"), ("planes", _Part * 3), ("meta", _Part), ("bias", _Part)]
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [*_fields("rows", "columns", "padded", "block", "group"), ("readings", _Reading * 2)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("up", _Matrix),
+        ("down", _Matrix),
+        *_fields("num_experts", "base", "base_nbytes", "dtype", "transposed", "gated", "activation"),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = _fields(
+        *("hidden_states", "top_k_index", "top_k_weights", "entries", "output"),
+        *("num_tokens", "top_k", "dtype", "stage", "num_threads", "parallel"),
+        *("counts", "unit", "largest"),
+    )
+
+
+class NativeLayer:
+    """One layer behind the kernel, for rows of one dtype.
+
+    Where the layer names its activation, a forward is one call; else one call each side of the activation in Python,
+    over the rows of all experts at once.
+    """
+
+    def __init__(self, layer: ExpertLayer, dtype: torch.dtype, kernel: Kernel):
+        self._kernel, self._dtype = kernel, dtype
+        self._activation, self._base = layer.activation, layer.base
+        self._fused = layer.activation_name in ACTIVATIONS
+        self._shape = layer.codec.shape
+        self._description = _describe(layer)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        entries: Tensor,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """The layer's output `[N, H]`; arguments as in `dispatch.expert_mlp`, entries as in `Upgrades`."""
+        rows = hidden_states.contiguous()
+        routing = (top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous(), entries)
+        output = torch.empty_like(rows)
+        if self._fused:
+            self._run(WHOLE, rows, routing, output, counts)
+            return output
+        # Choices of other ranks' experts leave their rows as they are, so these start as zeros.
+        up = torch.zeros(top_k_index.numel(), self._shape.up_rows, dtype=self._dtype)
+        self._run(UP_ONLY, rows, routing, up, counts)
+        self._run(DOWN_ONLY, self._activation(up).to(self._dtype).contiguous(), routing, output)
+        return output
+
+    def _run(
+        self,
+        stage: int,
+        rows: Tensor,
+        routing: tuple[Tensor, Tensor, Tensor],
+        output: Tensor,
+        counts: Tensor | None = None,
+    ) -> None:
+        index, weights, entries = routing
+        call = _Call(
+            rows.data_ptr(),
+            index.data_ptr(),
+            weights.data_ptr(),
+            entries.data_ptr(),
+            output.data_ptr(),
+            *index.shape,
+            DTYPES[self._dtype],
+            stage,
+            torch.get_num_threads(),
+            threads.parallel(),
+            0 if counts is None else counts.data_ptr(),
+            MASS_UNIT,
+            LARGEST_MASS,
+        )
+        if self._kernel(ctypes.byref(self._description), ctypes.byref(call)):
+            raise MemoryError(f"the CPU kernel found no memory for {index.shape[0]:,} tokens")
+
+
+def _describe(layer: ExpertLayer) -> _Layer:
+    codec = layer.codec
+    up, down = (_matrix(layer, name) for name in MATRICES)
+    return _Layer(
+        up,
+        down,
+        layer.num_experts,
+        layer.base.data_ptr(),
+        codec.base.nbytes,
+        DTYPES[codec.dtype],
+        codec.shape.transposed,
+        codec.shape.up_rows == 2 * codec.shape.intermediate_size,
+        ACTIVATIONS.get(layer.activation_name or "", -1),
+    )
+
+
+def _matrix(layer: ExpertLayer, name: str) -> _Matrix:
+    codec = layer.codec
+    planes, refined = ([plane.name for plane in planes] for planes in (codec.planes, codec.refine_planes))
+    base = _reading(name, planes, codec.base_layout)
+    if codec.replaces:
+        upgraded = _reading(name, ["weight"], None, codec.upgrade_layout)
+    else:
+        upgraded = _reading(name, planes + refined, codec.base_layout, codec.upgrade_layout)
+    sizes = codec.matrices[name]
+    readings = (_Reading * 2)(base, upgraded)
+    return _Matrix(sizes.rows, sizes.columns, sizes.padded, sizes.block, sizes.group_size, readings)
+
+
+def _reading(name: str, planes: list[str], base: BlockLayout | None, upgrade: BlockLayout | None = None) -> _Reading:
+    """How matrix `name` is read from `planes`, whichever of the two blocks they lie in."""
+    offsets = {
+        part.name: _Part(part.offset, in_upgrade)
+        for in_upgrade, layout in enumerate((base, upgrade))
+        for part in (layout.parts if layout else ())
+    }
+    nowhere = _Part(-1, 0)
+    found = (_Part * 3)(nowhere, nowhere, nowhere)
+    for plane in planes:
+        found[ROLES[plane]] = offsets[f"{name}.{plane}"]
+    meta, bias = (offsets.get(f"{name}.{part}", nowhere) for part in ("meta", "bias"))
+    return _Reading(KINDS[tuple(planes)], found, meta, bias)

@@ -1,0 +1,52 @@
+// What Python hands over; `native.py` mirrors it. Every field is 64 bits wide, so that both sides agree on offsets.
+#pragma once
+
+#include <cstdint>
+
+namespace dynaexq {
+
+enum Dtype : int64_t { BFLOAT16, FLOAT16, FLOAT32 };
+
+// Which planes make up a code (see formats/codec.py); DENSE is a plain matrix of the layer's dtype.
+enum Kind : int64_t { TOP2, TOP4, TOP2_MIDDLE2, TOP4_LOW4, TOP2_MIDDLE2_LOW4, DENSE };
+
+enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
+
+// The whole layer; or only the first matrix, with one row of output a choice; or only the second, with one row of
+// input a choice.
+enum Stage : int64_t { WHOLE, UP_ONLY, DOWN_ONLY };
+
+// Bytes of a block where an array begins; -1 where there is no such array.
+struct Part {
+  int64_t offset, in_upgrade;
+};
+
+// The three planes are top, middle, low; a DENSE matrix is the first of them.
+struct Reading {
+  int64_t kind;
+  Part planes[3], meta, bias;
+};
+
+// See formats/layout.MatrixLayout. `readings[1]` is how an expert is read that has its upgrade.
+struct Matrix {
+  int64_t rows, columns, padded, block, group;
+  Reading readings[2];
+};
+
+struct Layer {
+  Matrix up, down;
+  int64_t num_experts, base, base_nbytes, dtype, transposed, gated, activation;
+};
+
+// Addresses of: rows of `dtype`, int64 ids [tokens, top_k], float32 weights [tokens, top_k], int64 entries
+// [num_experts], output of `dtype`; and of OpenMP's `GOMP_parallel`, or 0 for one thread.
+struct Call {
+  int64_t hidden_states, top_k_index, top_k_weights, entries, output;
+  int64_t num_tokens, top_k, dtype, stage, num_threads, parallel;
+
+  // int64 [num_experts + 2]: routing mass of each expert, of foreign ids, and tokens, all to be added to; or 0.
+  // A weight counts as that many units, `largest` at most.
+  int64_t counts, unit, largest;
+};
+
+}  // namespace dynaexq

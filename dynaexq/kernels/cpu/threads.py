@@ -1,0 +1,40 @@
+"""The threads of the kernel are PyTorch's own: its OpenMP runtime, found by address. See docs/decisions/0005."""
+
+import ctypes
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+def _find_parallel() -> int:
+    """Address of `GOMP_parallel` in the runtime that PyTorch is linked to, or 0."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        logger.warning("PyTorch's OpenMP threads were not found; the CPU kernel runs on one")
+        return 0
+
+
+_address: int | None = None
+
+
+def parallel() -> int:
+    """What runs a function on several threads, or 0 where there is only one."""
+    global _address
+    if _address is None:
+        _address = _find_parallel()
+    return _address
+
+
+def _forget() -> None:
+    global _address
+    _address = 0
+
+
+# The threads of an OpenMP runtime do not survive a fork, and a child that asks for them waits for ever.
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,6 @@
+"""The CUDA path in Triton, and the only room that knows it: experts of several precisions in one launch."""
+
+from dynaexq.kernels.triton.counting import add_routing
+from dynaexq.kernels.triton.launch import expert_mlp
+
+__all__ = ["add_routing", "expert_mlp"]

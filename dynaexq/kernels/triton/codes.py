@@ -1,0 +1,82 @@
+"""Packed codes as tiles of 16-bit floats, in a shift and a mask-or for two codes. It knows neither experts nor tiers.
+
+A code is a fraction: its bits, from the top, are put where a float's mantissa has its top bits. Under the exponent of
+16 the float reads 16 + q for a 4-bit code and 16 + 4 q for a 2-bit one, in steps of the 4-bit reading either way; the
+low nibble of an 8-bit code goes under the exponent of 1 and reads 1 + q / 16. What the exponents add is a constant,
+and leaves through the group's offset. So small an exponent keeps the sums small from which it has to leave again.
+
+Planes lie in memory as `formats.packing` says: in the half-words of a block, *slice* j, the codes at bit j * bits of
+each, is a contiguous run of columns. Products take columns in *pieces*. Where a slice has two, a block comes in two
+tiles of words, and what then counts as a slice is what one tile has of it.
+
+Shapes: R weight rows of a tile, W words of a tile a row, C = 2 W columns of a piece.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_plane(plane, row, block, BITS: tl.constexpr, TILES: tl.constexpr, matrix: tl.constexpr):
+    """Words of one block of a plane, in two tiles `[R, W]`, of which the second is the first again if `TILES` is 1."""
+    WORDS: tl.constexpr = matrix.codes * BITS // 32
+    TILE: tl.constexpr = WORDS // TILES
+    start = plane.to(tl.pointer_type(tl.uint32)) + row[:, None] * (matrix.padded * BITS // 32) + block * WORDS
+    words = start + tl.arange(0, TILE)[None, :]
+    first = tl.load(words)
+    second = first
+    if TILES == 2:
+        second = tl.load(words + TILE)
+    return first, second
+
+
+@triton.jit
+def merge_planes(top, middle):
+    """Two 2-bit planes as the even and the odd slices of a 4-bit one; a slice keeps its columns."""
+    even = ((top << 2) & 0xCCCCCCCC) | (middle & 0x33333333)
+    odd = (top & 0xCCCCCCCC) | ((middle >> 2) & 0x33333333)
+    return even, odd
+
+
+@triton.jit
+def slice_fractions(tiles, SLICE: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr):
+    """The codes of a slice as the topmost mantissa bits of both half-words; slices take turns at the tiles."""
+    LOWEST: tl.constexpr = (7 if dtype == tl.bfloat16 else 10) - BITS
+    MASK: tl.constexpr = (((1 << BITS) - 1) << LOWEST) * 0x10001
+    SHIFT: tl.constexpr = SLICE // TILES * BITS - LOWEST
+    if SHIFT >= 0:
+        return (tiles[SLICE % TILES] >> SHIFT) & MASK
+    else:
+        return (tiles[SLICE % TILES] << -SHIFT) & MASK
+
+
+@triton.jit
+def piece_fractions(tiles, PIECE: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, matrix: tl.constexpr):
+    """The codes of a piece, which is a slice or, where slices have 8 columns and matrix instructions want 16, two."""
+    if 2 * tiles[0].shape[1] == matrix.piece:
+        return slice_fractions(tiles, PIECE, BITS, TILES, matrix.dtype)
+    else:
+        left = slice_fractions(tiles, 2 * PIECE, BITS, TILES, matrix.dtype)
+        right = slice_fractions(tiles, 2 * PIECE + 1, BITS, TILES, matrix.dtype)
+        return tl.permute(tl.join(left, right), (0, 2, 1)).reshape(left.shape[0], 2 * left.shape[1])
+
+
+@triton.jit
+def as_floats(fractions, POWER: tl.constexpr, dtype: tl.constexpr):
+    """Floats `[R, C]` with mantissas `fractions [R, W]` under the exponent of 2 ** `POWER`."""
+    EXPONENT: tl.constexpr = (127 + POWER) << 7 if dtype == tl.bfloat16 else (15 + POWER) << 10
+    pairs = fractions | (EXPONENT * 0x10001)
+    low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
+
+
+@triton.jit
+def load_scales(meta, DEPTH: tl.constexpr):
+    """(scale, offset) `[R]` of a group, so that a weight read at `DEPTH` bits is `scale * floats + offset`."""
+    CENTRE: tl.constexpr = (2 ** (8 - DEPTH) - 1) / 32
+    ADDED: tl.constexpr = 17 if DEPTH == 8 else 16
+    word = tl.load(meta)
+    scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, minimum + (CENTRE - ADDED) * scale

@@ -1,0 +1,131 @@
+"""The kernel: one matrix of every routed expert, each at its own precision, in one launch.
+
+The grid is static: tiles of weight rows by blocks of pairs. What a block is, the table says as the kernel runs, so a
+captured graph follows every later move. Each pair's output is written once, by one program: no atomics, and the same
+bits every time.
+
+Shapes: R weight rows of a tile, M pairs of a block.
+"""
+
+import triton
+import triton.language as tl
+
+from dynaexq.kernels.triton.products import base_product, upgraded_product
+
+
+@triton.jit(do_not_specialize=["num_blocks"])  # it changes with the batch: one kernel must do for all
+def expert_gemm(
+    x,
+    sums,
+    output,
+    output_sums,
+    blocks,
+    num_blocks,
+    order,
+    entries,
+    base,
+    CHOICES: tl.constexpr,
+    matrix: tl.constexpr,
+    tiling: tl.constexpr,
+):
+    """`output[pair] = W x[pair // CHOICES]`, or silu(gate) * up of it, for every pair of an expert that is here.
+
+    Args:
+        x: `[*, K]`; `sums`: float32 `[*, KP / tiling.sum_width]`, unused if weights are scaled first.
+        output: `[P, N]`, or `[P, N / 2]`; `output_sums`: float32 `[P, * / tiling.next_sum_width]`, with SwiGLU only.
+        blocks, order: see `routing.Routing`.
+        entries: int64 `[num_experts]`, `address | kind`.
+        base: uint8 `[num_experts, matrix.base_nbytes]`.
+    """
+    BLOCK_M: tl.constexpr = tiling.block_m
+    BLOCK_N: tl.constexpr = tiling.block_n
+    tile, slot = tl.program_id(0), tl.program_id(1)
+    expert = tl.load(blocks + slot)
+    if expert < 0:
+        return
+    entry = tl.load(entries + expert)
+    if tiling.tiers == "base":
+        if entry & 0xFF != 0:
+            return
+    if tiling.tiers == "upgraded":
+        if entry & 0xFF == 0:
+            return
+    here = base + expert.to(tl.int64) * matrix.base_nbytes
+    # Triton loads 16 bytes at a time only from where it knows the alignment.
+    upgrade = tl.multiple_of(((entry >> 8) * 256).to(tl.pointer_type(tl.uint8)), 256)
+
+    member = tl.arange(0, BLOCK_M)
+    mask = member < tl.load(blocks + 2 * num_blocks + slot)
+    pair = tl.load(order + tl.load(blocks + num_blocks + slot) + member, mask=mask, other=0).to(tl.int64)
+    source = pair // CHOICES
+    rows = x + source * matrix.columns
+    row_sums = sums
+    if tiling.sum_width > 0:
+        row_sums = sums + source * (matrix.padded // tiling.sum_width)
+    row = weight_rows(tile, matrix, tiling)
+
+    product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    if matrix.upgrade == 0 or tiling.tiers == "base":
+        product = base_product(product, rows, mask, row_sums, here, row, matrix, tiling)
+    elif tiling.tiers == "upgraded":
+        product = upgraded_product(product, rows, mask, row_sums, here, upgrade, row, matrix, tiling)
+    else:
+        if entry & 0xFF == 0:
+            product = base_product(product, rows, mask, row_sums, here, row, matrix, tiling)
+        else:
+            product = upgraded_product(product, rows, mask, row_sums, here, upgrade, row, matrix, tiling)
+
+    if tiling.swiglu:
+        store_swiglu(product, tile, pair, mask, output, output_sums, matrix, tiling)
+    else:
+        store_rows(product, tile, pair, mask, output, here, row, matrix, tiling)
+
+
+@triton.jit
+def weight_rows(tile, matrix: tl.constexpr, tiling: tl.constexpr):
+    """The weight rows `[R]` of a tile; beyond the last, the last again.
+
+    With SwiGLU, every 8 rows of gate are followed by their 8 rows of up: a thread holds rows r and r + 8 of a matrix
+    instruction's result, so gate and up meet without moving.
+    """
+    index = tl.arange(0, tiling.block_n)
+    if tiling.swiglu:
+        HALF: tl.constexpr = matrix.rows // 2
+        row = tile * (tiling.block_n // 2) + index // 16 * 8 + index % 8
+        return tl.minimum(row, HALF - 1) + index // 8 % 2 * HALF
+    else:
+        return tl.minimum(tile * tiling.block_n + index, matrix.rows - 1)
+
+
+@triton.jit
+def store_swiglu(product, tile, pair, mask, output, output_sums, matrix: tl.constexpr, tiling: tl.constexpr):
+    """Store silu(gate) * up `[R / 2, M]`, and the sums of the values as stored that the next product will need."""
+    COLUMNS: tl.constexpr = matrix.rows // 2
+    WIDTH: tl.constexpr = tiling.block_n // 2
+    PAIRS: tl.constexpr = tiling.block_m
+    halves = tl.permute(product.reshape(WIDTH // 8, 2, 8, PAIRS), (0, 2, 3, 1))
+    gate, up = tl.split(halves.reshape(WIDTH, PAIRS, 2))
+    hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(matrix.dtype)
+    column = tile * WIDTH + tl.arange(0, WIDTH)
+    inside = (column < COLUMNS)[:, None]
+    tl.store(output + pair[None, :] * COLUMNS + column[:, None], hidden, mask=mask[None, :] & inside)
+    if tiling.next_sum_width > 0:
+        SUM: tl.constexpr = tiling.next_sum_width
+        SUMS: tl.constexpr = WIDTH // SUM
+        STRIDE: tl.constexpr = -(-COLUMNS // 64) * 64 // SUM
+        stored = tl.where(inside, hidden.to(tl.float32), 0.0)
+        total = tl.sum(stored.reshape(SUMS, SUM, PAIRS), axis=1)
+        place = tile * SUMS + tl.arange(0, SUMS)
+        within = (place < STRIDE)[:, None]
+        tl.store(output_sums + pair[None, :] * STRIDE + place[:, None], total, mask=mask[None, :] & within)
+
+
+@triton.jit
+def store_rows(product, tile, pair, mask, output, base, row, matrix: tl.constexpr, tiling: tl.constexpr):
+    """Store `product [R, M]`, with the bias where there is one."""
+    if matrix.bias >= 0:
+        bias = tl.load((base + matrix.bias).to(tl.pointer_type(matrix.dtype)) + row)
+        product += bias.to(tl.float32)[:, None]
+    column = tile * tiling.block_n + tl.arange(0, tiling.block_n)
+    inside = mask[None, :] & (column < matrix.rows)[:, None]
+    tl.store(output + pair[None, :] * matrix.rows + column[:, None], product.to(matrix.dtype), mask=inside)

@@ -1,0 +1,108 @@
+"""Which pairs share an expert: lists of blocks, made on the device and never seen by the host.
+
+A *pair* is one choice of one token, number token * k + choice. Pairs are ordered by expert and cut into *blocks* of at
+most M that share one. The host cannot know how many blocks there are, so the list has as many slots as there could
+be, and some stay empty.
+
+Shapes: T tokens, k choices, P = T k pairs, M pairs of a block, S slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+COUNTED_PAIRS = 2048  # up to here every pair is compared with every other in one launch; beyond, torch sorts
+PAIRS_PER_PROGRAM = 64
+
+
+class Routing(NamedTuple):
+    """Blocks of pairs.
+
+    Attributes:
+        order: int32 `[P]`, pairs by expert, by number within one; those of foreign ids last.
+        blocks: int32 `[3, S]`: the expert, or -1 for an empty slot; where in `order` the block begins; its pairs.
+    """
+
+    order: Tensor
+    blocks: Tensor
+
+
+def route(top_k_index: Tensor, num_experts: int, block_m: int) -> Routing:
+    """The blocks of `top_k_index [T, k]`; ids outside `[0, num_experts)` are in none."""
+    by = _route_by_counting if top_k_index.numel() <= COUNTED_PAIRS else _route_by_sorting
+    return by(top_k_index.reshape(-1), num_experts, block_m)
+
+
+def _route_by_counting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
+    pairs = len(ids)
+    dense = pairs // block_m + num_experts
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    if pairs <= dense:  # each pair has a slot, which it fills if it is the first of a block
+        blocks = torch.empty(3, pairs, dtype=torch.int32, device=ids.device)
+    else:
+        blocks = torch.full((3, dense), -1, dtype=torch.int32, device=ids.device)
+    grid = (triton.cdiv(pairs, PAIRS_PER_PROGRAM),)
+    _count[grid](ids, order, blocks, pairs, blocks.shape[1], num_experts, block_m, PAIRS_PER_PROGRAM)
+    return Routing(order, blocks)
+
+
+@triton.jit(do_not_specialize=["pairs", "slots"])
+def _count(ids, order, blocks, pairs, slots, num_experts, block_m, PROGRAM: tl.constexpr):
+    """Each pair finds its place by counting the pairs that come before it."""
+    pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)
+    expert = _load_expert(ids, pair, pairs, num_experts)
+    place = tl.zeros((PROGRAM,), tl.int32)
+    rank = tl.zeros((PROGRAM,), tl.int32)
+    shared = tl.zeros((PROGRAM,), tl.int32)
+    for start in tl.range(0, pairs, PROGRAM):
+        other = start + tl.arange(0, PROGRAM)
+        others = _load_expert(ids, other, pairs, num_experts)
+        same = (others[None, :] == expert[:, None]) & (other < pairs)[None, :]
+        earlier = same & (other[None, :] < pair[:, None])
+        place += tl.sum((earlier | (others[None, :] < expert[:, None])).to(tl.int32), axis=1)
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
+        shared += tl.sum(same.to(tl.int32), axis=1)
+    tl.store(order + place, pair, mask=pair < pairs)
+
+    opens = (expert < num_experts) & (rank % block_m == 0)
+    slot = pair
+    fills = pair < pairs
+    if slots < pairs:
+        # Blocks of one expert begin M apart, and the next expert's number is higher: no two come to the same slot.
+        slot = place // block_m + expert
+        fills = fills & opens
+    tl.store(blocks + slot, tl.where(opens, expert, -1), mask=fills)
+    tl.store(blocks + slots + slot, place, mask=fills)
+    tl.store(blocks + 2 * slots + slot, tl.minimum(shared - rank, block_m), mask=fills)
+
+
+@triton.jit
+def _load_expert(ids, pair, pairs, num_experts):
+    """Experts of `pair`, int32; `num_experts` for foreign ids and for pairs that are none."""
+    expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
+    return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
+
+
+def _route_by_sorting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
+    experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)
+    order = torch.argsort(experts, stable=True)
+    ones = torch.ones_like(experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, experts, ones)
+    counts = counts[:num_experts]
+    per_expert = (counts + block_m - 1) // block_m
+    last_block = per_expert.cumsum(0)
+    slot = torch.arange(min(len(ids), len(ids) // block_m + num_experts), device=ids.device)
+    expert = torch.searchsorted(last_block, slot, right=True)
+    known = expert.clamp(max=num_experts - 1)
+    done = (slot - last_block[known] + per_expert[known]) * block_m  # pairs of this expert in the blocks before
+    blocks = torch.stack(
+        [
+            torch.where(expert < num_experts, expert, -1),
+            counts.cumsum(0)[known] - counts[known] + done,
+            (counts[known] - done).clamp(max=block_m),
+        ]
+    )
+    return Routing(order.to(torch.int32), blocks.to(torch.int32))

@@ -1,0 +1,40 @@
+"""Page-locked host memory, which a GPU fetches by itself while the processor does something else.
+
+PyTorch's allocator of such memory rounds up to a power of two, a gigabyte for 600 MB; this takes what was asked for.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from dynaexq.errors import StoreError
+from dynaexq.memory.slab import allocate_bytes
+
+
+class PageLocked:
+    """Uint8 `bytes [nbytes]`, page-locked until `close`, or until this object is gone.
+
+    Raises:
+        StoreError: the system has no more memory to lock.
+    """
+
+    def __init__(self, nbytes: int):
+        self.bytes = allocate_bytes(nbytes, torch.device("cpu"))
+        if nbytes:
+            status = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0))
+            if status:
+                raise StoreError(
+                    f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {status}); "
+                    'free some, raise the limit on locked memory, or use host_copy="ram"'
+                )
+            self._unlock = weakref.finalize(self, _unlock, self.bytes)
+
+    def close(self) -> None:
+        """Unlock the memory; no copy from it may be in flight."""
+        if self.bytes.numel():
+            self._unlock()
+
+
+def _unlock(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

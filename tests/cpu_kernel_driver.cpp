@@ -1,0 +1,59 @@
+// Runs the CPU kernel on a case that test_cpu_kernel.py wrote, every array in an allocation of exactly its size, so
+// that a sanitizer sees each byte that is read or written outside of it.
+//
+//   driver CASE OUTPUT     CASE: arrays, each after its length in 8 bytes:
+//                          layer, call, base, kinds, rows, ids, weights, one upgrade for every kind that is not 0
+#include <cstdio>
+#include <fstream>
+#include <thread>
+
+#include "moe.cpp"
+
+namespace {
+
+using Bytes = std::unique_ptr<uint8_t[]>;
+
+Bytes read(std::ifstream& from, int64_t& size) {
+  from.read((char*)&size, sizeof size);
+  Bytes bytes(new uint8_t[size]);
+  from.read((char*)bytes.get(), size);
+  return bytes;
+}
+
+void run_threads(void (*work)(void*), void* data, unsigned count, unsigned) {
+  std::vector<std::thread> threads;
+  for (unsigned i = 1; i < count; i++) threads.emplace_back(work, data);
+  work(data);
+  for (auto& thread : threads) thread.join();
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  std::ifstream from(arguments[1], std::ios::binary);
+  int64_t size;
+  Bytes layer_bytes = read(from, size), call_bytes = read(from, size);
+  auto& layer = *(dynaexq::Layer*)layer_bytes.get();
+  auto& call = *(dynaexq::Call*)call_bytes.get();
+  Bytes base = read(from, size), kinds = read(from, size), rows = read(from, size), ids = read(from, size),
+        weights = read(from, size);
+  std::vector<void*> upgrades;
+  for (int64_t expert = 0; expert < layer.num_experts; expert++) {
+    int64_t& entry = ((int64_t*)kinds.get())[expert];
+    if (!entry) continue;
+    Bytes upgrade = read(from, size);
+    upgrades.push_back(std::aligned_alloc(256, size));  // sizes are multiples of 256
+    std::copy_n(upgrade.get(), size, (uint8_t*)upgrades.back());
+    entry |= (int64_t)upgrades.back();
+  }
+  const int64_t output_size = call.num_tokens * layer.down.rows * (call.dtype == dynaexq::FLOAT32 ? 4 : 2);
+  Bytes output(new uint8_t[output_size]);
+  layer.base = (int64_t)base.get();
+  call.hidden_states = (int64_t)rows.get(), call.top_k_index = (int64_t)ids.get();
+  call.top_k_weights = (int64_t)weights.get(), call.entries = (int64_t)kinds.get();
+  call.output = (int64_t)output.get(), call.parallel = (int64_t)run_threads;
+  const int failed = dynaexq_forward(&layer, &call);
+  std::ofstream(arguments[2], std::ios::binary).write((char*)output.get(), output_size);
+  for (void* upgrade : upgrades) std::free(upgrade);
+  return failed;
+}
