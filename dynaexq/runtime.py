@@ -27,6 +27,7 @@ from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
 from dynaexq.policy import Verdict
 from dynaexq.recording import Recorder, Recording, header_of
 from dynaexq.records import BITS, MemoryPlan
+from dynaexq.retrieval import PackedExpert, packed_experts, source_experts
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
 from dynaexq.traffic import TrafficLimit, bytes_per_second
@@ -100,32 +101,16 @@ class Runtime:
         """Uint8 `[num_experts, nbytes]`: the base blocks of one layer."""
         return self._memory.base[layer]
 
-    def packed(self, layer: int) -> Iterator[tuple[Tensor, Tensor | None, np.ndarray]]:
-        """One layer's experts in turn, as they are saved: uint8 `[1, nbytes]` base, upgrade or None, errors `[1, T]`.
-
-        Raises:
-            ClosedError: the runtime was closed, and with it the place where upgrades wait.
-            StoreError: an upgrade cannot be read.
-        """
+    def packed(self, layer: int) -> Iterator[PackedExpert]:
+        """One layer's experts in turn, as they are saved; a ClosedError or StoreError where upgrades are gone."""
         self._check_open()
-        base, store = self._memory.base[layer], self._pipeline.store
-        upgrade = torch.zeros(1, self.codec.upgrade_layout.nbytes, dtype=torch.uint8)
-        for expert in range(self.plan.num_experts):
-            if upgrade.numel():
-                store.read_into(layer * self.plan.num_experts + expert, upgrade[0])
-            rows = slice(expert, expert + 1)
-            yield base[rows].cpu(), upgrade if upgrade.numel() else None, self._errors[layer, rows]
+        first = layer * self.plan.num_experts
+        return packed_experts(self.codec, self._memory.base[layer], self._errors[layer], self._pipeline.store, first)
 
     def source_weights(self, layer: int) -> ExpertWeights | None:
         """One layer's experts in the model's own dtype, bit for bit as given; None where no tier keeps them."""
-        if not self.codec.planes:
-            return self.codec.decode(self._memory.base[layer], None, self.codec.dtype)
-        if not self.codec.replaces or self._closed:
-            return None
-        blocks = torch.empty(self.plan.num_experts, self._memory.pool.slot_nbytes, dtype=torch.uint8)
-        for expert in range(self.plan.num_experts):
-            self._pipeline.store.read_into(layer * self.plan.num_experts + expert, blocks[expert])
-        return self.codec.decode(self._memory.base[layer], blocks, self.codec.dtype)
+        store = None if self._closed else self._pipeline.store
+        return source_experts(self.codec, self._memory.base[layer], store, layer * self.plan.num_experts)
 
     def tick(self) -> bool:
         """One step of control: publish, observe, decide, submit. Never waits for a copy.

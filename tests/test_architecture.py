@@ -23,6 +23,7 @@ ROOMS_OF_FLOOR = {
         "recording",
         "placement",
         "restoration",
+        "retrieval",
         "telemetry",
         "runtime",
         "group",
