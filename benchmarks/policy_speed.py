@@ -1,4 +1,4 @@
-"""Time of one decision (rule and moves) at the shapes of real models, on one core.
+"""Time of one decision (hotness, watch, rule and moves) at the shapes of real models, on one core.
 
 python benchmarks/policy_speed.py [--json FILE]
 """
@@ -14,32 +14,53 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dynaexq.policy import slots_per_row, top_n, transitions
+from dynaexq.control import Control, HotnessTracker
+from dynaexq.settings import Settings
+from dynaexq.traffic import TrafficLimit
 
-SHAPES = {"Qwen3-30B-A3B": (48, 128), "Qwen3-Next-80B-A3B": (48, 512)}
+SHAPES = {"Qwen3-30B-A3B": ((48, 128), 8), "Qwen3-Next-80B-A3B": ((48, 512), 10)}
 REPEATS = 200
+TOKENS = 8
+"""Tokens between two decisions: `tick_every`, at batch 1."""
 
 
-def decide(score: np.ndarray, upgraded: np.ndarray, allocation: str) -> None:
-    """What the controller does in one tick."""
-    slots = slots_per_row(allocation, int(upgraded.sum()), len(score))
-    rows = (len(slots), -1)
-    wanted = top_n(score.reshape(rows), upgraded.reshape(rows), slots, 0.1).reshape(score.shape)
-    transitions(score, upgraded, wanted, 0, 64)
+class SteepCounts:
+    """Counts of steep, ever-changing traffic, drawn before the clock starts."""
+
+    def __init__(self, shape: tuple[int, int], top_k: int):
+        self.shape, self.top_k = shape, top_k
+        self._rng = np.random.default_rng(0)
+        self.draw()
+
+    def draw(self) -> None:
+        steep = self._rng.exponential(size=self.shape) ** 3
+        self._mass = TOKENS * steep / steep.sum(1, keepdims=True)
+
+    def drain(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._mass, np.full(self.shape[0], TOKENS)
+
+
+def decision_times(shape: tuple[int, int], top_k: int, allocation: str) -> list[float]:
+    """Milliseconds of each of `REPEATS` ticks in which a fifth of the experts is upgraded and many would move."""
+    counts, settings = SteepCounts(shape, top_k), Settings(allocation=allocation, half_life=64.0)
+    control = Control(HotnessTracker(counts, settings), np.ones(shape), TrafficLimit(None, 2**20), settings)
+    rng, broken, times = np.random.default_rng(1), np.zeros(shape, dtype=bool), []
+    for _ in range(REPEATS):
+        counts.draw()
+        upgraded = rng.random(shape) < 0.2
+        start = time.perf_counter()
+        control.observe(TOKENS, upgraded)
+        control.decide(upgraded, broken, int(upgraded.sum()), 0)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def main(json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None) -> None:
     """Time the policy."""
-    rng = np.random.default_rng(0)
     rows = []
-    for model, shape in SHAPES.items():
-        score, upgraded = rng.exponential(size=shape), rng.random(shape) < 0.2
+    for model, (shape, top_k) in SHAPES.items():
         for allocation in ("global", "per_layer"):
-            times = []
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                decide(score, upgraded, allocation)
-                times.append((time.perf_counter() - start) * 1e3)
+            times = decision_times(shape, top_k, allocation)
             figures = {"median_ms": statistics.median(times), "max_ms": max(times)}
             rows.append({"model": model, "allocation": allocation, **figures})
     table = Table(title=f"one decision, {REPEATS} repeats")

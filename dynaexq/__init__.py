@@ -14,6 +14,7 @@ from dynaexq.errors import (
     QuantizationError,
     SettingsError,
     StoreError,
+    TraceError,
     UnpatchError,
     UnsupportedModelError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "StoreError",
+    "TraceError",
     "UnpatchError",
     "UnsupportedModelError",
     "__version__",

@@ -1,4 +1,4 @@
-"""The command line: `dynaexq demo`, `plan`, `quantize`, `version`."""
+"""The command line: `dynaexq demo`, `plan`, `quantize`, `simulate`, `version`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +99,45 @@ def quantize(
     else:
         quantize_checkpoint(source, target, max_shard_size, **dials | ({"device": device} if device else {}))
     typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
+
+
+@app.command()
+def simulate(
+    trace: Annotated[
+        Path | None, typer.Argument(help="A routing trace (.npz), as runtime.trace() writes it.", dir_okay=False)
+    ] = None,
+    generate: Annotated[
+        str | None, typer.Option(help="Make the trace up first: qwen3-30b, qwen3-next-80b or flat.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each made-up phase.", min=8)] = 4000,
+    phases: Annotated[int, typer.Option(help="How many made-up phases.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Of what is made up.")] = 0,
+    budget: Annotated[str | None, typer.Option(help="Bytes for all weights, such as 20GiB.")] = None,
+    upgraded: Annotated[float | None, typer.Option(help="Share of experts to upgrade, instead of a budget.")] = None,
+    ladder: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
+    policy: Annotated[str, typer.Option(help="topn, threshold or frozen.")] = "topn",
+    dial: Annotated[list[str] | None, typer.Option(help="Another setting, such as half_life=256.")] = None,
+    link: Annotated[str, typer.Option(help="Bytes a second to the device, such as 25GB (PCIe 4).")] = "25GB",
+    link_share: Annotated[float, typer.Option(help="Share of the link that moves may take.")] = 0.1,
+    tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+) -> None:
+    """Replay routing through the policy, without a model: coverage, moves, traffic, and whether it is worth it."""
+    from dynaexq.settings import Settings, parse_bytes
+    from dynaexq.simulate import parse_dials, provided
+    from dynaexq.simulate import simulate as run
+
+    dials = {"policy": policy, "traffic_limit": float(link_share), **parse_dials(dial or [])}
+    dials |= {"hbm_budget": budget} if budget else {}
+    dials |= {"tiers": tuple(ladder.split(","))} if ladder != "auto" else {}
+    settings = Settings.from_dials(dials)
+    with provided(trace, generate, tokens, phases, settings.tick_every, seed) as opened:
+        simulation = run(
+            opened, settings, upgraded, link=parse_bytes(link, "link"), tokens_per_second=tokens_per_second
+        )
+        simulation.show()
+        if json is not None:
+            simulation.write_json(json)
 
 
 @app.command()

@@ -1,14 +1,16 @@
-"""The two halves of control: what the traffic looks like, and what to do about it.
+"""Control: what the traffic looks like, and what to do about it. The same code serves a model and a replayed trace.
 
-`HotnessTracker` turns the device's counts into a moving average. `PrecisionController` turns that average into moves,
-through the pure functions of `policy`. Neither touches memory.
+`HotnessTracker` turns counts into a moving average. `PrecisionController` turns that average into moves, through the
+pure functions of `policy`. `Control` joins them to the traffic limit and to the watch. None of them touches memory.
 """
+
+from typing import Protocol
 
 import numpy as np
 
 from dynaexq.errors import SettingsError
-from dynaexq.memory import RoutingCounter
 from dynaexq.policy import (
+    Verdict,
     decay_by_tokens,
     prior_hotness,
     slots_per_row,
@@ -19,16 +21,31 @@ from dynaexq.policy import (
 )
 from dynaexq.records import Transition
 from dynaexq.settings import Settings
+from dynaexq.traffic import TrafficLimit
+from dynaexq.watch import Watch
 
 _NEVER_BEATEN = 1e12  # a margin that lets no newcomer in, whatever its score
 
 
-class HotnessTracker:
-    """Device counter and the moving average of its differences, `hotness [L, E]`."""
+class Counts(Protocol):
+    """Where routing counts come from: the device's `RoutingCounter`, or a trace."""
 
-    def __init__(self, counter: RoutingCounter, settings: Settings):
+    top_k: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, experts)."""
+
+    def drain(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mass `[L, E]` and tokens `[L]` since the last drain."""
+
+
+class HotnessTracker:
+    """Counts and the moving average of them, `hotness [L, E]`."""
+
+    def __init__(self, counter: Counts, settings: Settings):
         self.counter = counter
-        self.hotness = prior_hotness(counter.sums.shape[0], counter.num_experts)
+        self.hotness = prior_hotness(*counter.shape)
         self._settings = settings
 
     def update(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,18 +78,33 @@ class PrecisionController:
     def choose(
         self,
         hotness: np.ndarray,
+        followed: np.ndarray,
         upgraded: np.ndarray,
         broken: np.ndarray,
         num_slots: int,
         free_slots: int,
         max_promotions: int,
     ) -> list[Transition]:
-        """The moves of one tick, given who is `upgraded`, or on the way there, and whose bytes are `broken`."""
+        """The moves of one tick, given who is `upgraded`, or on the way there, and whose bytes are `broken`.
+
+        Args:
+            followed: what `followed` made of the same.
+        """
         lost = broken & ~upgraded
         score = np.where(lost, -1.0, self.score(hotness))
-        wanted = self._wanted(score, upgraded, num_slots, hotness) & ~lost
+        wanted = followed if self._settings.policy == "topn" else self._wanted(score, upgraded, num_slots, hotness)
+        wanted = wanted & ~lost
         free = self._free_slots(upgraded, num_slots, free_slots)
         return transitions(score, upgraded, wanted, free, max_promotions)
+
+    def followed(self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int) -> np.ndarray:
+        """The set `[L, E]` that following the traffic by `"topn"` would upgrade now, whatever the rule in force."""
+        lost = broken & ~upgraded
+        score = np.where(lost, -1.0, self.score(hotness))
+        slots = slots_per_row(self._settings.allocation, num_slots, len(score))
+        score_rows, upgraded_rows = (table.reshape(len(slots), -1) for table in (score, upgraded))
+        wanted = top_n(score_rows, upgraded_rows, slots, self._settings.margin)
+        return wanted.reshape(score.shape) & ~lost
 
     def fill(
         self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int, free_slots: int
@@ -96,16 +128,52 @@ class PrecisionController:
             return upgraded
         if callable(settings.policy):
             return _checked(settings.policy(score, upgraded, num_slots), score, num_slots)
+        assert settings.tau_h is not None, "settings ask for both thresholds"
+        assert settings.tau_c is not None, "settings ask for both thresholds"
         slots = slots_per_row(settings.allocation, num_slots, len(score))
-        rows = (len(slots), -1)
-        args = (score.reshape(rows), upgraded.reshape(rows), slots)
-        if settings.policy == "threshold":
-            assert settings.tau_h is not None, "settings ask for both thresholds"
-            assert settings.tau_c is not None, "settings ask for both thresholds"
-            wanted = threshold(*args, hotness.reshape(rows), settings.tau_h, settings.tau_c)
-        else:
-            wanted = top_n(*args, settings.margin)
+        score_rows, upgraded_rows, hotness_rows = (t.reshape(len(slots), -1) for t in (score, upgraded, hotness))
+        wanted = threshold(score_rows, upgraded_rows, slots, hotness_rows, settings.tau_h, settings.tau_c)
         return wanted.reshape(score.shape)
+
+
+class Control:
+    """All that decides: counts come in, moves go out. Whoever owns the slots carries them out.
+
+    Args:
+        gain: `[L, E]`, the error that the upgrade removes from each expert.
+        limit: how many promotions may start.
+    """
+
+    def __init__(self, tracker: HotnessTracker, gain: np.ndarray, limit: TrafficLimit, settings: Settings):
+        self.tracker, self.limit = tracker, limit
+        self.controller = PrecisionController(gain, settings)
+        self.watch = Watch(gain, settings)
+        self._policy = settings.policy
+
+    def observe(self, steps: int, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Take in the last `steps` forwards, which met the experts `held [L, E]` upgraded; returns mass and tokens."""
+        mass, tokens = self.tracker.update(steps)
+        self.watch.observe(mass, tokens, held, self.tracker.counter.top_k)
+        return mass, tokens
+
+    def decide(
+        self, upgraded: np.ndarray, broken: np.ndarray, num_slots: int, free_slots: int, frozen: bool = False
+    ) -> list[Transition]:
+        """The moves of one tick; none while `frozen`, only promotions into empty slots while the watch has paused."""
+        frozen = frozen or self._policy == "frozen"
+        hotness, controller = self.tracker.hotness, self.controller
+        followed = controller.followed(hotness, upgraded, broken, num_slots)
+        self.watch.review(followed, upgraded, frozen)
+        if frozen:
+            return []
+        allowed = self.limit.promotions()
+        if self.watch.paused:
+            return controller.fill(hotness, upgraded, broken, num_slots, free_slots)[:allowed]
+        return controller.choose(hotness, followed, upgraded, broken, num_slots, free_slots, allowed)
+
+    def verdict(self, upgraded: np.ndarray, frozen: bool = False) -> Verdict:
+        """Is it worth it here, with the experts `upgraded [L, E]`?"""
+        return self.watch.verdict(upgraded, frozen or self._policy == "frozen")
 
 
 def _checked(wanted: object, score: np.ndarray, num_slots: int) -> np.ndarray:

@@ -9,6 +9,7 @@ DynaExqError
 ├── QuantizationError(ValueError)     a weight that no code can represent (NaN, infinity)
 ├── StoreError(OSError)               upgrade bytes could not be read or written
 ├── CheckpointError(OSError)          a checkpoint that is incomplete, damaged, of another kind, or cannot be written
+├── TraceError(ValueError)            a routing trace that cannot be read, or a recording that cannot begin
 └── ClosedError(RuntimeError)         the runtime was closed
 """
 
@@ -61,3 +62,7 @@ class CheckpointError(DynaExqError, OSError):
 
 class ClosedError(DynaExqError, RuntimeError):
     """The runtime was closed and its memory released."""
+
+
+class TraceError(DynaExqError, ValueError):
+    """A routing trace that cannot be read, or a recording that cannot begin."""

@@ -83,7 +83,7 @@ class MixedPrecisionExperts(nn.Module):
             ports.before_forward()
         with ports.memory.fence.reading():
             if observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
-                counts = counter.row(ports.index)
+                counts = counter.row(ports.index, top_k_index.shape[-1])
             elif observe:
                 counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
             return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dynaexq.policy import Verdict
 from dynaexq.runtime import Runtime
 from dynaexq.telemetry import Report
 
@@ -77,7 +78,12 @@ class RuntimeGroup:
 
     def report(self) -> Report:
         """Bytes, tiers, traffic and moves as a table."""
-        return Report(self.memory(), self.stats(), self.tiers(), self.runtimes[0].plan.tiers)
+        verdict = "\n".join(f"{runtime.device}: {runtime.verdict()}" for runtime in self.runtimes)
+        return Report(self.memory(), self.stats(), self.tiers(), self.runtimes[0].plan.tiers, verdict)
+
+    def verdict(self) -> tuple[Verdict, ...]:
+        """Is it worth it here? One answer a device, as each decides by itself; `trace` likewise is each one's own."""
+        return tuple(runtime.verdict() for runtime in self.runtimes)
 
     def __enter__(self) -> "RuntimeGroup":
         return self

@@ -28,6 +28,11 @@ class DynaExqMoE(nn.Module):
     _view: LayerView
 
     @property
+    def layer(self) -> int:
+        """Which of its runtime's layers this is."""
+        return self._view.layer
+
+    @property
     def tracker(self) -> "HotnessTracker":
         """The model's hotness tracker."""
         return self._view.tracker

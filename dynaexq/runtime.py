@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,17 +17,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynaexq.control import HotnessTracker, PrecisionController
+from dynaexq.control import Control, HotnessTracker
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
 from dynaexq.moe import LayerView
 from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
+from dynaexq.policy import Verdict
+from dynaexq.recording import Recorder, Recording, header_of
 from dynaexq.records import BITS, MemoryPlan
+from dynaexq.retrieval import PackedExpert, packed_experts, source_experts
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.telemetry import Report, Traffic
-from dynaexq.traffic import TrafficLimit
+from dynaexq.traffic import TrafficLimit, bytes_per_second
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +62,8 @@ class Runtime:
             plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
-        self._traffic = Traffic()
-        self._limit = TrafficLimit(settings.traffic_limit, slot_nbytes, device)
+        self._limit = TrafficLimit(bytes_per_second(settings.traffic_limit, device), slot_nbytes)
+        self._traffic, self._recorder = Traffic(), Recorder()
         self._ticking = threading.Lock()
         self._steps = self._ticks = self._steps_at_tick = 0
         self._frozen = self._closed = False
@@ -72,7 +76,8 @@ class Runtime:
         except BaseException:
             store.close()
             raise
-        self._controller = PrecisionController(self._errors[..., 0] - self._errors[..., -1], self.settings)
+        gain = self._errors[..., 0] - self._errors[..., -1]
+        self._control = Control(self._tracker, gain, self._limit, self.settings)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)
@@ -85,7 +90,7 @@ class Runtime:
 
     def view(self, layer: int) -> LayerView:
         """What one layer's sparse block shows of the runtime."""
-        return LayerView(layer, self._tracker, self._controller, self._pipeline, self.plan.base.bits)
+        return LayerView(layer, self._tracker, self._control.controller, self._pipeline, self.plan.base.bits)
 
     @property
     def keeps_source(self) -> bool:
@@ -96,32 +101,16 @@ class Runtime:
         """Uint8 `[num_experts, nbytes]`: the base blocks of one layer."""
         return self._memory.base[layer]
 
-    def packed(self, layer: int) -> Iterator[tuple[Tensor, Tensor | None, np.ndarray]]:
-        """One layer's experts in turn, as they are saved: uint8 `[1, nbytes]` base, upgrade or None, errors `[1, T]`.
-
-        Raises:
-            ClosedError: the runtime was closed, and with it the place where upgrades wait.
-            StoreError: an upgrade cannot be read.
-        """
+    def packed(self, layer: int) -> Iterator[PackedExpert]:
+        """One layer's experts in turn, as they are saved; a ClosedError or StoreError where upgrades are gone."""
         self._check_open()
-        base, store = self._memory.base[layer], self._pipeline.store
-        upgrade = torch.zeros(1, self.codec.upgrade_layout.nbytes, dtype=torch.uint8)
-        for expert in range(self.plan.num_experts):
-            if upgrade.numel():
-                store.read_into(layer * self.plan.num_experts + expert, upgrade[0])
-            rows = slice(expert, expert + 1)
-            yield base[rows].cpu(), upgrade if upgrade.numel() else None, self._errors[layer, rows]
+        first = layer * self.plan.num_experts
+        return packed_experts(self.codec, self._memory.base[layer], self._errors[layer], self._pipeline.store, first)
 
     def source_weights(self, layer: int) -> ExpertWeights | None:
         """One layer's experts in the model's own dtype, bit for bit as given; None where no tier keeps them."""
-        if not self.codec.planes:
-            return self.codec.decode(self._memory.base[layer], None, self.codec.dtype)
-        if not self.codec.replaces or self._closed:
-            return None
-        blocks = torch.empty(self.plan.num_experts, self._memory.pool.slot_nbytes, dtype=torch.uint8)
-        for expert in range(self.plan.num_experts):
-            self._pipeline.store.read_into(layer * self.plan.num_experts + expert, blocks[expert])
-        return self.codec.decode(self._memory.base[layer], blocks, self.codec.dtype)
+        store = None if self._closed else self._pipeline.store
+        return source_experts(self.codec, self._memory.base[layer], store, layer * self.plan.num_experts)
 
     def tick(self) -> bool:
         """One step of control: publish, observe, decide, submit. Never waits for a copy.
@@ -179,8 +168,20 @@ class Runtime:
             if not self._frozen:
                 self._fill()
 
+    def trace(self, path: str | Path) -> Recording:
+        """Record what every tick drains, for `dynaexq simulate`, until the recording is closed; use it in a `with`.
+
+        Raises:
+            TraceError: another recording is running.
+            OSError: the file cannot be written.
+        """
+        self._check_open()
+        header = header_of(self._model(), self.plan, self.codec, self._errors, self._dense_bytes())
+        return self._recorder.start(path, header)
+
     def close(self) -> None:
         """Wait once for what is in flight, then stop for good. The model goes on answering at its last precisions."""
+        self._recorder.close()
         with self._ticking:
             if not self._closed:
                 self._frozen = self._closed = True
@@ -202,7 +203,7 @@ class Runtime:
 
     def routed_mass(self) -> np.ndarray:
         """Routing mass that every expert has received since the start. Waits for the device."""
-        return self._tracker.counter.totals()
+        return self._memory.counter.totals()
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start; `hot_coverage` is the share of the routing mass that met an upgraded expert."""
@@ -220,8 +221,12 @@ class Runtime:
         }
 
     def report(self) -> Report:
-        """Bytes, tiers, traffic and moves as a table; prints itself, and shows itself in a notebook."""
-        return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers)
+        """Bytes, tiers, traffic, moves and verdict as a table; prints itself, and shows itself in a notebook."""
+        return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers, str(self.verdict()))
+
+    def verdict(self) -> Verdict:
+        """Is it worth it here? In words (`str`), and the shares behind them; looks at the traffic since the start."""
+        return self._control.verdict(self._memory.table.kinds() > 0, self._frozen)
 
     def __enter__(self) -> "Runtime":
         return self
@@ -266,22 +271,18 @@ class Runtime:
         self._ticks += 1
         met = self._memory.table.kinds() > 0  # the tiers that the traffic since the last tick met
         self._pipeline.settle()
-        mass, tokens = self._tracker.update(self._steps - self._steps_at_tick)
-        self._steps_at_tick = self._steps
+        steps, self._steps_at_tick = self._steps - self._steps_at_tick, self._steps
+        mass, tokens = self._control.observe(steps, met)
         self._traffic.add(mass, tokens, met)
-        if not self._frozen and self._memory.pool.num_slots:
+        self._recorder.add(mass, tokens, steps, self._memory.counter.top_k)
+        if self._memory.pool.num_slots:
             self._decide()
 
     def _decide(self) -> None:
         pipeline, pool = self._pipeline, self._memory.pool
         pool.reclaim()
-        moves = self._controller.choose(
-            self._tracker.hotness,
-            pipeline.upgraded,
-            pipeline.broken,
-            pool.num_slots,
-            pool.num_available,
-            self._limit.promotions(),
+        moves = self._control.decide(
+            pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available, self._frozen
         )
         if pipeline.failing:
             moves = [move for move in moves if move.promote]
@@ -291,7 +292,7 @@ class Runtime:
     def _fill(self) -> None:
         """Give every free slot to the best expert that lacks one, and wait for it."""
         pipeline, pool = self._pipeline, self._memory.pool
-        promotions = self._controller.fill(
+        promotions = self._control.controller.fill(
             self._tracker.hotness, pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available
         )
         for promotion in promotions:
@@ -301,7 +302,7 @@ class Runtime:
     def _resize(self, slots: int) -> None:
         """Bring the upgrade slab to `slots`, dropping the segments of least worth; never above the old or the new."""
         pool, pipeline = self._memory.pool, self._pipeline
-        surplus = pool.surplus(slots, pipeline.worth(self._controller.score(self._tracker.hotness)))
+        surplus = pool.surplus(slots, pipeline.worth(self._control.controller.score(self._tracker.hotness)))
         if surplus:
             pipeline.vacate(surplus)
             pool.drop(surplus)

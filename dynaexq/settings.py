@@ -55,6 +55,8 @@ class Settings:
         half_life: tokens after which an observation weighs half in the hotness; 512 unless `alpha` is given.
         alpha: the paper's factor instead, kept share of the old hotness at every step; in [0, 1).
         margin: relative hysteresis; a newcomer must beat an incumbent's score by this share.
+        auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
+            does (see `dynaexq.watch`).
         tick_every: forward passes between two decisions.
         traffic_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
             measured link (a float); None moves at most 64 MiB a tick.
@@ -77,6 +79,7 @@ class Settings:
     half_life: float | None = None
     alpha: float | None = None
     margin: float = 0.1
+    auto_pause: bool = True
     tick_every: int = 16
     traffic_limit: int | float | str | None = None
     host_copy: str = "auto"
@@ -98,6 +101,8 @@ class Settings:
             _one_of("dense", self.dense, ("bnb-4bit", "bnb-8bit"))
         if not callable(self.policy):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
+        if not isinstance(self.auto_pause, bool):
+            raise SettingsError(f"auto_pause must be True or False, got {self.auto_pause!r}")
         for dial in ("tick_every", "max_context", "max_batch"):
             _whole_number(dial, getattr(self, dial))
         _number("margin", self.margin, low=0.0)

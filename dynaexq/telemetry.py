@@ -32,11 +32,23 @@ class Traffic:
 class Report:
     """A snapshot for people: prints as a table, and shows itself in a notebook."""
 
-    def __init__(self, memory: dict[str, int], stats: dict[str, Any], tiers: np.ndarray, ladder: tuple[str, ...]):
-        self.memory, self.stats, self.tiers, self.ladder = memory, stats, tiers, ladder
+    def __init__(
+        self,
+        memory: dict[str, int],
+        stats: dict[str, Any],
+        tiers: np.ndarray,
+        ladder: tuple[str, ...],
+        verdict: str,
+    ):
+        self.memory, self.stats, self.tiers, self.ladder, self.verdict = memory, stats, tiers, ladder, verdict
 
     def __rich__(self) -> RenderableType:
-        table = Table(title=f"dynaexq: {' + '.join(self.ladder)}", show_header=False)
+        table = Table(
+            title=f"dynaexq: {' + '.join(self.ladder)}",
+            show_header=False,
+            caption=self.verdict,
+            caption_justify="left",
+        )
         table.add_column(style="bold")
         table.add_column(justify="right")
         for part, nbytes in self.memory.items():

@@ -1,6 +1,7 @@
 """How many promotions one tick may start, so that copies leave the link to those who compute."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -14,29 +15,36 @@ class TrafficLimit:
     """An allowance of bytes that grows with time and is spent a slot at a time.
 
     Args:
-        limit: bytes a second, a share in (0, 1] of the measured link, or None for 64 MiB a tick.
+        rate: bytes a second, or None for 64 MiB a tick.
         slot_nbytes: bytes of one promotion.
+        clock: seconds since some moment, by default `time.monotonic`; a replayed trace brings its own.
     """
 
-    def __init__(self, limit: int | float | str | None, slot_nbytes: int, device: torch.device):
-        self._slot_nbytes = max(1, slot_nbytes)
-        self._rate = limit * measure_link(device) if isinstance(limit, float) else limit
+    def __init__(self, rate: float | None, slot_nbytes: int, clock: Callable[[], float] | None = None):
+        self._rate, self._slot_nbytes, self._clock = rate, max(1, slot_nbytes), clock or time.monotonic
         self._allowance = float(self._slot_nbytes)
-        self._last = time.monotonic()
+        self._last = self._clock()
 
     def promotions(self) -> int:
         """Promotions allowed now; what is not used stays, up to one second's worth."""
         if self._rate is None:
             return max(1, UNLIMITED_TICK_BYTES // self._slot_nbytes)
-        now = time.monotonic()
-        most = max(float(self._rate), float(self._slot_nbytes))
-        self._allowance = min(most, self._allowance + float(self._rate) * (now - self._last))
+        now = self._clock()
+        most = max(self._rate, float(self._slot_nbytes))
+        self._allowance = min(most, self._allowance + self._rate * (now - self._last))
         self._last = now
         return int(self._allowance // self._slot_nbytes)
 
     def spend(self, promotions: int) -> None:
         """Take what was really started off the allowance."""
         self._allowance -= promotions * self._slot_nbytes
+
+
+def bytes_per_second(limit: int | float | str | None, device: torch.device) -> float | None:
+    """What `Settings.traffic_limit` allows on `device`: a float is a share of the link, which is measured for it."""
+    if isinstance(limit, float):
+        return limit * measure_link(device)
+    return None if limit is None else float(limit)
 
 
 def measure_link(device: torch.device) -> float:

@@ -111,7 +111,7 @@ def one_rank_idle(directory: Path) -> dict[str, Any]:
 
 def traffic_on_cold_experts(directory: Path) -> dict[str, Any]:
     """Room for half the upgrades on each rank, and all traffic on one expert a rank and layer that has none."""
-    model = load(directory / "source", ("int2", "int8"), SIZES, half_life=16, tick_every=4)
+    model = load(directory / "source", ("int2", "int8"), SIZES, half_life=16, tick_every=4, auto_pause=False)
     rt = model.dynaexq
     memory = rt.memory()
     budget = memory["total"] - memory["upgrade"] // 2

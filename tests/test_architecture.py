@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "dynaexq"
 
 ROOMS_OF_FLOOR = {
     0: {"records", "settings", "errors", "corpus", "hardware"},
-    1: {"formats", "policy", "memory", "storage"},
+    1: {"formats", "policy", "memory", "storage", "traces"},
     2: {"kernels"},
     3: {
         "adoption",
@@ -18,8 +18,12 @@ ROOMS_OF_FLOOR = {
         "moe",
         "control",
         "traffic",
+        "watch",
+        "replay",
+        "recording",
         "placement",
         "restoration",
+        "retrieval",
         "telemetry",
         "runtime",
         "group",
@@ -27,7 +31,7 @@ ROOMS_OF_FLOOR = {
         "forecast",
     },
     4: {"hf"},
-    5: {"demo", "planview", "cli", "__init__"},
+    5: {"demo", "planview", "simulate", "cli", "__init__"},
 }
 FLOOR_OF = {room: floor for floor, rooms in ROOMS_OF_FLOOR.items() for room in rooms}
 
@@ -36,13 +40,13 @@ ONLY_IN = {
     "accelerate": {"hf"},
     "triton": {"kernels"},
     "typer": {"cli"},
-    "rich": {"telemetry", "demo", "planview"},
+    "rich": {"telemetry", "demo", "planview", "simulate"},
     "psutil": {"hf"},
     "bitsandbytes": {"hf"},
 }
 """Heavy or outside packages, and the rooms that may know them."""
 
-NUMPY_ONLY = {"policy"}
+NUMPY_ONLY = {"policy", "traces", "watch", "control", "replay"}
 STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus", "hardware"}
 
 

@@ -153,7 +153,7 @@ def test_any_ladder_that_the_planes_allow_reads_the_codes_that_were_stored(
     else:
         assert torch.equal(tiny.logits(model), tiny.logits(load(packed, tiers=("int4",))))
     if len(tiers) == 2:
-        gain = model.dynaexq._controller.gain
+        gain = model.dynaexq._control.controller.gain
         assert (gain > 0).all()
 
 

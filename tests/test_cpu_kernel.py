@@ -172,7 +172,7 @@ def test_routing_is_counted_as_the_counter_of_the_device_counts_it():
     for _ in range(2):
         expected.observe(1, index, weights)
         layer = cpu.native_layer(got.layer, torch.float32)
-        layer(got.hidden_states, index, weights, got.upgrades.entries, found.row(1))
+        layer(got.hidden_states, index, weights, got.upgrades.entries, found.row(1, index.shape[1]))
     assert found.sums.tolist() == expected.sums.tolist()
 
 

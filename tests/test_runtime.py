@@ -145,7 +145,7 @@ def test_the_disk_holds_what_memory_holds(tiers: tuple[str, ...]) -> None:
 @two_tiers
 def test_the_same_input_makes_the_same_decisions(tiers: tuple[str, ...]) -> None:
     def history() -> list[Any]:
-        model, steps = patched(tiers, half_life=4, margin=0.0), []
+        model, steps = patched(tiers, half_life=4, margin=0.0, auto_pause=False), []
         for seed in range(8):
             answer = tiny.logits(model, tiny.prompt(seed=seed))
             steps.append((model.dynaexq.tiers().tolist(), model.dynaexq.hotness().tolist(), answer.tolist()))
@@ -313,7 +313,7 @@ def test_a_reader_keeps_the_upgrades_it_found(
 ) -> None:
     arrived, proceed = slow_reader
     proceed.set()
-    model, outputs = patched(tiers, tick_every=10**6), []
+    model, outputs = patched(tiers, tick_every=10**6, auto_pause=False), []
     rt = model.dynaexq
     tiny.steer(model, MORNING)
     run(model)

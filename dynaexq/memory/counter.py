@@ -21,14 +21,22 @@ class RoutingCounter:
 
     def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         self.num_experts = num_experts
+        self.top_k = 1
+        """Experts a token is routed to, as last seen."""
         self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
         self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
         self._lock = threading.Lock()
         self._pinned: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, experts)."""
+        return len(self._drained), self.num_experts
+
     def observe(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits."""
+        self.top_k = top_k_index.shape[-1]
         ids = top_k_index.reshape(-1)
         ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
         mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_MASS)
@@ -50,8 +58,9 @@ class RoutingCounter:
         """Mass `[L, E]` since the start. Waits for the device."""
         return self.sums[:, : self.num_experts].cpu().numpy() / MASS_UNIT
 
-    def row(self, layer: int) -> Tensor:
+    def row(self, layer: int, top_k: int) -> Tensor:
         """The sums of one layer, int64 `[num_experts + 2]`, for a kernel that counts by itself as `observe` does."""
+        self.top_k = top_k
         return self.sums[layer]
 
     @property

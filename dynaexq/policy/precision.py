@@ -18,12 +18,20 @@ def top_n(score: np.ndarray, upgraded: np.ndarray, slots: np.ndarray, margin: fl
         score, upgraded: `[R, E]`. One row competes by itself: reshape to `[1, L * E]` for global allocation.
         slots: `[R]`, how many each row may choose.
     """
-    incumbents_first = np.argsort(~upgraded, axis=1, kind="stable")
-    biased = np.take_along_axis(np.where(upgraded, score * (1 + margin), score), incumbents_first, axis=1)
-    best = np.take_along_axis(incumbents_first, np.argsort(-biased, axis=1, kind="stable"), axis=1)
-    wanted = np.zeros(score.shape, dtype=bool)
-    np.put_along_axis(wanted, best, np.arange(score.shape[1])[None, :] < slots[:, None], axis=1)
-    return wanted
+    worth = np.where(upgraded, score * (1 + margin), score)
+    ascending = np.sort(worth, axis=1)
+    num_experts = worth.shape[1]
+    last = ascending[np.arange(len(worth)), np.clip(num_experts - slots, 0, num_experts - 1)][:, None]
+    better, tied = worth > last, worth == last
+    left = slots[:, None] - better.sum(1, keepdims=True)  # how many of those that tie for the last slot get one
+    incumbents = _first_of_each(tied & upgraded, left)
+    newcomers = _first_of_each(tied & ~upgraded, left - incumbents.sum(1, keepdims=True))
+    return (better | incumbents | newcomers) & (slots[:, None] > 0)
+
+
+def _first_of_each(marked: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The first `counts[r]` of the True in every row r."""
+    return marked & (np.cumsum(marked, axis=1) <= counts)
 
 
 def threshold(
