@@ -6,6 +6,7 @@ dimension first, so a few experts are converted as well as all of them.
 """
 
 import copy
+import json
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,6 +27,32 @@ from dynaexq.errors import CheckpointError
 from dynaexq.formats import ExpertWeights
 from dynaexq.hf.families import FLOAT_DTYPES, SparseLayer
 from dynaexq.storage import Shard
+
+INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_files(source: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint directory, as its index names them.
+
+    Raises:
+        CheckpointError: there are none, the index cannot be read, or it points out of the directory.
+    """
+    index = source / INDEX
+    if not index.is_file():
+        files = sorted(source.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{source} has no safetensors; pickles are never opened: convert the checkpoint with safetensors"
+            )
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error!r}); fetch it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is no file of its directory; do not trust it")
+    return [source / name for name in names]
 
 
 def open_shards(files: Sequence[str | Path] | None) -> list[Shard]:

@@ -14,12 +14,11 @@ import torch
 
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.formats import ExpertCodec
-from dynaexq.hf.checkpoint import CheckpointSource, open_shards
+from dynaexq.hf.checkpoint import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan, resolve_device
+from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
 from dynaexq.hf.saving import (
-    INDEX,
     SHARD_METADATA,
     packed_config,
     refuse_foreign_weights,
@@ -100,32 +99,8 @@ def annotate_checkpoint(source: str | Path, target: str | Path, **dials: Any) ->
     return target
 
 
-def checkpoint_files(source: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint directory, as its index names them.
-
-    Raises:
-        CheckpointError: there are none, the index cannot be read, or it points out of the directory.
-    """
-    index = source / INDEX
-    if not index.is_file():
-        files = sorted(source.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"{source} has no safetensors; pickles are never opened: convert the checkpoint with safetensors"
-            )
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error!r}); fetch it again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is no file of its directory; do not trust it")
-    return [source / name for name in names]
-
-
 def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> ExpertCodec:
-    codecs = {tiers: make_codec(layers[0], tiers, settings) for tiers in choose_ladders(settings)}
+    codecs = make_codecs(layers[0], choose_ladders(settings), settings)
     if len(codecs) == 1:
         return next(iter(codecs.values()))
     if isinstance(settings.hbm_budget, str):

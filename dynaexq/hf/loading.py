@@ -19,7 +19,7 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
 from dynaexq.hf.installation import Installation
 from dynaexq.hf.parallel import check_distribution, edit_tensor_plan, share_of
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan
+from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_codecs, make_plan
 from dynaexq.placement import QuantizedSupply, Supply
 from dynaexq.restoration import EarlyReading, PackedSupply, packed_shape
 from dynaexq.runtime import Runtime
@@ -48,7 +48,7 @@ class CheckpointLoad:
         self.layers = find_sparse_layers(model, on_meta=True)
         check_distribution(model.config, self.layers, settings.dense)
         stored = config.stored_tiers()
-        self._ladders = choose_ladders(settings, stored)
+        self._codecs = make_codecs(self.layers[0], choose_ladders(settings, stored), settings)
         self._stored_codec = make_codec(self.layers[0], stored, settings) if stored else None
         shards = open_shards(files)
         self._source = None if stored else CheckpointSource(model, self.layers, shards)
@@ -81,11 +81,10 @@ class CheckpointLoad:
         for device, indices in self._layers_by_device().items():
             layers = [self.layers[index] for index in indices]
             supply = self._supply(indices, rank * num_experts, num_experts)
-            codecs = {tiers: make_codec(layers[0], tiers, self.settings) for tiers in self._ladders}
             dense = dense_bytes(self.model, [], device)
-            plan = make_plan(self.model, layers, codecs, self.settings, device, dense, num_experts)
+            plan = make_plan(self.model, layers, self._codecs, self.settings, device, dense, num_experts)
             base = self._early.base if self._early else None
-            runtime = Runtime(self.model, plan, codecs[plan.tiers], self.settings, device, base)
+            runtime = Runtime(self.model, plan, self._codecs[plan.tiers], self.settings, device, base)
             runtime.load(supply)
             self._installation.connect(runtime, layers)
             runtimes.append((runtime, indices))
@@ -105,7 +104,7 @@ class CheckpointLoad:
         whole = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}
         if self._reader is None or self._stored_codec is None or not whole or self._is_distributed:
             return None
-        same_base = all(ladder[0] == self._stored_codec.tiers[0] for ladder in self._ladders)
+        same_base = all(ladder[0] == self._stored_codec.tiers[0] for ladder in self._codecs)
         return EarlyReading(self._reader) if same_base else None
 
     def _packed_shape(self, codec: ExpertCodec) -> PackedShape:
@@ -116,10 +115,9 @@ class CheckpointLoad:
         devices = set(device_map.values()) if isinstance(device_map, dict) else set()
         if len(devices) != 1 or self.settings.dense is not None or isinstance(self.settings.hbm_budget, str):
             return
-        codecs = {tiers: make_codec(self.layers[0], tiers, self.settings) for tiers in self._ladders}
         dense = dense_bytes(self.model, self.layers)
         device = torch.device("cpu")  # any will do: the budget is given
-        make_plan(self.model, self.layers, codecs, self.settings, device, dense, self.layers[0].num_experts)
+        make_plan(self.model, self.layers, self._codecs, self.settings, device, dense, self.layers[0].num_experts)
 
     def _stand_ins(self, device_map: Any) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters that show an automatic device map what a layer weighs, or ranks what there is to share."""
@@ -127,7 +125,7 @@ class CheckpointLoad:
             return {layer.name: layer.parameters for layer in self.layers}
         if not isinstance(device_map, str):
             return {}
-        base = make_codec(self.layers[0], self._ladders[0], self.settings).base.nbytes
+        base = next(iter(self._codecs.values())).base.nbytes
         return {
             layer.name: {"down_proj": nn.Parameter(_meta(layer.num_experts, base), requires_grad=False)}
             for layer in self.layers

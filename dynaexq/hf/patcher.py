@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from dynaexq.errors import PatchError, UnsupportedModelError
-from dynaexq.hf.checkpoint import CheckpointSource, open_shards
+from dynaexq.hf.checkpoint import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
 from dynaexq.hf.families import LiveSource, SparseLayer, find_sparse_layers
 from dynaexq.hf.installation import RECORD, Installation
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_plan, resolve_device
+from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.saving import save_packed
 from dynaexq.placement import ExpertSource, QuantizedSupply, held_tensors, weight_bytes
@@ -90,7 +90,7 @@ def _source_in(directory: Path, model: nn.Module, layers: Sequence[SparseLayer])
             f"{on_meta[0]} is on the meta device, and patch reads experts only; load the dense weights first, or load "
             "the whole model with from_pretrained(..., quantization_config=dynaexq.DynaExqConfig(...))"
         )
-    return CheckpointSource(model, layers, open_shards(sorted(directory.glob("*.safetensors"))))
+    return CheckpointSource(model, layers, open_shards(checkpoint_files(directory)))
 
 
 def _is_of(name: str, layers: Sequence[SparseLayer]) -> bool:
@@ -105,7 +105,7 @@ def _new_runtime(
     device: torch.device,
 ) -> Runtime:
     """A runtime with memory for all experts, on the best ladder that fits beside the dense weights."""
-    codecs = {tiers: make_codec(layers[0], tiers, settings) for tiers in choose_ladders(settings)}
+    codecs = make_codecs(layers[0], choose_ladders(settings), settings)
     replaced = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
     quantized = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
     dense = dense_bytes(model, layers) - replaced + quantized

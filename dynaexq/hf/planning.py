@@ -60,6 +60,11 @@ def make_codec(layer: SparseLayer, tiers: Ladder, settings: Settings) -> ExpertC
     return ExpertCodec(layer.shape(), layer.dtype, tiers, settings.group_size, settings.quantizer)
 
 
+def make_codecs(layer: SparseLayer, ladders: Iterable[Ladder], settings: Settings) -> dict[Ladder, ExpertCodec]:
+    """The codec of each of several ladders."""
+    return {tiers: make_codec(layer, tiers, settings) for tiers in ladders}
+
+
 def make_plan(
     model: nn.Module,
     layers: Sequence[SparseLayer],

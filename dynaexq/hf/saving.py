@@ -15,6 +15,7 @@ import torch
 
 from dynaexq.errors import CheckpointError, PatchError
 from dynaexq.formats import ExpertCodec
+from dynaexq.hf.checkpoint import INDEX
 from dynaexq.hf.compat import is_distributed
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer
@@ -24,7 +25,6 @@ from dynaexq.restoration import packed_shape
 from dynaexq.settings import parse_bytes
 from dynaexq.storage import FORMAT_VERSION, PackedWriter, Shard, ShardWriter, is_weights, replaced
 
-INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DENSE = "model-dense.safetensors"
 _GUARD_FILE = "dynaexq-guard.safetensors"

@@ -9,10 +9,10 @@ from dynaexq.errors import CheckpointError
 from dynaexq.forecast import Ladder, ModelSize
 from dynaexq.formats import offered
 from dynaexq.hf.capacity import context_bytes
+from dynaexq.hf.checkpoint import INDEX
 from dynaexq.hf.config import METHOD, DynaExqConfig
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
 from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec
-from dynaexq.hf.saving import INDEX
 from dynaexq.hf.skeleton import build_skeleton, quantization_method, read_config
 from dynaexq.memory import DeviceMemory
 from dynaexq.policy import LADDERS
