@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynaexq
-from dynaexq.corpus import DOMAINS
-from dynaexq.demo import embedded_model, windows_of
-from dynaexq.evaluate import stream_kl, stream_logits
+from dynaexq.corpus import DOMAINS, documents
+from dynaexq.demo import embedded_model
+from dynaexq.evaluate import evaluate, reference_logits, windows_of
 
 UNIFORM = (("int2",), ("int2", "int4"), ("int4",), ("int4", "int8"), ("int8",), ("fp16",))
 SHARES = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
@@ -45,8 +45,8 @@ class Stream:
     def __init__(self, path: Path, windows: int):
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager").eval()
-        self.windows = {domain: windows_of(tokenizer, domain, windows, 128) for domain in DOMAINS}
-        self.reference = {domain: list(stream_logits(self.model, ws)) for domain, ws in self.windows.items()}
+        self.windows = {domain: windows_of(tokenizer, documents(domain), windows, 128) for domain in DOMAINS}
+        self.reference = {domain: reference_logits(self.model, ws) for domain, ws in self.windows.items()}
 
     def kl(self, share: float, **dials) -> dict[str, float]:
         """KL of each domain and their mean, with `share` of the experts upgraded; and the bytes of all experts."""
@@ -56,7 +56,7 @@ class Stream:
         if slots:
             slot = memory["upgrade"] // slots
             runtime.set_budget(memory["total"] - memory["upgrade"] + round(share * slots) * slot)
-        kl = {domain: stream_kl(model, ws, self.reference[domain]) for domain, ws in self.windows.items()}
+        kl = {domain: evaluate(model, ws, self.reference[domain]).kl for domain, ws in self.windows.items()}
         memory = runtime.memory()
         return {"bytes": memory["base"] + memory["upgrade"], **kl, "mean": sum(kl.values()) / len(kl)}
 

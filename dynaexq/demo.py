@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynaexq.corpus import DOMAINS, documents
-from dynaexq.evaluate import stream_kl, stream_logits
+from dynaexq.evaluate import evaluate, reference_logits, windows_of
 from dynaexq.hf import patch
 from dynaexq.runtime import Runtime
 
@@ -63,16 +63,6 @@ def embedded_model() -> Path:
     raise FileNotFoundError("the embedded model is missing; train it with: python examples/tiny-moe/train.py")
 
 
-def windows_of(tokenizer: Any, domain: str, count: int, length: int) -> list[Tensor]:
-    """`count` windows of `length` token ids from held-out documents of one domain."""
-    ids: list[int] = []
-    for text in documents(domain):  # type: ignore[arg-type]
-        ids += tokenizer(text + tokenizer.eos_token, verbose=False)["input_ids"]
-        if len(ids) >= count * length:
-            break
-    return list(torch.tensor(ids[: len(ids) // length * length]).view(-1, length)[:count])
-
-
 def run(
     model_dir: Path | None = None,
     tiers: tuple[str, str] = ("int2", "int4"),
@@ -99,7 +89,7 @@ def write_json(outcomes: list[Outcome], path: Path) -> None:
 def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console: Console) -> list[Outcome]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, experts_implementation="eager").eval()
-    phases = {domain: windows_of(tokenizer, domain, windows, length) for domain in DOMAINS}
+    phases = {domain: windows_of(tokenizer, documents(domain), windows, length) for domain in DOMAINS}
     least, slot, experts = _budgets(model, tiers)
     shares = {"all low": 0.0, "frozen start": SHARE_UPGRADED, "dynamic": SHARE_UPGRADED, "all high": 1.0}
     outcomes = []
@@ -107,7 +97,7 @@ def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console:
         task = progress.add_task("16-bit reference", total=(1 + len(shares)) * windows * len(phases))
         reference = {}
         for domain, phase in phases.items():
-            reference[domain] = list(stream_logits(model, phase))
+            reference[domain] = reference_logits(model, phase)
             progress.advance(task, windows)
         for name, share in shares.items():
             progress.update(task, description=name)
@@ -136,7 +126,8 @@ def _see(
 ) -> None:
     """Send one phase through a patched model and enter what it cost."""
     before = runtime.routed_mass()
-    outcome.kl.append(stream_kl(model, phase, reference, after_window))
+    quality = evaluate(model, phase, reference, after_window)
+    outcome.kl.append(quality.kl or 0.0)
     outcome.overlap.append(_overlap(runtime, runtime.routed_mass() - before))
     stats = runtime.stats()
     outcome.promotions, outcome.demotions = stats["promotions"], stats["demotions"]

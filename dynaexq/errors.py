@@ -10,6 +10,7 @@ DynaExqError
 ├── StoreError(OSError)               upgrade bytes could not be read or written
 ├── CheckpointError(OSError)          a checkpoint that is incomplete, damaged, of another kind, or cannot be written
 ├── TraceError(ValueError)            a routing trace that cannot be read, or a recording that cannot begin
+├── ProfileError(ValueError)          a heat profile that cannot be read, or of another model
 └── ClosedError(RuntimeError)         the runtime was closed
 """
 
@@ -66,3 +67,7 @@ class ClosedError(DynaExqError, RuntimeError):
 
 class TraceError(DynaExqError, ValueError):
     """A routing trace that cannot be read, or a recording that cannot begin."""
+
+
+class ProfileError(DynaExqError, ValueError):
+    """A heat profile that cannot be read, or that belongs to another model."""

@@ -1,12 +1,14 @@
 """The runtimes of a model whose layers lie on several devices, seen as one. Each keeps to a budget of its own."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from dynaexq.policy import Verdict
+from dynaexq.profiles import write_profile
 from dynaexq.runtime import Runtime
 from dynaexq.telemetry import Report
 
@@ -47,6 +49,15 @@ class RuntimeGroup:
     def set_budget(self, hbm_budget: int | str) -> None:
         """A new ceiling for each device; a BudgetError leaves those before it changed and the others as they were."""
         self._each(lambda runtime: runtime.set_budget(hbm_budget))
+
+    def save_profile(self, path: str | Path) -> None:
+        """Write what is hot now, of all devices together; see `Runtime.save_profile`."""
+        heat = {name: row for runtime in self.runtimes for name, row in runtime.heat().items()}
+        write_profile(path, self.runtimes[0].model_name, heat)
+
+    def load_profile(self, path: str | Path) -> None:
+        """Take what `save_profile` wrote and choose every device's upgrades anew; see `Runtime.load_profile`."""
+        self._each(lambda runtime: runtime.load_profile(path))
 
     def close(self) -> None:
         """Stop for good. The model goes on answering at its last precisions."""

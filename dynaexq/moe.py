@@ -62,3 +62,11 @@ class DynaExqMoE(nn.Module):
     def hotness(self) -> np.ndarray:
         """Hotness `[num_experts]` of this layer's experts."""
         return self._view.tracker.hotness[self._view.layer].copy()
+
+
+def layer_names(model: nn.Module | None, tracker: "HotnessTracker") -> list[str]:
+    """Paths of the sparse blocks that `tracker` watches, in its order; a number for one that was not found."""
+    modules = model.named_modules() if model is not None else ()
+    blocks = ((name, block) for name, block in modules if isinstance(block, DynaExqMoE))
+    names = {block.layer: name for name, block in blocks if block.tracker is tracker}
+    return [names.get(layer, f"layer {layer}") for layer in range(len(tracker.hotness))]

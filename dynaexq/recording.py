@@ -7,11 +7,9 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from torch import nn
 
 from dynaexq.errors import TraceError
 from dynaexq.formats import ExpertCodec
-from dynaexq.moe import DynaExqMoE
 from dynaexq.records import MemoryPlan
 from dynaexq.traces import TraceHeader, TraceWriter, Window
 
@@ -89,12 +87,7 @@ class Recorder:
             self._current.close()
 
 
-def header_of(
-    model: nn.Module | None, plan: MemoryPlan, codec: ExpertCodec, errors: np.ndarray, dense: int
-) -> TraceHeader:
-    """What a trace of `model` says about it; layers are named by their sparse blocks."""
-    modules = model.named_modules() if model is not None else ()
-    names = {block.layer: name for name, block in modules if isinstance(block, DynaExqMoE)}
-    layers = tuple(names.get(layer, f"layer {layer}") for layer in range(plan.num_layers))
+def header_of(layers: list[str], plan: MemoryPlan, codec: ExpertCodec, errors: np.ndarray, dense: int) -> TraceHeader:
+    """What a trace says about the model whose sparse blocks are called `layers`."""
     dtype = str(codec.dtype).removeprefix("torch.")
-    return TraceHeader(layers, plan.num_experts, 0, plan.tiers, errors, codec.shape, dtype, dense)
+    return TraceHeader(tuple(layers), plan.num_experts, 0, plan.tiers, errors, codec.shape, dtype, dense)

@@ -7,7 +7,6 @@ One decision spans several ticks and none of them waits: *publish* what has arri
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.control import Control, HotnessTracker
-from dynaexq.errors import BudgetError, ClosedError
+from dynaexq.errors import BudgetError, ClosedError, SettingsError
 from dynaexq.experts import LayerPorts
-from dynaexq.formats import ExpertCodec, ExpertWeights
+from dynaexq.formats import ExpertCodec
 from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
-from dynaexq.moe import LayerView
-from dynaexq.placement import SourceStore, Supply, held_tensors, weight_bytes
+from dynaexq.moe import LayerView, layer_names
+from dynaexq.placement import Supply, held_tensors, weight_bytes
 from dynaexq.policy import Verdict
+from dynaexq.profiles import is_hotness, read_profile, write_profile
 from dynaexq.recording import Recorder, Recording, header_of
 from dynaexq.records import BITS, MemoryPlan
-from dynaexq.retrieval import PackedExpert, packed_experts, source_experts
+from dynaexq.retrieval import StoredExperts
 from dynaexq.settings import Settings, parse_bytes
+from dynaexq.steering import Steering
 from dynaexq.telemetry import Report, Traffic
 from dynaexq.traffic import TrafficLimit, bytes_per_second
 
@@ -62,7 +63,6 @@ class Runtime:
             plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base
         )
         self._tracker = HotnessTracker(self._memory.counter, settings)
-        self._limit = TrafficLimit(bytes_per_second(settings.traffic_limit, device), slot_nbytes)
         self._traffic, self._recorder = Traffic(), Recorder()
         self._ticking = threading.Lock()
         self._steps = self._ticks = self._steps_at_tick = 0
@@ -77,11 +77,13 @@ class Runtime:
             store.close()
             raise
         gain = self._errors[..., 0] - self._errors[..., -1]
-        self._control = Control(self._tracker, gain, self._limit, self.settings)
+        limit = TrafficLimit(bytes_per_second(self.settings.traffic_limit, self.device), self._memory.pool.slot_nbytes)
+        self._control = Control(self._tracker, gain, limit, self.settings)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)
-        self._fill()
+        self._steering = Steering(self._control, self._pipeline)
+        self._steering.fill()
 
     def ports(self, layer: int) -> LayerPorts:
         """What joins one layer's experts to the runtime; the first layer's forward is where steps are counted."""
@@ -93,24 +95,15 @@ class Runtime:
         return LayerView(layer, self._tracker, self._control.controller, self._pipeline, self.plan.base.bits)
 
     @property
-    def keeps_source(self) -> bool:
-        """Whether upgrades are read from the source weights themselves, so that these must not be freed."""
-        return isinstance(self._pipeline.store, SourceStore)
+    def model_name(self) -> str:
+        """Name of the model's class."""
+        return type(self._model()).__name__
 
-    def base_blocks(self, layer: int) -> Tensor:
-        """Uint8 `[num_experts, nbytes]`: the base blocks of one layer."""
-        return self._memory.base[layer]
-
-    def packed(self, layer: int) -> Iterator[PackedExpert]:
-        """One layer's experts in turn, as they are saved; a ClosedError or StoreError where upgrades are gone."""
-        self._check_open()
-        first = layer * self.plan.num_experts
-        return packed_experts(self.codec, self._memory.base[layer], self._errors[layer], self._pipeline.store, first)
-
-    def source_weights(self, layer: int) -> ExpertWeights | None:
-        """One layer's experts in the model's own dtype, bit for bit as given; None where no tier keeps them."""
+    @property
+    def stored(self) -> StoredExperts:
+        """Its experts where they lie; once closed, without those that wait on the host."""
         store = None if self._closed else self._pipeline.store
-        return source_experts(self.codec, self._memory.base[layer], store, layer * self.plan.num_experts)
+        return StoredExperts(self.codec, self._memory.base, self._errors, store)
 
     def tick(self) -> bool:
         """One step of control: publish, observe, decide, submit. Never waits for a copy.
@@ -163,10 +156,42 @@ class Runtime:
                 )
             slot = self._memory.pool.slot_nbytes
             slots = min(self._memory.table.kinds().size, (budget - fixed) // slot) if slot else 0
-            self._resize(slots)
+            self._steering.resize(slots)
             self.plan = replace(self.plan, budget=budget, num_slots=slots)
             if not self._frozen:
-                self._fill()
+                self._steering.fill()
+
+    def heat(self) -> dict[str, np.ndarray]:
+        """Hotness `[num_experts]` of every layer, by the path of its sparse block."""
+        names = layer_names(self._model(), self._tracker)
+        return dict(zip(names, self._tracker.hotness.copy(), strict=True))
+
+    def save_profile(self, path: str | Path) -> None:
+        """Write what is hot now to a safetensors file, as a warm start for `load_profile`."""
+        write_profile(path, self.model_name, self.heat())
+
+    def load_profile(self, path: str | Path) -> None:
+        """Take the hotness that `save_profile` wrote and choose the upgrades anew, frozen or not; waits for them.
+
+        Raises:
+            ProfileError: not a profile, damaged, or of another model; nothing has changed then.
+        """
+        self.warm_start(read_profile(path, self.model_name, list(self.heat()), self.plan.num_experts))
+
+    @torch.inference_mode(False)  # likewise
+    def warm_start(self, hotness: np.ndarray) -> None:
+        """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them.
+
+        Raises:
+            SettingsError: of another shape, or not finite, or negative; nothing has changed then.
+        """
+        self._check_open()
+        shape = self._tracker.hotness.shape
+        if np.shape(hotness) != shape or not is_hotness(hotness):
+            raise SettingsError(f"hotness must be {shape}, finite and not negative, got {np.shape(hotness)}")
+        with self._ticking:
+            self._tracker.hotness = np.array(hotness, dtype=np.float64)
+            self._steering.choose_anew()
 
     def trace(self, path: str | Path) -> Recording:
         """Record what every tick drains, for `dynaexq simulate`, until the recording is closed; use it in a `with`.
@@ -176,7 +201,8 @@ class Runtime:
             OSError: the file cannot be written.
         """
         self._check_open()
-        header = header_of(self._model(), self.plan, self.codec, self._errors, self._dense_bytes())
+        layers = layer_names(self._model(), self._tracker)
+        header = header_of(layers, self.plan, self.codec, self._errors, self._dense_bytes())
         return self._recorder.start(path, header)
 
     def close(self) -> None:
@@ -276,38 +302,7 @@ class Runtime:
         self._traffic.add(mass, tokens, met)
         self._recorder.add(mass, tokens, steps, self._memory.counter.top_k)
         if self._memory.pool.num_slots:
-            self._decide()
-
-    def _decide(self) -> None:
-        pipeline, pool = self._pipeline, self._memory.pool
-        pool.reclaim()
-        moves = self._control.decide(
-            pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available, self._frozen
-        )
-        if pipeline.failing:
-            moves = [move for move in moves if move.promote]
-        self._limit.spend(sum(pipeline.submit(move) and move.promote for move in moves))
-        pipeline.settle()
-
-    def _fill(self) -> None:
-        """Give every free slot to the best expert that lacks one, and wait for it."""
-        pipeline, pool = self._pipeline, self._memory.pool
-        promotions = self._control.controller.fill(
-            self._tracker.hotness, pipeline.upgraded, pipeline.broken, pool.num_slots, pool.num_available
-        )
-        for promotion in promotions:
-            pipeline.submit(promotion)
-        pipeline.drain()
-
-    def _resize(self, slots: int) -> None:
-        """Bring the upgrade slab to `slots`, dropping the segments of least worth; never above the old or the new."""
-        pool, pipeline = self._memory.pool, self._pipeline
-        surplus = pool.surplus(slots, pipeline.worth(self._control.controller.score(self._tracker.hotness)))
-        if surplus:
-            pipeline.vacate(surplus)
-            pool.drop(surplus)
-        if slots > pool.num_slots:
-            pool.grow(slots - pool.num_slots)
+            self._steering.decide(self._frozen)
 
     def _dense_bytes(self) -> int:
         """Bytes of all weights and buffers of the model on the runtime's device."""

@@ -25,6 +25,8 @@ ROOMS_OF_FLOOR = {
         "restoration",
         "retrieval",
         "telemetry",
+        "profiles",
+        "steering",
         "runtime",
         "group",
         "evaluate",

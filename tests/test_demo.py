@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dynaexq.cli import app
-from dynaexq.corpus import DOMAINS
-from dynaexq.demo import embedded_model, run, windows_of
-from dynaexq.evaluate import kl_divergence
+from dynaexq.corpus import DOMAINS, documents
+from dynaexq.demo import embedded_model, run
+from dynaexq.evaluate import kl_divergence, windows_of
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_upgrades_follow_the_workload(outcomes):
 
 
 def test_windows_have_the_length_that_was_asked_for(tokenizer):
-    windows = windows_of(tokenizer, "code", 5, 64)
+    windows = windows_of(tokenizer, documents("code"), 5, 64)
     assert [len(window) for window in windows] == [64] * 5
 
 

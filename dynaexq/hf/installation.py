@@ -77,7 +77,7 @@ class Installation:
             experts = layer.experts
             activation = experts._apply_gate if experts.has_gate else experts.act_fn
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
-            base = runtime.base_blocks(index)
+            base = runtime.stored.base[index]
             constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
             experts.connect(constant, runtime.ports(index))
             self._homes[layer.name] = runtime, index
@@ -172,7 +172,7 @@ class Installation:
         if self.source is not None:
             return self.source.read(index, 0, self.source.num_experts)
         runtime, local = self._homes[layer.name]
-        weights = runtime.source_weights(local)
+        weights = runtime.stored.source(local)
         if weights is None:
             raise UnpatchError(
                 f"the 16-bit experts are gone: with tiers={runtime.plan.tiers} they were freed by patch, or their "

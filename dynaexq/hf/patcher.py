@@ -138,4 +138,4 @@ def _commit(
         raise
     if isinstance(source, CheckpointSource):
         installation.source = source
-    installation.let_go(keep_experts=runtime.keeps_source)
+    installation.let_go(keep_experts=runtime.stored.keeps_source)

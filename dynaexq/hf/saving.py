@@ -75,7 +75,7 @@ def save_packed(
         writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
         try:
             for number, (_, runtime, local) in enumerate(homes):
-                for expert, (base, upgrade, errors) in enumerate(runtime.packed(local)):
+                for expert, (base, upgrade, errors) in enumerate(runtime.stored.packed(local)):
                     writer.write(number, expert, base, upgrade, errors)
             files = writer.finish()
         except BaseException:

@@ -108,6 +108,12 @@ class SlabPool:
         while self._retired and self.fence.passed(self._retired[0][0]):
             self._free.append(self._retired.popleft()[1])
 
+    def settle(self) -> None:
+        """Free every retired slot; waits for their last readers."""
+        for ticket, _ in self._retired:
+            self.fence.wait(ticket)
+        self.reclaim()
+
     def at(self, address: int) -> Tensor:
         """The bytes of the slot at `address`."""
         return self._at[address].bytes

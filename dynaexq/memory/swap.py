@@ -101,6 +101,13 @@ class SwapPipeline:
         for key in [key for key, slot in self._published.items() if slot.address in addresses]:
             self._demote(key)
 
+    def keep(self, wanted: np.ndarray) -> None:
+        """Demote every expert but those `wanted [L, E]`; waits for copies in flight and for the last readers."""
+        self.drain()
+        for key in [key for key in self._published if not wanted[key]]:
+            self._demote(key)
+        self.pool.settle()
+
     def close(self) -> None:
         """Wait for copies in flight, then let go of the copier and the store."""
         self.copier.close()
