@@ -17,7 +17,7 @@ _UNITS = {"B": 1} | {
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]+)")
 
-DEFAULT_HALF_LIFE = 512
+DEFAULT_HALF_LIFE = 128
 
 
 def parse_bytes(size: int | str, dial: str = "hbm_budget") -> int:
@@ -52,7 +52,7 @@ class Settings:
         policy: `"topn"`, `"threshold"`, `"frozen"`, or a callable `(score, upgraded, slots) -> wanted` over
             `[num_layers, num_experts]` arrays (see `dynaexq.policy.precision`).
         tau_h, tau_c: hotness above which `"threshold"` promotes, and below which it demotes.
-        half_life: tokens after which an observation weighs half in the hotness; 512 unless `alpha` is given.
+        half_life: tokens after which an observation weighs half in the hotness; 128 unless `alpha` is given.
         alpha: the paper's factor instead, kept share of the old hotness at every step; in [0, 1).
         margin: relative hysteresis; a newcomer must beat an incumbent's score by this share.
         auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
@@ -78,7 +78,7 @@ class Settings:
     tau_c: float | None = None
     half_life: float | None = None
     alpha: float | None = None
-    margin: float = 0.1
+    margin: float = 0.5
     auto_pause: bool = True
     tick_every: int = 16
     traffic_limit: int | float | str | None = None

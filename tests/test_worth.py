@@ -11,7 +11,7 @@ from test_runtime import AMPLE, EVENING, MORNING, patched, run, upgraded
 
 import dynaexq
 from dynaexq.policy import Average, Stance, Verdict, is_worth_it, lift
-from dynaexq.policy.worth import PAUSE_BELOW, RESUME_ABOVE
+from dynaexq.policy.worth import CHANCE_ERRORS, PAUSE_BELOW, RESUME_ABOVE
 from dynaexq.settings import Settings
 from dynaexq.watch import LEAST_PATIENCE, Watch
 
@@ -71,7 +71,7 @@ def test_what_chance_explains_ends_no_pause():
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.0, 0.99)), min_size=1, max_size=30))
-def test_an_average_is_the_weighted_mean_and_its_error_shrinks_to_that_of_one_window(windows):
+def test_an_average_is_the_weighted_mean_and_its_doubt_never_below_that_of_chance(windows):
     average, weights = Average(), []
     for value, keep in windows:
         average = average.add(value, keep, variance=4.0)
@@ -79,12 +79,12 @@ def test_an_average_is_the_weighted_mean_and_its_error_shrinks_to_that_of_one_wi
     values = [value for value, _ in windows]
     assert average.mean == pytest.approx(np.average(values, weights=weights), abs=1e-9)
     chance = 2 * np.sqrt(np.square(weights).sum()) / np.sum(weights)
-    assert average.error >= chance * (1 - 1e-9)
+    assert average.doubt >= CHANCE_ERRORS * chance * (1 - 1e-9)
     assert chance <= 2 + 1e-9
 
 
 def test_an_empty_average_claims_nothing():
-    assert (Average().mean, Average().error) == (0.0, 0.0)
+    assert (Average().mean, Average().doubt) == (0.0, 0.0)
 
 
 @given(st.floats(0, 1), st.floats(0.01, 0.99))

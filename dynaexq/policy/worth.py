@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 WORTHWHILE_LIFT = 0.1
 """Least share of what an even choice leaves that the held set must remove for a mix to be called worth it."""
 
-RESUME_ABOVE, PAUSE_BELOW = 0.02, 0.01
+RESUME_ABOVE, PAUSE_BELOW = 0.02, 0.005
 """Advantage of following, in shares of the removable error, that ends a pause, and below which one begins."""
 
-STANDARD_ERRORS = 4.0
-"""How many standard errors from zero an advantage must lie to end a pause: flat traffic must not do so by chance."""
+STANDARD_ERRORS, CHANCE_ERRORS = 2.0, 4.0
+"""How many standard errors from zero an advantage must lie to end a pause, those that its windows show and those that
+chance explains: flat traffic must not end one, and after a shift the first windows of few differ for good reason."""
 
 
 @dataclass(frozen=True)
 class Average:
-    """A moving average that starts empty, and its standard error, from windows of different weight.
+    """A moving average that starts empty, and the doubt about it, from windows of different weight.
 
     Attributes:
         chance: variance of `total` that chance alone explains.
@@ -55,12 +56,13 @@ class Average:
         return self.total / self.weight if self.weight else 0.0
 
     @property
-    def error(self) -> float:
-        """Standard error of the mean, were the windows independent: what they show, or chance if that is more."""
+    def doubt(self) -> float:
+        """How far from zero the mean may lie for no reason, were the windows independent."""
         if not self.weight:
             return 0.0
         variance = max(0.0, self.total_square / self.weight - self.mean**2)
-        return math.sqrt(max(variance * self.weight_square, self.chance)) / self.weight
+        shown, chance = math.sqrt(variance * self.weight_square), math.sqrt(self.chance)
+        return max(STANDARD_ERRORS * shown, CHANCE_ERRORS * chance) / self.weight
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Stance:
         """
         found = self.advantage
         if self.paused:
-            pays = found.mean > max(RESUME_ABOVE, STANDARD_ERRORS * found.error)
+            pays = found.mean > max(RESUME_ABOVE, found.doubt)
             return Stance(paused=False) if pays else self
         if self.tokens < patience:
             return self
