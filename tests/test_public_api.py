@@ -8,8 +8,8 @@ import dynaexq
 
 PUBLIC = {
     "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "PatchError",
-    "ProfileError", "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError", "UnpatchError",
-    "UnsupportedModelError", "__version__", "patch", "unpatch",
+    "ProfileError", "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError",
+    "UnpatchError", "UnsupportedModelError", "__version__", "patch", "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",

@@ -1,0 +1,142 @@
+"""A stream of text that moves between workloads, what the 16-bit model says to it, and patched models on it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dynaexq
+from dynaexq.corpus import DOMAINS, documents
+from dynaexq.evaluate import evaluate, reference_logits, stream_logits, windows_of
+
+LENGTH = 128
+CALIBRATION_WINDOWS = 40
+CALIBRATION_SEED = 5
+
+
+class Phase(NamedTuple):
+    """One workload for a while: its windows of token ids, and the 16-bit model's logits for each."""
+
+    domain: str
+    windows: list[Tensor]
+    reference: list[Tensor]
+
+
+class Heat(NamedTuple):
+    """Routing mass a token, `[L, E]`, of the calibration text and of every phase of a stream."""
+
+    calibrated: np.ndarray
+    foreseen: list[np.ndarray]
+
+
+class Outcome(NamedTuple):
+    """What a stream made of one patched model; see `Stream.send`.
+
+    Attributes:
+        kl: KL divergence from 16 bit, nats a token, of each phase.
+        loss: cross entropy, likewise.
+        stats: the runtime's, less what filling the slots at the start took.
+        nbytes: of all experts, base and upgrades.
+    """
+
+    kl: list[float]
+    loss: list[float]
+    stats: dict[str, Any]
+    nbytes: int
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean over the phases, which are equally long."""
+        return float(np.mean(self.kl))
+
+
+class Stream:
+    """Held-out prose, code and arithmetic in turn, `cycles` times over, `tokens` a phase and never twice the same.
+
+    Args:
+        path: a checkpoint directory.
+        lengths: tokens of the windows, over and over.
+    """
+
+    def __init__(self, path: Path, tokens: int, cycles: int = 1, lengths: tuple[int, ...] = (LENGTH,)):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        # The eager experts are what a patched model with fp16 gives to the last bit; see docs/log.md.
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager").eval()
+        rounds = max(1, tokens // sum(lengths))
+        found = {d: windows_of(self.tokenizer, documents(d), rounds * cycles, sum(lengths)) for d in DOMAINS}
+        self.phases = [
+            self._phase(domain, found[domain][cycle * rounds : (cycle + 1) * rounds], lengths)
+            for cycle in range(cycles)
+            for domain in DOMAINS
+        ]
+        self.tokens_a_phase = rounds * sum(lengths)
+
+    def heat(self) -> Heat:
+        """What the 16-bit model routes on the calibration text, which is no part of the stream, and in every phase."""
+        calibrated, *foreseen = self._mass([self._calibration(), *(phase.windows for phase in self.phases)])
+        return Heat(calibrated, foreseen)
+
+    def send(
+        self,
+        model: nn.Module,
+        runtime: dynaexq.Runtime,
+        before_phase: Callable[[int], None] = lambda index: None,
+    ) -> Outcome:
+        """Send every phase through a patched `model`.
+
+        Args:
+            before_phase: called with the index of each phase before it begins.
+        """
+        start = runtime.stats()
+        kl, loss = [], []
+        for index, phase in enumerate(self.phases):
+            before_phase(index)
+            quality = evaluate(model, phase.windows, phase.reference)
+            kl.append(quality.kl)
+            loss.append(quality.loss)
+        stats, memory = runtime.stats(), runtime.memory()
+        for name in ("promotions", "demotions", "bytes_copied"):
+            stats[name] -= start[name]
+        return Outcome(kl, loss, stats, memory["base"] + memory["upgrade"])
+
+    def patched(self, share: float, **dials: Any) -> tuple[nn.Module, dynaexq.Runtime]:
+        """A copy of the model with room to upgrade `share` of its experts; it decides after every window."""
+        model = copy.deepcopy(self.model)
+        runtime = dynaexq.patch(model, "1TiB", **{"tick_every": 1} | dials)
+        memory, slots = runtime.memory(), runtime.plan.num_slots
+        if slots:
+            slot = memory["upgrade"] // slots
+            runtime.set_budget(memory["total"] - memory["upgrade"] + round(share * slots) * slot)
+        return model, runtime
+
+    def _phase(self, domain: str, rounds: list[Tensor], lengths: tuple[int, ...]) -> Phase:
+        windows = [window for tokens in rounds for window in tokens.split(list(lengths))]
+        return Phase(domain, windows, reference_logits(self.model, windows))
+
+    def _calibration(self) -> list[Tensor]:
+        """Windows of all domains from the part of the corpus that the model was trained on."""
+        texts = (documents(domain, "train", CALIBRATION_SEED) for domain in DOMAINS)
+        return [w for text in texts for w in windows_of(self.tokenizer, text, CALIBRATION_WINDOWS, LENGTH)]
+
+    def _mass(self, streams: list[list[Tensor]]) -> list[np.ndarray]:
+        model = copy.deepcopy(self.model)
+        found = []
+        with dynaexq.patch(model, "1TiB", tiers=("fp16",)) as runtime:
+            before = runtime.routed_mass()
+            for windows in streams:
+                for _ in stream_logits(model, windows):
+                    pass
+                after = runtime.routed_mass()
+                found.append((after - before) / sum(map(len, windows)))
+                before = after
+        return found
+
+
+def use_one_thread() -> None:
+    """Matrices as small as the embedded model's are multiplied faster by one thread than by several."""
+    torch.set_num_threads(1)
