@@ -127,8 +127,9 @@ def _draw_bars(axes: Any, spans: dict[str, list], moves: list[dict], rows: tuple
     for row, kind in enumerate(reversed(rows)):
         found = copies_of(moves) if kind == "copy" else spans[kind]
         bars = [(begin * 1e3, (end - begin) * 1e3) for _, begin, end in found]
-        colour = COLOURS[kind]
-        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=colour, edgecolors="white", linewidth=0.3)
+        # What follows at once needs a gap to be told apart; a copy is so short that its edge is what is seen.
+        edge = "white" if kind in ("forward", "layer") else COLOURS[kind]
+        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=COLOURS[kind], edgecolors=edge, linewidth=0.4)
     axes.set_yticks(range(len(rows)), reversed(rows))
 
 
