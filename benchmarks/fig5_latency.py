@@ -9,11 +9,13 @@ Three contestants read the same text, a prompt at once and then a token a step, 
 - static: patched, the choice of upgrades made at the start and kept (`policy="frozen"`).
 - dynamic: patched, with control on, following from the first tick (`auto_pause=False`): what control costs at most.
 
-They take turns request by request, in an order that rotates, so that what else the machine does meets all alike. TTFT
-(the prompt), TPOT (a step) and tokens a second are medians over the rounds, P99 is that of all steps of all rounds,
-ratios are medians of the ratios within a round. Where not all fit at once, leave some out with --contestants.
+They take turns request by request, in an order drawn for each round, so that what else the machine does meets all
+alike. TTFT (the prompt), TPOT (a step) and tokens a second are medians over the rounds, P99 is that of all steps of
+all rounds, ratios are medians of the ratios within a round. Where not all fit at once, leave some out with
+--contestants.
 """
 
+import random
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +55,7 @@ def measure(
     contestants: dict[str, Contestant], texts: dict[str, list[Tensor]], batches: list[int], prompt: int, rounds: int
 ) -> None:
     """Fill `requests` of every contestant. A round before the first is not counted: it warms up."""
-    streams, names = list(texts.values()), list(contestants)
+    streams, names, rng = list(texts.values()), list(contestants), random.Random(0)
     for batch in batches:
         for contestant in contestants.values():
             if isinstance(contestant.prepare, FastestImplementation):
@@ -61,11 +63,11 @@ def measure(
     for turn in tqdm(range(-1, rounds), unit="round"):
         for batch in batches:
             ids = torch.stack(streams[turn % len(streams)][:batch])
-            for place in range(len(names)):
-                contestant = contestants[names[(place + turn) % len(names)]]
-                request = contestant.serve(ids, prompt)
+            # Drawn anew: in a cycle each would always follow the same one, and find what that left in the caches.
+            for name in rng.sample(names, len(names)):
+                request = contestants[name].serve(ids, prompt)
                 if turn >= 0:
-                    contestant.requests.setdefault(batch, []).append(request)
+                    contestants[name].requests.setdefault(batch, []).append(request)
 
 
 def rows_of(contestants: dict[str, Contestant], batches: list[int]) -> list[dict[str, Any]]:
