@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest check format lint types bench
+.PHONY: demo test test-oldest check format lint types bench figures
 
 demo: $(VENV)/installed
 	$(BIN)/dynaexq demo
@@ -35,6 +35,13 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/policy_speed.py
 	$(BIN)/python benchmarks/cpu_layer.py
 	$(BIN)/python benchmarks/cpu_model.py
+
+# Table 1 needs lm-evaluation-harness besides: see benchmarks/table1_accuracy.py.
+figures: $(VENV)/installed
+	$(BIN)/python benchmarks/fig1_activation.py
+	$(BIN)/python benchmarks/fig3_timeline.py
+	$(BIN)/python benchmarks/fig4_perplexity.py
+	$(BIN)/python benchmarks/fig5_latency.py
 
 # torch goes first: what depends on it would otherwise bring the newest build with every CUDA library.
 $(VENV)/installed: pyproject.toml
