@@ -1,4 +1,4 @@
-"""What one precision costs, and what upgrading a share of the experts recovers: `tiers="auto"` decides by these tables.
+"""What one precision costs, and what upgrading a share of the experts recovers: what `tiers="auto"` decides by.
 
     python benchmarks/precision_table.py [--model DIR] [--json FILE]
 
