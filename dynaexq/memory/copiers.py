@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.errors import StoreError
+from dynaexq.memory.arrivals import Arrival, Arrivals, last_word
 from dynaexq.memory.host import HostStore
 from dynaexq.memory.pinned import PageLocked
 
@@ -91,13 +92,15 @@ class ManualCopier:
 
 
 class _CudaCopy(Copy):
-    """Done when its event is; the event exists once the copy has been queued on the stream."""
+    """Done when its last bytes have come back; `arrival` exists once the copy has been queued on the stream."""
 
-    event: torch.cuda.Event | None = None
+    arrival: Arrival | None = None
 
     @property
     def done(self) -> bool:
-        return self._finished or (self.event is not None and self.event.query())
+        if not self._finished and self.arrival is not None and self.arrival.has_come():
+            self.finish()
+        return self._finished
 
 
 class CudaCopier:
@@ -111,11 +114,13 @@ class CudaCopier:
         self._stream = torch.cuda.Stream(device)  # at the lowest priority, which is the default
         self._slot_nbytes, self._ring_slots = slot_nbytes, ring_slots
         self._ring: PageLocked | None = None
+        self._arrivals = Arrivals()
         self._jobs: queue.Queue[tuple[_CudaCopy, HostStore, int, Tensor] | None] = queue.Queue()
         self._worker: threading.Thread | None = None
 
     def reserve(self) -> None:
         """Set up staging now and not with the first copy that needs it. Raises StoreError."""
+        self._arrivals.reserve()
         if self._worker is None:
             self._ring = PageLocked(self._ring_slots * self._slot_nbytes)
             buffers = list(self._ring.bytes.view(self._ring_slots, self._slot_nbytes))
@@ -125,15 +130,14 @@ class CudaCopier:
     def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
         copy = _CudaCopy()
         source = store.page_locked(index)
-        if source is not None:
-            copy.event = self._queue(source, out)
-            return copy
         try:
-            self.reserve()
+            if source is not None:
+                self._queue(copy, source, out)
+            else:
+                self.reserve()
+                self._jobs.put((copy, store, index, out))
         except StoreError as error:
             copy.finish(error)
-        else:
-            self._jobs.put((copy, store, index, out))
         return copy
 
     def synchronize(self) -> None:
@@ -150,16 +154,16 @@ class CudaCopier:
             self._ring.close()
             self._ring = None
 
-    def _queue(self, source: Tensor, out: Tensor) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def _queue(self, copy: _CudaCopy, source: Tensor, out: Tensor) -> None:
+        arrival = self._arrivals.expect(source)
         with torch.cuda.stream(self._stream):
             out.copy_(source, non_blocking=True)
-            event.record()
-        return event
+            arrival.word.copy_(last_word(out), non_blocking=True)
+        copy.arrival = arrival
 
     def _work(self, buffers: list[Tensor]) -> None:
         torch.cuda.set_device(self._stream.device)  # which has an index even where the device given had none
-        _leave_captures_alone()
+        leave_captures_alone()
         last_use = [torch.cuda.Event() for _ in buffers]
         turn = 0
         while (job := self._jobs.get()) is not None:
@@ -167,7 +171,8 @@ class CudaCopier:
             try:
                 last_use[turn].synchronize()
                 store.read_into(index, buffers[turn])
-                copy.event = last_use[turn] = self._queue(buffers[turn], out)
+                self._queue(copy, buffers[turn], out)
+                last_use[turn].record(self._stream)
             except Exception as error:  # whatever it is, the move fails and generation goes on
                 copy.finish(error)
             finally:
@@ -176,8 +181,8 @@ class CudaCopier:
         self._jobs.task_done()
 
 
-def _leave_captures_alone() -> None:
-    """Let this thread wait for its events while another captures a graph, without making that capture invalid.
+def leave_captures_alone() -> None:
+    """Let this thread use its own streams while another captures a graph, without making that capture invalid.
 
     By default CUDA forbids such calls to every thread for as long as any captures. A thread may opt out, through the
     driver only; PyTorch has no door to it.
