@@ -82,11 +82,14 @@ class MixedPrecisionExperts(nn.Module):
         if observe and ports.before_forward is not None:
             ports.before_forward()
         with ports.memory.fence.reading():
+            ports.memory.layer_begins(ports.index)
             if observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
                 counts = counter.row(ports.index, top_k_index.shape[-1])
             elif observe:
                 counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
-            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
+            output = expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
+            ports.memory.layer_ends(ports.index, observe)
+        return output
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor

@@ -29,6 +29,11 @@ class RuntimeGroup:
         """The one runtime there is, or a group of several."""
         return parts[0][0] if len(parts) == 1 else RuntimeGroup(parts)
 
+    @property
+    def follows_replays(self) -> bool:
+        """Whether precision goes on changing on every device while CUDA graphs of the model are replayed."""
+        return all(runtime.follows_replays for runtime in self.runtimes)
+
     def tick(self) -> bool:
         """One step of control on every device; whether any of them ran."""
         ran = [runtime.tick() for runtime in self.runtimes]

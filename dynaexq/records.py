@@ -14,6 +14,12 @@ LARGEST_MASS = 256
 KIND_MASK = 0xFF
 """The low bits of a table entry `address | kind`; addresses are multiples of 256."""
 
+EPOCH, FOUND, FETCHED, SEEN, STEPS = range(5)
+"""Places of five words in the memory that host and device share; see `memory.words`."""
+
+WORDS_AHEAD = 8
+"""Words before the table in that memory: the five, and room to the end of their cache line."""
+
 
 def split_entry(entry: int) -> tuple[int, int]:
     """(address, kind) of an entry of the expert table; kind 0 means that there is no upgrade."""

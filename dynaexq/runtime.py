@@ -20,11 +20,13 @@ from dynaexq.control import Control, HotnessTracker
 from dynaexq.errors import BudgetError, ClosedError, SettingsError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec
+from dynaexq.kernels import exchange_for
 from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
 from dynaexq.moe import LayerView, layer_names
 from dynaexq.placement import Supply, held_tensors, weight_bytes
 from dynaexq.policy import Verdict
 from dynaexq.profiles import is_hotness, read_profile, write_profile
+from dynaexq.pulse import Poller, StepCount, is_capturing
 from dynaexq.recording import Recorder, Recording, header_of
 from dynaexq.records import BITS, MemoryPlan
 from dynaexq.retrieval import StoredExperts
@@ -58,14 +60,16 @@ class Runtime:
         self.plan, self.settings, self.device = plan, settings, device
         self.codec = codec
         self._model = weakref.ref(model)
-        slot_nbytes = codec.upgrade_layout.nbytes
+        slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)
         self._memory = DeviceMemory(
-            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base
+            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base, exchange
         )
+        self.follows_replays = self._memory.follows_replays
+        """Whether precision goes on changing while CUDA graphs of the model are replayed, where no Python runs."""
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._traffic, self._recorder = Traffic(), Recorder()
-        self._ticking = threading.Lock()
-        self._steps = self._ticks = self._steps_at_tick = 0
+        self._ticking, self._ticks = threading.Lock(), 0
+        self._steps, self._poller = StepCount(self._memory, settings.tick_every), Poller(self._look)
         self._frozen = self._closed = False
 
     def load(self, supply: Supply) -> None:
@@ -82,6 +86,7 @@ class Runtime:
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
         weakref.finalize(self, SwapPipeline.close, self._pipeline)
+        weakref.finalize(self, Poller.stop, self._poller)  # the later one goes first
         self._steering = Steering(self._control, self._pipeline)
         self._steering.fill()
 
@@ -115,7 +120,7 @@ class Runtime:
             ClosedError: the runtime was closed.
         """
         self._check_open()
-        return self._try_tick()
+        return not is_capturing(self.device) and self._try_tick()
 
     def drain(self) -> None:
         """Wait for every copy in flight and publish it."""
@@ -208,6 +213,7 @@ class Runtime:
     def close(self) -> None:
         """Wait once for what is in flight, then stop for good. The model goes on answering at its last precisions."""
         self._recorder.close()
+        self._poller.stop()
         with self._ticking:
             if not self._closed:
                 self._frozen = self._closed = True
@@ -234,7 +240,7 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Counts since the start; `hot_coverage` is the share of the routing mass that met an upgraded expert."""
         return {
-            "steps": self._steps,
+            "steps": self._steps.total,
             "ticks": self._ticks,
             **vars(self._pipeline.counts),
             "in_flight": self._pipeline.num_in_flight,
@@ -270,23 +276,31 @@ class Runtime:
         )
 
     def _on_forward(self) -> None:
-        self._steps += 1
-        if self._steps - self._steps_at_tick >= self.settings.tick_every:
-            try:
-                self._try_tick()
-            except Exception:
-                if not callable(self.settings.policy):
-                    raise
-                logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
-                self._frozen = True
+        if not is_capturing(self.device):
+            self._steps.add()
+            self._look()
+        elif self.follows_replays:
+            self._poller.start()
+
+    def _look(self) -> bool:
+        """Tick if it is time, from a forward or from the poller; whether it was."""
+        if not self._steps.is_due:
+            return False
+        try:
+            self._try_tick()
+        except Exception:
+            if not callable(self.settings.policy):
+                raise
+            logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
+            self._frozen = True
+        return True
 
     @torch.inference_mode(False)  # likewise
     def _try_tick(self) -> bool:
         if not self._ticking.acquire(blocking=False):
             return False
         try:
-            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-            if self._closed or capturing:
+            if self._closed:
                 return False
             self._tick()
             return True
@@ -297,7 +311,7 @@ class Runtime:
         self._ticks += 1
         met = self._memory.table.kinds() > 0  # the tiers that the traffic since the last tick met
         self._pipeline.settle()
-        steps, self._steps_at_tick = self._steps - self._steps_at_tick, self._steps
+        steps = self._steps.take()
         mass, tokens = self._control.observe(steps, met)
         self._traffic.add(mass, tokens, met)
         self._recorder.add(mass, tokens, steps, self._memory.counter.top_k)

@@ -19,6 +19,7 @@ ROOMS_OF_FLOOR = {
         "control",
         "traffic",
         "watch",
+        "pulse",
         "replay",
         "recording",
         "placement",

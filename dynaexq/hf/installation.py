@@ -94,6 +94,7 @@ class Installation:
         self.model.save_pretrained = partial(save, self)
         self.model.dynaexq = runtime
         self.model.hf_quantizer = quantizer
+        quantizer.follows_replays = runtime.follows_replays
         setattr(self.model, RECORD, self)
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 

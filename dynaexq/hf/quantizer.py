@@ -43,6 +43,8 @@ class DynaExqQuantizer(HfQuantizer):
         # To Transformers it says how the dense weights are stored: it never gets to see the experts.
         super().__init__(quantization_config, pre_quantized=stored_dense is not None)
         self.wrapped = wrapped
+        self.follows_replays = False
+        """Whether precision goes on changing while CUDA graphs are replayed; known when a runtime is attached."""
         self._load: CheckpointLoad | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -129,8 +131,8 @@ class DynaExqQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """False keeps `generate` from capturing CUDA graphs, which the kernels of today cannot be part of."""
-        return False
+        """Whether `generate` may capture CUDA graphs of a static cache: not where precision would stand still then."""
+        return self.follows_replays and (self.wrapped is None or bool(self.wrapped.is_compileable))
 
     @property
     def _inner(self) -> HfQuantizer:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynaexq.memory.words import HostWords
 from dynaexq.records import LARGEST_MASS, MASS_UNIT
 
 
@@ -17,15 +18,19 @@ class RoutingCounter:
     """Sums `[num_layers, num_experts + 2]`: mass of each expert, mass of foreign ids, tokens seen.
 
     Ids outside `[0, num_experts)` belong to other ranks (expert parallelism) and are counted apart.
+
+    Args:
+        words: where forwards report the sums to as they end.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device):
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostWords | None = None):
         self.num_experts = num_experts
         self.top_k = 1
         """Experts a token is routed to, as last seen."""
         self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
         self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
         self._lock = threading.Lock()
+        self._reported = None if words is None else words.counts
         self._pinned: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -46,7 +51,7 @@ class RoutingCounter:
             self.sums[layer, -1] += top_k_index.shape[0]
 
     def drain(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mass `[L, E]` and tokens `[L]` since the last drain; on a GPU, up to a copy begun at an earlier drain."""
+        """Mass `[L, E]` and tokens `[L]` since the last drain; on a GPU, up to an earlier drain or the last report."""
         latest = self._latest()
         if latest is None:
             return np.zeros((len(self._drained), self.num_experts)), np.zeros(len(self._drained), dtype=np.int64)
@@ -68,6 +73,8 @@ class RoutingCounter:
         return self.sums.untyped_storage().nbytes()
 
     def _latest(self) -> np.ndarray | None:
+        if self._reported is not None:
+            return self._reported.copy()  # perhaps in the middle of a report: every sum is one that was true
         if self.sums.device.type == "cpu":
             with self._lock:
                 return self.sums.numpy().copy()

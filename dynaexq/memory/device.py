@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from dynaexq.memory.counter import RoutingCounter
+from dynaexq.memory.echo import EchoFence
 from dynaexq.memory.fence import Fence, ReaderFence, StreamFence
 from dynaexq.memory.slab import SlabPool, allocate_bytes
 from dynaexq.memory.table import ExpertTable
+from dynaexq.memory.words import Exchange, HostWords
 
 
 class DeviceMemory:
@@ -14,9 +16,13 @@ class DeviceMemory:
 
     Args:
         base: the base slab, where somebody has begun to fill it already; else it is allocated.
+        exchange: how the device exchanges words with the host, where graphs may be captured; see `memory.words`.
 
     Attributes:
         base: uint8 `[num_layers, num_experts, base_nbytes]`; blocks that never move.
+
+    Raises:
+        StoreError: words are exchanged, and the system has no more memory to lock.
     """
 
     def __init__(
@@ -28,16 +34,40 @@ class DeviceMemory:
         num_slots: int,
         device: torch.device,
         base: Tensor | None = None,
+        exchange: Exchange | None = None,
     ):
-        self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
+        self._device, self._exchange, self._last_layer = device, exchange, num_layers - 1
+        self._words = HostWords(num_layers, num_experts, locked=device.type == "cuda") if exchange else None
+        self._order: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
+        self.fence: Fence = EchoFence(self._words, self._order, self._rest) if self._words else self._order
         if base is None:
             base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
         self.base: Tensor = base.view(num_layers, num_experts, base_nbytes)
         self.pool = SlabPool(upgrade_nbytes, device, self.fence)
         if num_slots:
             self.pool.grow(num_slots)
-        self.table = ExpertTable(num_layers, num_experts, device)
-        self.counter = RoutingCounter(num_layers, num_experts, device)
+        self.table = ExpertTable(num_layers, num_experts, device, self._words)
+        self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
+
+    @property
+    def follows_replays(self) -> bool:
+        """Whether graphs that were captured find what is published after that, and report what they route."""
+        return self._words is not None
+
+    @property
+    def reported_steps(self) -> int:
+        """Forwards that have ended, replays of graphs among them; 0 where they do not report."""
+        return self._words.steps if self._words else 0
+
+    def layer_begins(self, layer: int) -> None:
+        """Called inside `fence.reading()`, before a layer of a forward looks at the table."""
+        if self._exchange is not None and self._words is not None and layer == 0:
+            self._exchange.fetch(self._words.words, self.table.entries)
+
+    def layer_ends(self, layer: int, observed: bool) -> None:
+        """Called inside `fence.reading()`, when all that a layer reads has been queued."""
+        if self._exchange is not None and self._words is not None and layer == self._last_layer:
+            self._exchange.report(self._words.words, self.counter.sums, int(observed))
 
     @staticmethod
     def workspace_bytes(num_layers: int, num_experts: int) -> int:
@@ -52,3 +82,15 @@ class DeviceMemory:
             "staging": 0,
             "workspace": self.table.nbytes + self.counter.nbytes,
         }
+
+    def _rest(self) -> None:
+        """Wait for all that is queued, wherever a replay runs; then fetch: the device's table is the host's again."""
+        self._wait_for_device()  # a fetch on its way may still bring what it read some time ago
+        self.layer_begins(0)
+        self._wait_for_device()
+
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        else:
+            self._order.wait(self._order.mark())

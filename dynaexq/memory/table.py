@@ -6,24 +6,33 @@ store, so no reader ever sees half of it.
 
     layer 0:  [0, 0x7f00_1200 | 8, 0, 0]       expert 1 is refined to 8 bits by the slot at 0x7f001200
     layer 1:  [0, 0, 0, 0]
+
+The table is written where the host keeps it. From there it comes to the device at once, by a store in the order of the
+readers; or, where there are `HostWords`, with the next forward that fetches.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dynaexq.memory.words import HostWords
 from dynaexq.records import KIND_MASK
 
 
 class ExpertTable:
-    """Entries `[num_layers, num_experts]` on the device, with a mirror on the host. One writer, any readers."""
+    """Entries `[num_layers, num_experts]` on the device; the truth about them is on the host. One writer, any readers.
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device):
+    Args:
+        words: where the device fetches them from.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostWords | None = None):
         self.entries: Tensor = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
-        self._mirror = np.zeros((num_layers, num_experts), dtype=np.int64)
+        self._is_fetched = words is not None
+        self._published = np.zeros((num_layers, num_experts), dtype=np.int64) if words is None else words.table
 
     def publish(self, layer: int, expert: int, address: int, kind: int) -> None:
-        """Later readers find the upgrade at `address`. Written in stream order on the current stream."""
+        """Later readers find the upgrade at `address`. Where it is not fetched: in order on the current stream."""
         assert address & KIND_MASK == 0, "an address is a multiple of 256"
         assert 0 < kind <= KIND_MASK, "kind 0 means no upgrade"
         self._write(layer, expert, address | kind)
@@ -34,7 +43,7 @@ class ExpertTable:
 
     def kinds(self) -> np.ndarray:
         """Kinds `[num_layers, num_experts]` as published, 0 for base only."""
-        return self._mirror & KIND_MASK
+        return self._published & KIND_MASK
 
     def row(self, layer: int) -> Tensor:
         """A copy of one row of entries, int64 `[num_experts]` on the device, that later moves do not change."""
@@ -45,5 +54,6 @@ class ExpertTable:
         return self.entries.untyped_storage().nbytes()
 
     def _write(self, layer: int, expert: int, entry: int) -> None:
-        self._mirror[layer, expert] = entry
-        self.entries[layer, expert].fill_(entry)  # as a kernel argument: no host buffer has to outlive the launch
+        self._published[layer, expert] = entry  # one aligned 8-byte store
+        if not self._is_fetched:
+            self.entries[layer, expert].fill_(entry)  # as a kernel argument: no host buffer has to outlive the launch
