@@ -22,11 +22,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dynaexq.formats import ExpertCodec
-from dynaexq.kernels.triton import counting, routing, rows, tiles
+from dynaexq.kernels.triton import counting, exchange, routing, rows, tiles
 from dynaexq.kernels.triton.gemm import expert_gemm
 from dynaexq.kernels.triton.launch import matrices
 from dynaexq.kernels.triton.shapes import Matrix
-from dynaexq.records import LARGEST_MASS, MASS_UNIT, ExpertShape
+from dynaexq.records import EPOCH, FETCHED, FOUND, LARGEST_MASS, MASS_UNIT, SEEN, STEPS, WORDS_AHEAD, ExpertShape
 
 SHAPE = ExpertShape(hidden_size=2048, intermediate_size=768, up_rows=1536, has_bias=False, transposed=False)
 CHOICES, EXPERTS = 8, 128
@@ -92,7 +92,27 @@ def around(arch: int) -> list[dict[str, Any]]:
         {"UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": counting.PAIRS_PER_PROGRAM},
         arch,
     )
-    return [facts(kernel) for kernel in (count, sums, total, mass)]
+    fetch = compiled(
+        exchange._fetch,
+        {"words": "*i64", "entries": "*i64", "count": "i32"},
+        {
+            "EPOCH": EPOCH,
+            "FOUND": FOUND,
+            "FETCHED": FETCHED,
+            "AHEAD": WORDS_AHEAD,
+            "PROGRAM": exchange.WORDS_PER_PROGRAM,
+        },
+        arch,
+    )
+    report = compiled(
+        exchange._report,
+        {"words": "*i64", "sums": "*i64", "count": "i32", "start": "i32", "steps": "i32"},
+        {"FETCHED": FETCHED, "SEEN": SEEN, "STEPS": STEPS, "PROGRAM": exchange.WORDS_PER_PROGRAM},
+        arch,
+    )
+    loads = re.findall(r"ld\S*\.volatile\S*\.(\w+)", fetch.asm["ptx"])
+    assert set(loads) == {"b64"}, f"the host's words are loaded whole and from the host, not {loads}"
+    return [facts(kernel) for kernel in (count, sums, total, mass, fetch, report)]
 
 
 def product_of(tiers: tuple[str, ...], product: str, pairs: int) -> tuple[Matrix, tuple[tiles.Launch, ...]]:

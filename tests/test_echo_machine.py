@@ -101,11 +101,11 @@ class SimulatedMemory(DeviceMemory):
     """Device memory whose device is the simulated one."""
 
     def __init__(self, num_slots: int, device: Device, exchange: PiecemealExchange):
-        super().__init__(LAYERS, EXPERTS, 256, SLOT_NBYTES, num_slots, CPU, exchange=exchange)
         self.simulated = device
+        super().__init__(LAYERS, EXPERTS, 256, SLOT_NBYTES, num_slots, CPU, exchange=exchange)
 
-    def _wait_for_device(self) -> None:
-        self.simulated.synchronize()
+    def _synchronizer(self, *_: object) -> Callable[[], None]:
+        return self.simulated.synchronize
 
 
 class EchoMachine(RuleBasedStateMachine):

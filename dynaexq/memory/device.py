@@ -1,5 +1,8 @@
 """All that one runtime owns on the device: base slab, upgrade slots, expert table, routing counter, their fence."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -36,18 +39,20 @@ class DeviceMemory:
         base: Tensor | None = None,
         exchange: Exchange | None = None,
     ):
-        self._device, self._exchange, self._last_layer = device, exchange, num_layers - 1
+        self._exchange, self._last_layer = exchange, num_layers - 1
         self._words = HostWords(num_layers, num_experts, locked=device.type == "cuda") if exchange else None
-        self._order: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
-        self.fence: Fence = EchoFence(self._words, self._order, self._rest) if self._words else self._order
+        self.table = ExpertTable(num_layers, num_experts, device, self._words)
+        self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
+        self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
+        if exchange is not None and self._words is not None:
+            fetch = partial(exchange.fetch, self._words.words, self.table.entries)
+            self.fence = EchoFence(self._words, self.fence, fetch, self._synchronizer(device, self.fence))
         if base is None:
             base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
         self.base: Tensor = base.view(num_layers, num_experts, base_nbytes)
         self.pool = SlabPool(upgrade_nbytes, device, self.fence)
         if num_slots:
             self.pool.grow(num_slots)
-        self.table = ExpertTable(num_layers, num_experts, device, self._words)
-        self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
 
     @property
     def follows_replays(self) -> bool:
@@ -83,14 +88,9 @@ class DeviceMemory:
             "workspace": self.table.nbytes + self.counter.nbytes,
         }
 
-    def _rest(self) -> None:
-        """Wait for all that is queued, wherever a replay runs; then fetch: the device's table is the host's again."""
-        self._wait_for_device()  # a fetch on its way may still bring what it read some time ago
-        self.layer_begins(0)
-        self._wait_for_device()
-
-    def _wait_for_device(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        else:
-            self._order.wait(self._order.mark())
+    @staticmethod
+    def _synchronizer(device: torch.device, order: Fence) -> Callable[[], None]:
+        """What returns when all that is queued on `device` has ended. It must not lead back to the memory it frees."""
+        if device.type == "cuda":
+            return partial(torch.cuda.synchronize, device)
+        return lambda: order.wait(order.mark())

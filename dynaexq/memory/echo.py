@@ -27,11 +27,12 @@ class EchoFence:
 
     Args:
         order: what keeps eager forwards one after the other when they change streams.
-        rest: return when everything queued has ended and the device has then fetched.
+        fetch: have the device fetch now.
+        synchronize: return when everything that was queued has ended, on whatever stream a replay runs.
     """
 
-    def __init__(self, words: HostWords, order: Fence, rest: Callable[[], None]):
-        self._words, self._order, self._rest = words, order, rest
+    def __init__(self, words: HostWords, order: Fence, fetch: Callable[[], None], synchronize: Callable[[], None]):
+        self._words, self._order, self._fetch, self._synchronize = words, order, fetch, synchronize
         self._rested = 0
 
     def reading(self) -> AbstractContextManager[None]:
@@ -47,7 +48,10 @@ class EchoFence:
         return max(self._rested, self._words.seen) >= ticket
 
     def wait(self, ticket: int) -> None:
-        if not self.passed(ticket):  # no forward may ever come
-            epoch = self._words.epoch
-            self._rest()
-            self._rested = epoch
+        if self.passed(ticket):
+            return
+        epoch = self._words.epoch
+        self._synchronize()  # no forward may ever come; and a fetch on its way may bring what it read long ago
+        self._fetch()
+        self._synchronize()
+        self._rested = epoch

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dynaexq
-from dynaexq.kernels import dispatch, reference
-from dynaexq.kernels.triton import add_routing, expert_mlp, routing, tiles
+from dynaexq.kernels import PlainExchange, dispatch, reference
+from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, routing, tiles
 from dynaexq.kernels.triton.rows import group_sums, weighted_sum
 from dynaexq.memory import RoutingCounter
 from dynaexq.policy import LADDERS
-from dynaexq.records import MASS_UNIT, ExpertShape
+from dynaexq.records import MASS_UNIT, WORDS_AHEAD, ExpertShape
 
 WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias=False, transposed=False)
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
@@ -244,3 +244,20 @@ def test_a_patched_model_with_all_of_its_upgrades_and_with_none(monkeypatch):
 @pytest.mark.parametrize("shape", [*SHAPES.values(), WIDE], ids=[*SHAPES, "wide"])
 def test_everything_at_once(tiers, regime, dtype, shape):
     compare(f"{tiers} {regime} {dtype} {shape}", case(tiers, dtype, shape, distinct_choices(11, 3)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 200), (2, 128)], ids=str)
+def test_words_are_exchanged_as_plainly(shape):
+    layers, experts = shape
+    start = torch.randint(0, 2**62, (WORDS_AHEAD + layers * (2 * experts + 2),))
+    sums = torch.randint(0, 2**62, (layers, experts + 2))
+
+    def exchanged(exchange: PlainExchange) -> list[Tensor]:
+        words, entries = start.clone(), torch.zeros(layers, experts, dtype=torch.int64)
+        for steps in (1, 0):
+            exchange.fetch(words, entries)
+            exchange.report(words, sums, steps)
+        return [words, entries]
+
+    for got, expected in zip(exchanged(TritonExchange()), exchanged(PlainExchange()), strict=True):
+        assert torch.equal(got, expected)
