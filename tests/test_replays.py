@@ -235,7 +235,7 @@ def test_a_static_cache_is_compiled_and_gives_the_same_tokens() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_continuous_batching_gives_the_same_tokens_and_ticks() -> None:
     model = tiny.tiny_qwen3_moe(torch.float32)
-    limits = ContinuousBatchingConfig(page_size=32, num_blocks=8, max_batch_tokens=32)
+    limits = ContinuousBatchingConfig(block_size=32, num_blocks=8, max_batch_tokens=32)
     config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
 
     def written() -> list[list[int]]:
