@@ -1,8 +1,9 @@
-"""Ten minutes on one GPU: is it right, how fast is a layer, what do promotions cost.
+"""Ten minutes on one GPU: is it right, how fast is a layer, what do promotions cost, how fast is a model.
 
-python benchmarks/gpu.py [--quick] [--out DIRECTORY]
+python benchmarks/gpu.py [--quick] [--only-model] [--num-layers 48] [--out DIRECTORY]
 
-Nothing is timed before every kernel agrees with the reference. Figures go to gpu-<name>.json and .md in the directory.
+Nothing is timed before every kernel agrees with the reference. Figures go to gpu-<name>.json and .md in the directory,
+and gpu-overlap-trace.json shows copies beside kernels in chrome://tracing.
 """
 
 import json
@@ -19,12 +20,15 @@ RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 def main(
     out: Annotated[Path, typer.Option(help="Where the figures go.")] = RESULTS,
     quick: Annotated[bool, typer.Option("--quick", help="A few sizes of the first model only.")] = False,
+    only_model: Annotated[bool, typer.Option("--only-model", help="Check the kernels, time whole models.")] = False,
+    num_layers: Annotated[int, typer.Option(help="Layers of the whole model, which has 48.")] = 48,
 ) -> None:
     """Check and time the CUDA path on the GPU of this machine."""
     if not torch.cuda.is_available():
         typer.echo("this benchmark needs a CUDA device, and PyTorch finds none; the CPU has benchmarks of its own")
         raise typer.Exit(1)
     import gpu_layers  # only now: on a CPU there is nothing to set up
+    import gpu_model
     import gpu_moves
     import triton
 
@@ -42,10 +46,14 @@ def main(
     }
     write(found, out)
     tokens = (1, 8, 32, 2048) if quick else gpu_layers.BATCHES + gpu_layers.PROMPTS
-    for shape in models:
+    for shape in () if only_model else models:
         found["layers"] += gpu_layers.times(shape, tokens)
         write(found, out)  # as it goes: what a time limit cuts off is then the end only
-    found |= gpu_moves.run(steps=200 if quick else 2000)
+    if not only_model:
+        found |= gpu_moves.run(steps=200 if quick else 2000)
+        write(found, out)
+    device, layers, steps = torch.device("cuda", 0), 4 if quick else num_layers, 100 if quick else 500
+    found |= gpu_model.run(gpu_model.Workload(device, layers, steps, gpu_model.QWEN3_30B), out)
     typer.echo(write(found, out))
 
 
@@ -59,7 +67,7 @@ def write(found: dict[str, Any], out: Path) -> str:
     for model in models:
         rows = [row for row in found["layers"] if row["model"] == model]
         parts += [f"## {model}: microseconds a layer, by tokens", table(by_tokens(rows))]
-    for title in ("link", "swapping"):
+    for title in ("link", "swapping", "model", "overlap"):
         if title in found:
             parts += [f"## {title}", table(found[title])]
     text = "\n\n".join(parts) + "\n"

@@ -9,6 +9,17 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,6 +64,50 @@ def test_bytes_that_a_product_reads(benchmarks, monkeypatch):
         codec = mix.layer.codec
         both = codec.upgrade.nbytes + (codec.base.nbytes if upgraded == "base and plane" else 0)
         assert sorted(mix.expert_bytes().tolist()) == sorted([codec.base.nbytes] * 8 + [both] * 2), upgraded
+
+
+def test_whole_models_are_measured_static_and_dynamic_and_traced(benchmarks, tmp_path):
+    import gpu_model
+
+    work = gpu_model.Workload(torch.device("cpu"), 2, steps=40, shape=TINY, batches=(1, 2), prompts=(8,))
+    found = gpu_model.run(work, tmp_path)
+    assert len(found["model"]) == 2 * 3 * 2, "ladders, sizes, static and dynamic"
+    for row in found["model"]:
+        assert row["p99_microseconds"] >= row["median_microseconds"] > 0
+        assert row["precision"] == "dynamic" or row["megabytes_a_second_copied"] == 0
+    assert any(row["megabytes_a_second_copied"] > 0 for row in found["model"]), "nothing was swapped"
+    assert (tmp_path / found["overlap"][0]["trace"]).stat().st_size > 0
+    assert found["overlap"][0]["beside_kernels"] is None, "a CPU has no copies to hide"
+
+
+def test_no_16_bit_expert_is_held(benchmarks):
+    import gpu_model
+
+    work = gpu_model.Workload(torch.device("cpu"), 2, steps=1, shape=TINY)
+    model = gpu_model.build(work, ("int2", "int4"), gpu_model.Rotation())
+    assert not [name for name, tensor in model.named_parameters() if "experts" in name or tensor.is_meta]
+    assert model.dynaexq.stats()["upgraded"] == int(0.2 * 16)
+    assert model.dynaexq.memory()["total"] <= model.dynaexq.plan.budget
+    model.dynaexq.close()
+
+
+def test_overlap_is_the_share_of_copy_time_beside_a_kernel(benchmarks):
+    import gpu_model
+
+    def event(cat: str, name: str, start: float, length: float) -> dict[str, object]:
+        return {"cat": cat, "name": name, "ts": start, "dur": length}
+
+    events = [
+        {"name": "metadata"},
+        event("kernel", "gemm", 0, 100),
+        event("kernel", "gemm", 50, 100),  # on another stream: together 0 to 150
+        event("kernel", "gemm", 300, 100),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 100, 100),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 350, 100),
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 0, 100),
+    ]
+    assert gpu_model.overlap(events) == {"copy_milliseconds": 0.2, "beside_kernels": 0.5}
+    assert gpu_model.overlap(events[:4])["beside_kernels"] is None
 
 
 def test_figures_become_tables(benchmarks, tmp_path):
