@@ -15,7 +15,7 @@ from dynaexq.memory import DeviceMemory, leave_captures_alone
 
 logger = logging.getLogger(__name__)
 
-SECONDS_AWAKE, SECONDS_ASLEEP = 0.001, 0.05
+SECONDS_AWAKE, SECONDS_ASLEEP = 0.002, 0.05
 """Between two looks of the thread: while forwards end, and at most, when none has ended for a while."""
 
 
@@ -52,12 +52,12 @@ class StepCount:
 
 
 class Poller:
-    """A thread that calls `look`, which says whether a forward has ended since; from `start` until `stop`.
+    """A thread that calls `look`, which returns how many forwards there were so far; from `start` until `stop`.
 
     It does not keep alive the object whose method `look` is, and ends with it.
     """
 
-    def __init__(self, look: Callable[[], bool]):
+    def __init__(self, look: Callable[[], int]):
         self._look = weakref.WeakMethod(look)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -86,15 +86,16 @@ class Poller:
 
 def _watch(reference: "weakref.WeakMethod[Any]", stop: threading.Event) -> None:
     leave_captures_alone()
-    seconds = SECONDS_AWAKE
+    seconds, steps = SECONDS_AWAKE, -1
     while not stop.wait(seconds):
         look = reference()
         if look is None:
             return
+        before = steps
         try:
-            moving = look()
+            steps = look()
         except Exception:
             logger.exception("precision stands still from now on while graphs are replayed")
             return
         del look  # for the time of the pause nothing here keeps the runtime alive
-        seconds = SECONDS_AWAKE if moving else min(2 * seconds, SECONDS_ASLEEP)
+        seconds = SECONDS_AWAKE if steps != before else min(2 * seconds, SECONDS_ASLEEP)

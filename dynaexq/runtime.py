@@ -282,18 +282,17 @@ class Runtime:
         elif self.follows_replays:
             self._poller.start()
 
-    def _look(self) -> bool:
-        """Tick if it is time, from a forward or from the poller; whether it was."""
-        if not self._steps.is_due:
-            return False
+    def _look(self) -> int:
+        """Tick if it is time, from a forward or from the poller; how many forwards there were so far."""
         try:
-            self._try_tick()
+            if self._steps.is_due:
+                self._try_tick()
         except Exception:
             if not callable(self.settings.policy):
                 raise
             logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
             self._frozen = True
-        return True
+        return self._steps.total
 
     @torch.inference_mode(False)  # likewise
     def _try_tick(self) -> bool:

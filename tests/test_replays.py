@@ -251,7 +251,7 @@ def test_continuous_batching_gives_the_same_tokens_and_ticks() -> None:
 
 def test_a_poller_ends_by_itself_when_looking_fails(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
-        def look(self) -> bool:
+        def look(self) -> int:
             raise RuntimeError("nothing to see")
 
     broken = Broken()
@@ -270,10 +270,10 @@ def test_a_poller_may_stop_itself_and_starts_once() -> None:
         def __init__(self) -> None:
             self.poller, self.looks = Poller(self.look), 0
 
-        def look(self) -> bool:
+        def look(self) -> int:
             self.looks += 1
             self.poller.stop()  # as when the last reference to a runtime is the thread's own
-            return True
+            return self.looks
 
     once = Once()
     once.poller.start()
