@@ -10,7 +10,7 @@ from gpu_layers import DEVICE, MODELS, Shape, routings, source_experts, swiglu
 from torch import Tensor
 
 from dynaexq.formats import ExpertCodec, ExpertWeights
-from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp
+from dynaexq.kernels import ExpertLayer, Upgrades, exchange_for, expert_mlp
 from dynaexq.memory import DeviceMemory, RamStore, SwapPipeline, copier_for
 from dynaexq.records import Transition
 
@@ -20,15 +20,25 @@ UPGRADED = 0.2
 
 
 class Decoder:
-    """Layers of experts that share one slab, and a pipeline that moves precision between them."""
+    """Layers of experts that share one slab, and a pipeline that moves precision between them.
 
-    def __init__(self, shape: Shape, tiers: tuple[str, ...], pinned: bool):
+    Args:
+        idle: whether no forwards run between moves; then slots come back in the order of the stream.
+    """
+
+    def __init__(self, shape: Shape, tiers: tuple[str, ...], pinned: bool, idle: bool = False):
         codec = ExpertCodec(shape.expert, torch.bfloat16, tiers, method="rtn")
         assert codec.upgrade is not None, "a ladder of two"
         count, slots = LAYERS * shape.num_experts, int(UPGRADED * LAYERS * shape.num_experts)
         self.shape, self.slot_nbytes = shape, codec.upgrade.nbytes
         self.memory = DeviceMemory(
-            LAYERS, shape.num_experts, codec.base.nbytes, codec.upgrade.nbytes, slots + MOVES, DEVICE
+            LAYERS,
+            shape.num_experts,
+            codec.base.nbytes,
+            codec.upgrade.nbytes,
+            slots + MOVES,
+            DEVICE,
+            exchange=None if idle else exchange_for(DEVICE, codec.dtype),
         )
         store = RamStore(count, codec.upgrade.nbytes, pinned)
         self._fill(codec, store)
@@ -48,8 +58,10 @@ class Decoder:
         hidden = residual
         for index, layer in enumerate(self.layers):
             with self.memory.fence.reading():
+                self.memory.layer_begins(index)
                 upgrades = Upgrades(self.memory.table.row(index), self.memory.pool.at)
                 hidden = residual + expert_mlp(hidden, ids, weights, layer, upgrades)
+                self.memory.layer_ends(index, observed=True)
         return hidden
 
     def swap(self, moves: int) -> int:
@@ -78,7 +90,7 @@ class Decoder:
 
 def link(shape: Shape, tiers: tuple[str, ...], pinned: bool) -> dict[str, Any]:
     """Gigabytes a second of many promotions, microseconds of one, while nothing else runs."""
-    decoder = Decoder(shape, tiers, pinned)
+    decoder = Decoder(shape, tiers, pinned, idle=True)
     torch.cuda.synchronize()
     start = time.perf_counter()
     begun = decoder.swap(MOVES)

@@ -24,6 +24,7 @@ from transformers.generation import ContinuousBatchingConfig
 import dynaexq
 import dynaexq.runtime
 from dynaexq.errors import BudgetError, ClosedError
+from dynaexq.group import RuntimeGroup
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
 from dynaexq.memory import HostWords
@@ -214,7 +215,10 @@ def test_generate_may_compile_where_precision_follows_replays(monkeypatch: pytes
     model.hf_quantizer.follows_replays = False
     assert not wrapped.is_compileable, "dense weights that cannot be compiled are part of the graph"
     monkeypatch.undo()
-    assert not patched().hf_quantizer.is_compileable, "on a CPU there is nothing to gain"
+    other = patched()
+    assert not other.hf_quantizer.is_compileable, "on a CPU there is nothing to gain"
+    groups = [RuntimeGroup([(model.dynaexq, [0, 1]), (rt, [2, 3])]) for rt in (model.dynaexq, other.dynaexq)]
+    assert [group.follows_replays for group in groups] == [True, False], "every device must"
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
