@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_runtime import EVENING, MORNING, assert_answers_as_published, patched, upgraded
 from torch import nn
 from transformers import CompileConfig, GenerationConfig
@@ -95,6 +97,37 @@ def test_eager_forwards_and_replays_of_one_model_find_the_same_table() -> None:
     entries, kinds = model.dynaexq._memory.table.entries.numpy(), model.dynaexq._memory.table.kinds()
     np.testing.assert_array_equal(entries & 0xFF, kinds, "the device has what the host has published")
     model.dynaexq.close()
+
+
+ORDERS = {
+    "eager": lambda model, slots: tiny.logits(model),
+    "morning": lambda model, slots: tiny.steer(model, MORNING),
+    "evening": lambda model, slots: tiny.steer(model, EVENING),
+    "tick": lambda model, slots: model.dynaexq.tick(),
+    "freeze": lambda model, slots: model.dynaexq.freeze(),
+    "thaw": lambda model, slots: model.dynaexq.thaw(),
+    "drain": lambda model, slots: model.dynaexq.drain(),
+    "grow": lambda model, slots: model.dynaexq.set_budget(slots(7)),
+    "shrink": lambda model, slots: model.dynaexq.set_budget(slots(1)),
+}
+
+
+@settings(max_examples=15)
+@given(orders=st.lists(st.sampled_from([*ORDERS, "replay", "replay", "replay"]), min_size=10, max_size=40))
+def test_whatever_is_asked_between_replays_answers_stay_right(orders: list[str]) -> None:
+    model, original = patched(half_life=2, margin=0.0), tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64)
+    slot, total = model.dynaexq.plan.upgrade.nbytes, model.dynaexq.memory()["total"]
+    forwards = 0
+    for order in orders:
+        with replaying() if order == "replay" else contextlib.nullcontext():
+            ORDERS.get(order, ORDERS["eager"])(model, lambda slots: total + (slots - 4) * slot)
+        forwards += order in ("eager", "replay")
+        assert model.dynaexq.memory()["total"] <= model.dynaexq.plan.budget
+    assert model.dynaexq.stats()["steps"] == forwards
+    tiny.steer(model, None)
+    assert_answers_as_published(model, original)
+    model.dynaexq.close()
+    assert not pollers()
 
 
 def test_routing_is_counted_to_the_last_token_in_replays() -> None:
@@ -342,7 +375,7 @@ def test_there_are_words_for_any_number_of_copies_and_each_is_used_again() -> No
 
 
 def test_host_words_begin_at_zero_and_lie_apart() -> None:
-    words = HostWords(2, 3, locked=False)
+    words = HostWords(2, 3, torch.device("cpu"))
     assert not words.words.any()
     assert words.begin_epoch() == words.epoch == 1
     words.table[1, 2] = 7

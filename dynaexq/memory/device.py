@@ -40,7 +40,7 @@ class DeviceMemory:
         exchange: Exchange | None = None,
     ):
         self._exchange, self._last_layer = exchange, num_layers - 1
-        self._words = HostWords(num_layers, num_experts, locked=device.type == "cuda") if exchange else None
+        self._words = HostWords(num_layers, num_experts, device) if exchange else None
         self.table = ExpertTable(num_layers, num_experts, device, self._words)
         self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
         self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()

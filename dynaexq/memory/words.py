@@ -17,6 +17,7 @@ This module knows neither what an entry means nor when memory may be used again;
 """
 
 import threading
+import weakref
 from typing import Protocol
 
 import torch
@@ -41,20 +42,21 @@ class Exchange(Protocol):
 
 
 class HostWords:
-    """The words of one runtime: int64, in page-locked memory that the device can address.
-
-    Args:
-        locked: False where host and device are the same, as in tests.
+    """The words of one runtime: int64, page-locked where the device is a GPU, which then addresses them as well.
 
     Raises:
         StoreError: the system has no more memory to lock.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, locked: bool):
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device):
         table, counts = num_layers * num_experts, num_layers * (num_experts + 2)
         nbytes = 8 * (WORDS_AHEAD + table + counts)
-        self._locked = PageLocked(nbytes) if locked else None
-        memory = self._locked.bytes if self._locked else allocate_bytes(nbytes, torch.device("cpu"))
+        if device.type == "cuda":
+            locked = PageLocked(nbytes)
+            memory = locked.bytes
+            weakref.finalize(self, _unlock, locked, device)
+        else:
+            memory = allocate_bytes(nbytes, device)
         self.words: Tensor = memory.view(torch.int64).zero_()
         self._array = self.words.numpy()
         self.table = self._array[WORDS_AHEAD:][:table].reshape(num_layers, num_experts)
@@ -79,3 +81,8 @@ class HostWords:
         with self._lock:
             self._array[EPOCH] += 1
             return int(self._array[EPOCH])
+
+
+def _unlock(locked: PageLocked, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # forwards that were queued when their model was forgotten
+    locked.close()

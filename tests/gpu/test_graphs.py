@@ -96,7 +96,7 @@ def pollers() -> list[threading.Thread]:
 def test_words_are_exchanged_with_the_host_by_a_replay():
     exchange = exchange_for(DEVICE, torch.bfloat16)
     assert exchange is not None
-    words, twin = HostWords(3, 200, locked=True), HostWords(3, 200, locked=False)
+    words, twin = HostWords(3, 200, DEVICE), HostWords(3, 200, torch.device("cpu"))
     entries = torch.zeros(3, 200, dtype=torch.int64, device=DEVICE)
     sums = torch.randint(0, 2**62, (3, 202), device=DEVICE)
 
