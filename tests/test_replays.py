@@ -83,6 +83,7 @@ def test_precision_follows_the_traffic_while_graphs_are_replayed() -> None:
 def test_eager_forwards_and_replays_of_one_model_find_the_same_table() -> None:
     """The prompt eager, tokens replayed, over and over, while everything moves."""
     model, original = patched(half_life=2, margin=0.0), tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64)
+    before = model.dynaexq.stats()["demotions"]  # those of the smaller budget
     for turn in range(30):
         tiny.steer(model, (MORNING, EVENING)[turn // 5 % 2])
         tiny.logits(model)
@@ -90,7 +91,7 @@ def test_eager_forwards_and_replays_of_one_model_find_the_same_table() -> None:
             for _ in range(3):
                 tiny.logits(model)
     tiny.steer(model, None)
-    assert model.dynaexq.stats()["demotions"] > 4
+    assert model.dynaexq.stats()["demotions"] - before >= 4
     assert model.dynaexq.stats()["steps"] == 30 * 4
     assert_answers_as_published(model, original)
     tiny.logits(model)
