@@ -8,7 +8,9 @@ same calibration text, which comes from elsewhere.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -20,6 +22,7 @@ from rich.table import Table
 from streams import Heat, Stream, use_one_thread
 from tqdm import tqdm
 
+import dynaexq
 from dynaexq.demo import embedded_model
 
 SHARES = (0.05, 0.1, 0.2, 0.3)
@@ -46,8 +49,8 @@ Row = dict[str, Any]
 
 def policies(stream: Stream, heat: Heat) -> list[Row]:
     """int4 over a fifth of int2: every policy, the paper's at many settings."""
-    low, high = bounds(stream, LADDERS[0], heat)
-    return compete(Contest(stream, LADDERS[0], 0.2, heat), low, high, sweep=True)
+    contest = Contest(stream, LADDERS[0], 0.2, heat)
+    return compete(contest, *bounds(contest), sweep=True)
 
 
 def parts(stream: Stream, heat: Heat) -> list[Row]:
@@ -60,11 +63,21 @@ def ladders(stream: Stream, heat: Heat) -> list[Row]:
     """Every ladder and share of upgraded experts, with the policies that matter."""
     rows = []
     for tiers in LADDERS:
-        low, high = bounds(stream, tiers, heat)
+        contest = Contest(stream, tiers, 0.0, heat)
+        low, high = bounds(contest)
         for share in SHARES:
-            found = compete(Contest(stream, tiers, share, heat), dict(low), dict(high))
+            found = compete(replace(contest, share=share), dict(low), dict(high))
             rows += [{"ladder": " < ".join(tiers), "upgraded": share} | row for row in found]
     return rows
+
+
+def calibrated(stream: Stream, heat: Heat) -> list[Row]:
+    """int4 over a fifth of int2, every policy on codes that were calibrated, as `dynaexq quantize --calibrate` does."""
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "moments.safetensors"
+        dynaexq.calibrate(stream.model, stream.calibration(), path)
+        contest = Contest(stream, LADDERS[0], 0.2, heat, {"calibration": str(path)})
+        return compete(contest, *bounds(contest))
 
 
 def prompts(path: Path, tokens: int) -> list[Row]:
@@ -101,7 +114,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Checkpoint directory; the embedded model by default.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each phase.")] = 10_000,
     cycles: Annotated[int, typer.Option(help="Times that every workload comes.")] = 2,
-    only: Annotated[str, typer.Option(help="Which tables.")] = "policies,parts,prompts,ladders,bytes",
+    only: Annotated[str, typer.Option(help="Which tables.")] = "policies,calibrated,parts,prompts,ladders,bytes",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
     """Measure the tables, and print them."""
@@ -112,6 +125,7 @@ def main(
     wanted = only.split(",")
     for name, title, measure in (
         ("policies", "int4 over a fifth of int2", policies),
+        ("calibrated", "int4 over a fifth of int2, calibrated", calibrated),
         ("parts", "int4 over a fifth of int2, one part changed at a time", parts),
         ("ladders", "every ladder and share", ladders),
     ):

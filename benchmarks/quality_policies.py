@@ -1,7 +1,7 @@
 """Who gets the upgrades: the contestants of benchmarks/quality.py, from nobody to an oracle."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -66,16 +66,21 @@ class HotnessAlone:
 
 @dataclass(frozen=True)
 class Contest:
-    """One ladder and one share of upgraded experts. All start from the calibrated heat; only the oracle foresees."""
+    """One ladder and one share of upgraded experts. All start from the calibrated heat; only the oracle foresees.
+
+    Attributes:
+        common: dials of every contestant.
+    """
 
     stream: Stream
     tiers: tuple[str, str]
     share: float
     heat: Heat
+    common: dict[str, Any] = field(default_factory=dict)
 
     def run(self, name: str, warm: bool = True, **dials: Any) -> Row:
         """Start from the calibrated heat, unless not `warm`, then let `dials` decide."""
-        model, runtime = self.stream.patched(self.share, tiers=self.tiers, **dials)
+        model, runtime = self.stream.patched(self.share, tiers=self.tiers, **self.common | dials)
         if isinstance(dials.get("policy"), PaperRule | HotnessAlone):
             dials["policy"].runtime = runtime
         if warm:
@@ -84,7 +89,7 @@ class Contest:
 
     def oracle(self) -> Row:
         """At the start of each phase, the best set for that phase's average traffic; its moves cost nothing."""
-        model, runtime = self.stream.patched(self.share, tiers=self.tiers, policy="frozen")
+        model, runtime = self.stream.patched(self.share, tiers=self.tiers, policy="frozen", **self.common)
         outcome = self.stream.send(model, runtime, lambda index: runtime.warm_start(self.heat.foreseen[index]))
         return self._row("oracle of each phase", outcome, runtime) | {"moves": None, "bytes moved": None}
 
@@ -112,9 +117,9 @@ class Contest:
         }
 
 
-def bounds(stream: Stream, tiers: tuple[str, str], heat: Heat) -> tuple[Row, Row]:
+def bounds(contest: Contest) -> tuple[Row, Row]:
     """No expert upgraded, and every one."""
-    low, high = (Contest(stream, tiers, share, heat) for share in (0.0, 1.0))
+    low, high = (replace(contest, share=share) for share in (0.0, 1.0))
     return low.run("all low", policy="frozen"), high.run("all high", policy="frozen")
 
 

@@ -76,9 +76,14 @@ class Stream:
         ]
         self.tokens_a_phase = rounds * sum(lengths)
 
+    def calibration(self) -> list[Tensor]:
+        """Windows of all domains from the part of the corpus that the model was trained on."""
+        texts = (documents(domain, "train", CALIBRATION_SEED) for domain in DOMAINS)
+        return [w for text in texts for w in windows_of(self.tokenizer, text, CALIBRATION_WINDOWS, LENGTH)]
+
     def heat(self) -> Heat:
         """What the 16-bit model routes on the calibration text, which is no part of the stream, and in every phase."""
-        calibrated, *foreseen = self._mass([self._calibration(), *(phase.windows for phase in self.phases)])
+        calibrated, *foreseen = self._mass([self.calibration(), *(phase.windows for phase in self.phases)])
         return Heat(calibrated, foreseen)
 
     def send(
@@ -117,11 +122,6 @@ class Stream:
     def _phase(self, domain: str, rounds: list[Tensor], lengths: tuple[int, ...]) -> Phase:
         windows = [window for tokens in rounds for window in tokens.split(list(lengths))]
         return Phase(domain, windows, reference_logits(self.model, windows))
-
-    def _calibration(self) -> list[Tensor]:
-        """Windows of all domains from the part of the corpus that the model was trained on."""
-        texts = (documents(domain, "train", CALIBRATION_SEED) for domain in DOMAINS)
-        return [w for text in texts for w in windows_of(self.tokenizer, text, CALIBRATION_WINDOWS, LENGTH)]
 
     def _mass(self, streams: list[list[Tensor]]) -> list[np.ndarray]:
         model = copy.deepcopy(self.model)
