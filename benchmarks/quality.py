@@ -72,7 +72,7 @@ def ladders(stream: Stream, heat: Heat) -> list[Row]:
 
 
 def calibrated(stream: Stream, heat: Heat) -> list[Row]:
-    """int4 over a fifth of int2, every policy on codes that were calibrated, as `dynaexq quantize --calibrate` does."""
+    """int4 over a fifth of int2, every policy on calibrated codes, as `dynaexq quantize --calibrate` makes them."""
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "moments.safetensors"
         dynaexq.calibrate(stream.model, stream.calibration(), path)
