@@ -7,7 +7,7 @@ held-out prose, code and arithmetic of `dynaexq.corpus`, and its mean; the error
 matrices, for the inputs of that text. What is calibrated was calibrated on the part that training saw. `mix` is the
 KL with the fifth of the experts that a text routes most to at the upgrade of a code that can be refined.
 
-HQQ: half-quadratic splitting, Badri and Shaji 2023, 20 rounds, p = 0.7. GPTQ: Frantar et al. 2022, as `dynaexq` has it.
+HQQ is half-quadratic splitting (Badri and Shaji, 2023), 20 rounds, p = 0.7.
 """
 
 import json
@@ -222,7 +222,7 @@ def coded_rows(study: Study) -> list[dict]:
         for group_size in (64, 32) if len(tiers) == 1 else (64,):
             for calibrated in (False, True):
                 readings = study.coded(tiers, group_size, calibrated)
-                mix = study.mix(*readings) if len(tiers) == 2 else float("nan")
+                mix = study.mix(*readings) if len(tiers) == 2 else None
                 for tier, matrices in zip(tiers, readings, strict=True):
                     name = f"{tier} of {'+'.join(tiers)}" if len(tiers) == 2 else f"{tier} g{group_size}"
                     method = "dynaexq, calibrated" if calibrated else "dynaexq"
@@ -233,9 +233,12 @@ def coded_rows(study: Study) -> list[dict]:
 def show(title: str, rows: list[dict]) -> None:
     table = Table(title=title)
     for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.4f}" for value in row.values()))
+        cells = (
+            "" if value is None else f"{value:.4f}" if isinstance(value, float) else value for value in row.values()
+        )
+        table.add_row(*cells)
     Console().print(table)
 
 
@@ -254,7 +257,7 @@ def main(
     show("as dynaexq codes them", coded)
     if json_path:
         results = {"torch": torch.__version__, "tokens_a_domain": windows * WINDOW, "others": baselines, "ours": coded}
-        json_path.write_text(json.dumps(results, indent=2).replace("NaN", "null") + "\n")
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
