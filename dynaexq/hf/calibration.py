@@ -36,7 +36,8 @@ def calibrate(model: nn.Module, windows: Iterable[Tensor], path: str | Path) -> 
 
     Args:
         model: in 16 bit, not patched.
-        windows: token ids `[T]` of text such as the model will meet; 30,000 tokens and more.
+        windows: token ids `[T]` of text as mixed as the traffic will be, 30,000 tokens and more; what a narrow text
+            does not show gets worse than without calibration.
 
     Raises:
         UnsupportedModelError, PatchError: the model, or the state it is in; the message names the module.
