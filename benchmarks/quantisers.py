@@ -199,8 +199,8 @@ class Study:
         codec = ExpertCodec(self.layers[0].shape(), self.layers[0].dtype, tiers, group_size)
         found: list[Matrices] = [[] for _ in tiers]
         for index, (up, down) in enumerate(self.originals):
-            known = self.calibration.of_layer(index, codec.shape.intermediate_size, up.device) if calibrated else None
-            base, upgrade, _ = codec.encode(ExpertWeights(up, down), known)
+            known = self.calibration.of_layer(index, codec.shape.intermediate_size, up.device)
+            base, upgrade, _ = codec.encode(ExpertWeights(up, down), list(known) if calibrated else None)
             for matrices, block in zip(found, (None, upgrade), strict=False):
                 reading = codec.decode(base, block, torch.float32)
                 matrices.append((reading.up, reading.down))

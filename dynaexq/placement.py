@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -158,7 +159,7 @@ def encode_all(
                 if codec.planes:
                     check_representable(weights.up, f"{source.name(layer)}, first matrix", first)
                     check_representable(weights.down, f"{source.name(layer)}, second matrix", first)
-                known = None if inputs is None else inputs[first : first + len(weights.up)]
+                known = None if inputs is None else list(islice(inputs, len(weights.up)))
                 yield layer, first, codec.encode(weights.map(lambda part: part.to(device)), known)
                 progress.update(len(weights.up) * expert_nbytes)
 

@@ -219,6 +219,13 @@ def test_a_file_that_holds_no_moments_is_refused():
         load_moments(embedded_model() / "model.safetensors")
 
 
+def test_moments_that_are_not_finite_are_refused(tmp_path):
+    moments = Moments(("a.experts",), torch.full((1, 8, 8), torch.nan), torch.rand(1, 3, 1, 64, 64), torch.ones(1, 3))
+    save_moments(moments, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_moments(tmp_path / "m.safetensors")
+
+
 def test_a_packed_checkpoint_cannot_be_calibrated_any_more(calibrated, tmp_path):
     model = original()
     dynaexq.patch(model, "1GB", tiers=("int2",))

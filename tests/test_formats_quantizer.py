@@ -192,7 +192,7 @@ def test_several_starts_at_two_bits_are_better_than_one_in_the_mean(monkeypatch)
     several = squared_errors(weights, 2, "als")
     monkeypatch.setattr(fitting, "STARTS", (1.0,))
     one = squared_errors(weights, 2, "als")
-    assert several.mean() < 0.98 * one.mean()  # not in every group: the best after two rounds need not end as the best
+    assert several.mean() < 0.99 * one.mean()  # not in every group: the best after two rounds need not end as the best
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -82,7 +82,7 @@ def fitted_grid(groups: Tensor, aims: Aims, importance: Tensor | None = None) ->
     if importance is not None:
         weighed = _alternate(groups, grid, aims, ROUNDS, importance)
         grid = _best(groups, [grid, weighed], aims, importance)
-    return _best(groups, [start, grid], aims[:1] if len(aims) == 1 else aims, importance)
+    return _best(groups, [start, grid], aims, importance)
 
 
 def unshrunk(groups: Tensor, values: Tensor, grid: Grid, bits: int, importance: Tensor | None = None) -> Grid:

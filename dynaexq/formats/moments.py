@@ -9,6 +9,7 @@ An expert that saw few tokens is known badly. Its moments are blended with those
 had seen 64 tokens of them; with none at all it is quantised as if nothing were known.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -81,10 +82,11 @@ class Moments:
         names = tuple(self.layers[layer] for layer in layers)
         return Moments(names, self.up[layers], self.down[layers, experts], self.tokens[layers, experts])
 
-    def of_layer(self, layer: int, units: int, device: torch.device) -> list[ExpertInputs]:
-        """What is known of each expert of a layer, whose second matrix has `units` inputs."""
+    def of_layer(self, layer: int, units: int, device: torch.device) -> Iterator[ExpertInputs]:
+        """What is known of each expert of a layer in turn, whose second matrix has `units` inputs."""
         up = Inputs(self.up[layer].to(device))
-        return [ExpertInputs(up, self._down(layer, expert, units, device)) for expert in range(self.num_experts)]
+        for expert in range(self.num_experts):
+            yield ExpertInputs(up, self._down(layer, expert, units, device))
 
     def _down(self, layer: int, expert: int, units: int, device: torch.device) -> Inputs:
         own = torch.block_diag(*self.down[layer, expert].to(device))[:units, :units]

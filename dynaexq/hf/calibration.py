@@ -122,6 +122,8 @@ def load_moments(path: Path) -> Moments:
     if shard.metadata.get("kind") != KIND or shard.entries.keys() != {"up", "down", "tokens"}:
         raise CheckpointError(f"expected moments as dynaexq's calibration writes them, {path} is something else")
     parts = {name: shard.read(name) for name in shard.entries}
+    if not (parts["up"].isfinite().all() and parts["down"].isfinite().all()):
+        raise CheckpointError(f"{path} holds moments that are not finite; the model it came from has overflown")
     return Moments(tuple(json.loads(shard.metadata["layers"])), **parts)
 
 
