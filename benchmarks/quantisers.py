@@ -172,7 +172,7 @@ class Study:
     def _errors(self, matrices: Matrices) -> dict[str, float]:
         weights, outputs = torch.zeros(2), torch.zeros(2)
         for index, (new, old) in enumerate(zip(matrices, self.originals, strict=True)):
-            known = self.met.of_layer(index, old[1].shape[2], torch.device("cpu"))
+            known = list(self.met.of_layer(index, old[1].shape[2], torch.device("cpu")))
             for number in range(2):
                 for mine, exact, inputs in zip(new[number].float(), old[number].float(), known, strict=True):
                     parts = torch.stack([mine - exact, exact])
