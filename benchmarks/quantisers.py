@@ -129,14 +129,14 @@ class Study:
         seen = [w for domain in DOMAINS for w in self._windows(domain, "train", calibration_windows)]
         self.calibration = gather_moments(self.model, tqdm(seen, desc="calibrating"))
         met = {d: gather_moments(self.model, tqdm(ws, desc=f"met by {d}")) for d, ws in self.windows.items()}
-        self.routed = {domain: moments.tokens for domain, moments in met.items()}
         self.met = Moments(
             self.calibration.layers,
             torch.stack([m.up for m in met.values()]).mean(0),
             torch.stack([m.down for m in met.values()]).mean(0),
             torch.stack([m.tokens for m in met.values()]).sum(0),
         )
-        self.reference = {domain: self._logits(domain) for domain in DOMAINS}
+        self.routed = {domain: torch.zeros(self.met.tokens.shape) for domain in DOMAINS}
+        self.reference = {domain: self._observed_logits(domain) for domain in DOMAINS}
 
     def _weights(self) -> list[ExpertWeights]:
         return [layer.weights() for layer in self.layers]
@@ -151,6 +151,21 @@ class Study:
 
     def _logits(self, domain: str) -> Tensor:
         return torch.cat([self.model(ids, use_cache=False).logits for ids in self.windows[domain].split(BATCH)])
+
+    def _observed_logits(self, domain: str) -> Tensor:
+        """The logits, while `routed` adds up the weights that each expert is routed with."""
+
+        def observe(layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+            self.routed[domain][layer].index_add_(0, top_k_index.flatten(), top_k_weights.float().flatten())
+
+        hooks = [
+            layer.experts.register_forward_pre_hook(lambda _, args, index=index: observe(index, *args[1:3]))
+            for index, layer in enumerate(self.layers)
+        ]
+        logits = self._logits(domain)
+        for hook in hooks:
+            hook.remove()
+        return logits
 
     def replace(self, matrices: Matrices, upgraded: Matrices | None = None, where: Tensor | None = None) -> None:
         """Put `matrices` in the place of the experts' own, and `upgraded` where `where [L, E]` is set."""
@@ -187,10 +202,10 @@ class Study:
     def mix(self, low: Matrices, high: Matrices) -> float:
         """KL with the experts that a text routes most to at `high`; mean over the texts."""
         total = 0.0
-        for domain, tokens in self.routed.items():
-            where = torch.zeros(tokens.numel(), dtype=torch.bool)
-            where[tokens.flatten().topk(round(SHARE_UPGRADED * tokens.numel())).indices] = True
-            self.replace(low, high, where.view_as(tokens))
+        for domain, mass in self.routed.items():
+            where = torch.zeros(mass.numel(), dtype=torch.bool)
+            where[mass.flatten().topk(round(SHARE_UPGRADED * mass.numel())).indices] = True
+            self.replace(low, high, where.view_as(mass))
             total += self._domain_kl(domain) / len(self.routed)
         return total
 
