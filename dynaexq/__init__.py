@@ -19,7 +19,7 @@ from dynaexq.errors import (
     UnpatchError,
     UnsupportedModelError,
 )
-from dynaexq.hf import DynaExqConfig, patch, unpatch
+from dynaexq.hf import DynaExqConfig, calibrate, patch, unpatch
 from dynaexq.moe import DynaExqMoE
 from dynaexq.runtime import Runtime
 from dynaexq.settings import Settings
@@ -44,6 +44,7 @@ __all__ = [
     "UnpatchError",
     "UnsupportedModelError",
     "__version__",
+    "calibrate",
     "patch",
     "unpatch",
 ]

@@ -80,6 +80,15 @@ def quantize(
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text to calibrate on, which takes the memory of the whole 16-bit model; or moments (.safetensors) "
+            "that were written then.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "5GB",
     annotate: Annotated[
@@ -95,10 +104,26 @@ def quantize(
     if hbm_budget is not None:
         dials["hbm_budget"] = hbm_budget
     if annotate:
+        if calibrate is not None:
+            raise typer.BadParameter("an annotated checkpoint is quantised when it is loaded; pass calibration= then")
         annotate_checkpoint(source, target, **dials)
     else:
+        if calibrate is not None:
+            dials["calibration"] = _moments_of(source, calibrate, target, device)
         quantize_checkpoint(source, target, max_shard_size, **dials | ({"device": device} if device else {}))
     typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
+
+
+def _moments_of(source: Path, text: Path, target: Path, device: str | None) -> Path:
+    """The file `text` if it holds moments, else moments gathered with it and kept beside `target`."""
+    from dynaexq.hf.calibration import calibrate_checkpoint
+
+    if text.suffix == ".safetensors":
+        return text
+    path = target.with_name(f"{target.name}.moments.safetensors")
+    calibrate_checkpoint(source, text, path, device)
+    typer.echo(f"{path} holds what calibration found; pass it to --calibrate or calibration= to use it again")
+    return path
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaexq.errors import StoreError
-from dynaexq.formats import Encoded, ExpertCodec, ExpertWeights, check_representable
+from dynaexq.formats import Encoded, ExpertCodec, ExpertWeights, Moments, check_representable
 from dynaexq.memory import DiskStore, HostStore, RamStore
 from dynaexq.settings import Settings
 
@@ -55,10 +56,14 @@ class Supply(Protocol):
 
 
 class QuantizedSupply:
-    """Experts quantised from their 16-bit weights."""
+    """Experts quantised from their 16-bit weights.
 
-    def __init__(self, source: ExpertSource):
-        self.source = source
+    Args:
+        moments: of their inputs, layer by layer and expert by expert as in `source`, where they are known.
+    """
+
+    def __init__(self, source: ExpertSource, moments: Moments | None = None):
+        self.source, self.moments = source, moments
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
         """See `Supply`. A weight that no code represents is a QuantizationError."""
@@ -66,7 +71,7 @@ class QuantizedSupply:
         store = self._open_store(codec, settings)
         errors = np.zeros((source.num_layers, source.num_experts, len(codec.tiers)))
         try:
-            for layer, first, encoded in encode_all(source, codec, base.device):
+            for layer, first, encoded in encode_all(source, codec, base.device, moments=self.moments):
                 last = first + len(encoded.base)
                 base[layer, first:last].copy_(encoded.base)
                 errors[layer, first:last] = encoded.errors
@@ -128,7 +133,11 @@ def open_store(count: int, slot_nbytes: int, host_copy: str) -> HostStore:
 
 
 def encode_all(
-    source: ExpertSource, codec: ExpertCodec, device: torch.device, first_layer: int = 0
+    source: ExpertSource,
+    codec: ExpertCodec,
+    device: torch.device,
+    first_layer: int = 0,
+    moments: Moments | None = None,
 ) -> Iterator[tuple[int, int, Encoded]]:
     """Encode the experts of `source` on `device`, from `first_layer` on: (layer, first expert, n experts as bytes).
 
@@ -144,12 +153,14 @@ def encode_all(
     total = num_layers * num_experts * expert_nbytes
     with tqdm(total=total, unit="B", unit_scale=True, desc="quantising", disable=quiet) as progress, torch.no_grad():
         for layer in range(first_layer, source.num_layers):
+            inputs = moments.of_layer(layer, codec.shape.intermediate_size, device) if moments else None
             for first in range(0, num_experts, at_once):
                 weights = source.read(layer, first, min(first + at_once, num_experts))
                 if codec.planes:
                     check_representable(weights.up, f"{source.name(layer)}, first matrix", first)
                     check_representable(weights.down, f"{source.name(layer)}, second matrix", first)
-                yield layer, first, codec.encode(weights.map(lambda part: part.to(device)))
+                known = None if inputs is None else list(islice(inputs, len(weights.up)))
+                yield layer, first, codec.encode(weights.map(lambda part: part.to(device)), known)
                 progress.update(len(weights.up) * expert_nbytes)
 
 

@@ -1,6 +1,7 @@
 """Every dial of dynaexq in one frozen object, validated once. It knows nothing of models, devices or tensors."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -64,6 +65,8 @@ class Settings:
             the checkpoint where that holds the very bytes, else in RAM.
         group_size: weights that share one scale: 32, 64 or 128.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).
+        calibration: path of what `dynaexq.calibrate` gathered of the experts' inputs: quantising then minimises the
+            error of the outputs. None minimises that of the weights.
         dense: None leaves the dense linear layers as they are, `"bnb-4bit"` and `"bnb-8bit"` quantise them with
             bitsandbytes.
         max_context, max_batch: the tokens and sequences that `hbm_budget="auto"` leaves room for.
@@ -85,6 +88,7 @@ class Settings:
     host_copy: str = "auto"
     group_size: int = 64
     quantizer: str = "als"
+    calibration: str | os.PathLike[str] | None = None
     dense: str | None = None
     max_context: int = 4096
     max_batch: int = 1
@@ -97,6 +101,12 @@ class Settings:
         _one_of("host_copy", self.host_copy, ("auto", "ram", "pinned", "disk"))
         _one_of("group_size", self.group_size, (32, 64, 128))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
+        if self.calibration is not None:
+            if not isinstance(self.calibration, str | os.PathLike):
+                raise SettingsError(f"calibration must be the path of a file of moments, got {self.calibration!r}")
+            if self.quantizer == "rtn":
+                raise SettingsError('quantizer="rtn" rounds and heeds no calibration; leave one of them out')
+            object.__setattr__(self, "calibration", os.fspath(self.calibration))
         if self.dense is not None:
             _one_of("dense", self.dense, ("bnb-4bit", "bnb-8bit"))
         if not callable(self.policy):

@@ -72,11 +72,11 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Encoding stops before call `count`; returns a list that grows with every call."""
     encode, calls = ExpertCodec.encode, []
 
-    def counted(codec: ExpertCodec, weights: Any) -> Any:
+    def counted(codec: ExpertCodec, weights: Any, inputs: Any = None) -> Any:
         if len(calls) == count:
             raise Stop
         calls.append(1)
-        return encode(codec, weights)
+        return encode(codec, weights, inputs)
 
     monkeypatch.setattr(ExpertCodec, "encode", counted)
     return calls

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dynaexq.errors import QuantizationError
+from dynaexq.formats import fitting
 from dynaexq.formats.quantizer import LARGEST_WEIGHT, Code, check_representable, quantize, read
 
 G = 64
@@ -149,9 +150,9 @@ def test_the_same_weights_give_the_same_code_whatever_their_strides(bits, method
 # What was measured for Gaussian weights when the design was made; a change of one hundredth is a change of method.
 MEASURED = {
     (2, 32, "rtn"): 0.393,
-    (2, 32, "als"): 0.306,
+    (2, 32, "als"): 0.2995,
     (2, 64, "rtn"): 0.451,
-    (2, 64, "als"): 0.325,
+    (2, 64, "als"): 0.3215,
     (2, 128, "rtn"): 0.502,
     (2, 128, "als"): 0.334,
     (4, 64, "rtn"): 0.0897,
@@ -174,6 +175,24 @@ def test_a_code_fitted_at_four_bits_reads_well_at_every_depth():
     code = quantize(weights, G)
     errors = [float((reading(code, bits) - weights).norm() / weights.norm()) for bits in DEPTHS]
     assert errors == pytest.approx([0.360, 0.0839, 0.0059], rel=0.01)
+
+
+def test_a_fit_that_looks_after_two_bits_too_improves_them_at_little_cost_to_four():
+    weights = torch.randn(128, 1024)
+    errors = {}
+    for coarse in (False, True):
+        code = quantize(weights, G, coarse=coarse)
+        errors[coarse] = [float((reading(code, bits) - weights).norm() / weights.norm()) for bits in (2, 4)]
+    assert errors[True][0] < 0.99 * errors[False][0]
+    assert errors[True][1] < 1.05 * errors[False][1]
+
+
+def test_several_starts_at_two_bits_are_better_than_one_in_the_mean(monkeypatch):
+    weights = groups("gaussian", 2048)
+    several = squared_errors(weights, 2, "als")
+    monkeypatch.setattr(fitting, "STARTS", (1.0,))
+    one = squared_errors(weights, 2, "als")
+    assert several.mean() < 0.99 * one.mean()  # not in every group: the best after two rounds need not end as the best
 
 
 @pytest.mark.parametrize("bits", [2, 4])

@@ -9,7 +9,7 @@ import dynaexq
 PUBLIC = {
     "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "PatchError",
     "ProfileError", "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError",
-    "UnpatchError", "UnsupportedModelError", "__version__", "patch", "unpatch",
+    "UnpatchError", "UnsupportedModelError", "__version__", "calibrate", "patch", "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",

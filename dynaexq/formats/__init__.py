@@ -2,6 +2,19 @@
 
 from dynaexq.formats.codec import Encoded, ExpertCodec, ExpertWeights
 from dynaexq.formats.ladders import offered, pieces, rebase
+from dynaexq.formats.moments import BLOCK, ExpertInputs, Inputs, Moments
 from dynaexq.formats.quantizer import check_representable
 
-__all__ = ["Encoded", "ExpertCodec", "ExpertWeights", "check_representable", "offered", "pieces", "rebase"]
+__all__ = [
+    "BLOCK",
+    "Encoded",
+    "ExpertCodec",
+    "ExpertInputs",
+    "ExpertWeights",
+    "Inputs",
+    "Moments",
+    "check_representable",
+    "offered",
+    "pieces",
+    "rebase",
+]

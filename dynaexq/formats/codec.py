@@ -4,7 +4,7 @@ Every expert has a *base* block. A hot expert has an *upgrade* besides: the miss
 where the upgrade is 16-bit, a complete block that stands in its place (*replace*).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.formats.layout import BlockLayout, MatrixLayout
+from dynaexq.formats.moments import ExpertInputs, Inputs
 from dynaexq.formats.packing import pack_plane, unpack_plane
 from dynaexq.formats.quantizer import Code, quantize, read
 from dynaexq.records import BITS, ExpertShape, Tier
@@ -100,8 +101,18 @@ class ExpertCodec:
         """The depth whose reading is made optimal; 4 for every code that has, or may get, its 4-bit reading."""
         return BITS[self.tiers[0]] if not self.refine_planes and self.planes else 4
 
-    def encode(self, weights: ExpertWeights) -> Encoded:
-        """Pack n experts. Nothing is checked here; see `quantizer.check_representable`."""
+    @property
+    def coarse(self) -> bool:
+        """Whether the fit looks after the 2-bit reading too: that costs range, which int8 would miss."""
+        return self.tiers == ("int2", "int4")
+
+    def encode(self, weights: ExpertWeights, inputs: Sequence[ExpertInputs] | None = None) -> Encoded:
+        """Pack n experts. Nothing is checked here; see `quantizer.check_representable`.
+
+        Args:
+            inputs: of each expert, where they are known. Ladders that lead to int8 do not heed them: codes that make
+                up for one another cannot be made exact by more bits.
+        """
         n = len(weights.up)
         base = torch.zeros(n, self.base.nbytes, dtype=torch.uint8, device=weights.up.device)
         errors = np.zeros((n, len(self.tiers)))
@@ -111,7 +122,10 @@ class ExpertCodec:
         upgrade = torch.zeros(n, self.upgrade_layout.nbytes, dtype=torch.uint8, device=base.device)
         base_parts, upgrade_parts = self.base_layout.view(base), self.upgrade_layout.view(upgrade)
         for name in MATRICES:
-            errors += self._encode_matrix(name, self._oriented(getattr(weights, name)), base_parts, upgrade_parts)
+            heeded = inputs is not None and self.tiers[-1] != "int8"
+            known = [getattr(of_expert, name) for of_expert in inputs or ()] if heeded else None
+            matrix = self._oriented(getattr(weights, name))
+            errors += self._encode_matrix(name, matrix, known, base_parts, upgrade_parts)
         self._write_biases(base_parts, weights)
         if self.replaces:
             self.write_dense(upgrade, weights)
@@ -166,15 +180,20 @@ class ExpertCodec:
         return weights.transpose(1, 2) if self.shape.transposed else weights
 
     def _encode_matrix(
-        self, name: str, matrix: Tensor, base_parts: Mapping[str, Tensor], upgrade_parts: Mapping[str, Tensor]
+        self,
+        name: str,
+        matrix: Tensor,
+        inputs: Sequence[Inputs] | None,
+        base_parts: Mapping[str, Tensor],
+        upgrade_parts: Mapping[str, Tensor],
     ) -> np.ndarray:
         """Code the rows of `matrix [n, N, K]` into their parts, a slice at a time; returns errors `[n, tiers]`."""
         per_row = len(matrix) * self.matrices[name].padded
-        step = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row)
+        step = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row) if inputs is None else matrix.shape[1]
         squares = []
         for first in range(0, matrix.shape[1], step):
             rows = slice(first, first + step)
-            code = self._quantize(name, matrix[:, rows])
+            code = self._quantize(name, matrix[:, rows], inputs)
             squares.append(self._squares(name, matrix[:, rows], code))
             base_parts[f"{name}.meta"][:, :, rows].copy_(torch.stack([code.scale, code.minimum], -1).transpose(1, 2))
             self._write_planes(base_parts, name, code, self.planes, rows)
@@ -182,12 +201,14 @@ class ExpertCodec:
         *errors, norm = torch.cat(squares, 1).double().sum(1).unbind(-1)
         return (torch.stack(errors, 1) / norm.clamp_min(1e-30)[:, None]).cpu().numpy()
 
-    def _quantize(self, name: str, matrix: Tensor) -> Code:
+    def _quantize(self, name: str, matrix: Tensor, inputs: Sequence[Inputs] | None) -> Code:
         layout = self.matrices[name]
         if layout.padded > layout.columns:
             # Padding repeats the row, so that a group keeps the spread of the weights it really holds.
             matrix = matrix.repeat(1, 1, -(-layout.padded // layout.columns))[..., : layout.padded]
-        return quantize(matrix, layout.group_size, self.fit_bits, self.method, unshrink=not self.refine_planes)
+        return quantize(
+            matrix, layout.group_size, self.fit_bits, self.method, not self.refine_planes, self.coarse, inputs
+        )
 
     def _squares(self, name: str, matrix: Tensor, code: Code) -> Tensor:
         """Sums over each row, `[n, N, tiers + 1]`: squared errors of the reading at each tier, squared weights."""

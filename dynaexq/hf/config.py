@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 METHOD = "dynaexq"
 BUDGET_VARIABLE = "DYNAEXQ_HBM_BUDGET"
 
-OF_THE_MACHINE = {"device", "host_copy"}
+OF_THE_MACHINE = {"device", "host_copy", "calibration"}
 """Dials that say nothing about a model, and are not kept with it."""
 
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}

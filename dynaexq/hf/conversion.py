@@ -6,6 +6,7 @@ target until it is complete, so an interrupted conversion goes on where it stopp
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from dynaexq.errors import CheckpointError, SettingsError
-from dynaexq.formats import ExpertCodec
+from dynaexq.formats import ExpertCodec, Moments
+from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
@@ -63,13 +65,14 @@ def quantize_checkpoint(
     experts = CheckpointSource(model, layers, shards)
     codec = _choose_codec(model, layers, settings)
     stored = packed_config(config, codec, None if isinstance(settings.hbm_budget, str) else settings.hbm_budget)
-    staging = _open_staging(target, _fingerprint(shards, stored))
+    moments = moments_for(settings, layers)
+    staging = _open_staging(target, _fingerprint(shards, stored, moments))
     with replaced(target, staging):
         shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
         writer = PackedWriter(staging, shape, parse_bytes(max_shard_size, "max_shard_size"), SHARD_METADATA)
         try:
             device = resolve_device(settings)
-            for layer, first, encoded in encode_all(experts, codec, device, writer.first_layer):
+            for layer, first, encoded in encode_all(experts, codec, device, writer.first_layer, moments):
                 writer.write(layer, first, encoded.base, encoded.upgrade, encoded.errors)
             files = writer.finish()
         except BaseException:
@@ -111,10 +114,11 @@ def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> 
     return codecs[make_plan(model, layers, codecs, settings, device, dense, layers[0].num_experts).tiers]
 
 
-def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig) -> str:
+def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig, moments: Moments | None) -> str:
     """What a conversion depends on: the source's files as they are now, and how they are packed."""
+    known = moments and [zlib.crc32(part.numpy().data) for part in (moments.up, moments.down, moments.tokens)]
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
-    return json.dumps({"files": files, "packed": config.packed}, sort_keys=True)
+    return json.dumps({"files": files, "packed": config.packed, "moments": known}, sort_keys=True)
 
 
 def _open_staging(target: Path, fingerprint: str) -> Path:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynaexq.errors import UnsupportedModelError
+from dynaexq.errors import SettingsError, UnsupportedModelError
 from dynaexq.formats import ExpertCodec
 from dynaexq.group import RuntimeGroup
+from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint import CheckpointSource, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
@@ -48,6 +49,12 @@ class CheckpointLoad:
         self.layers = find_sparse_layers(model, on_meta=True)
         check_distribution(model.config, self.layers, settings.dense)
         stored = config.stored_tiers()
+        if stored and settings.calibration is not None:
+            raise SettingsError(
+                f"calibration={settings.calibration!r} was given, and the checkpoint is packed: its codes are fixed; "
+                "leave it out, or quantise the 16-bit source again"
+            )
+        self._moments = moments_for(settings, self.layers)
         self._codecs = make_codecs(self.layers[0], choose_ladders(settings, stored), settings)
         self._stored_codec = make_codec(self.layers[0], stored, settings) if stored else None
         shards = open_shards(files)
@@ -93,7 +100,8 @@ class CheckpointLoad:
 
     def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> Supply:
         if self._source is not None:
-            return QuantizedSupply(self._source.select(indices, first_expert, num_experts))
+            moments = self._moments and self._moments.select(indices, first_expert, num_experts)
+            return QuantizedSupply(self._source.select(indices, first_expert, num_experts), moments)
         assert self._reader is not None, "experts are packed or they are not"
         assert self._stored_codec is not None, "likewise"
         reader = self._reader.select(indices, first_expert, num_experts)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dynaexq.errors import PatchError, UnsupportedModelError
+from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
@@ -62,8 +63,9 @@ def patch(
     device = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
     twins = quantized_linears(model, settings.dense, device) if settings.dense else {}
+    moments = moments_for(settings, layers)
     runtime = _new_runtime(model, layers, twins, settings, device)
-    runtime.load(QuantizedSupply(source))
+    runtime.load(QuantizedSupply(source, moments))
     _commit(Installation(model, layers), runtime, source, twins, config)
     return runtime
 

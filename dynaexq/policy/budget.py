@@ -15,7 +15,7 @@ from dynaexq.records import MemoryPlan, Tier
 
 Ladder = tuple[Tier, Tier | None]
 
-LOSS = {"fp16": 0.0, "int8": 0.0007, "int4": 0.0108, "int2": 0.136, "int2 shared": 0.169}
+LOSS = {"fp16": 0.0, "int8": 0.0009, "int4": 0.0108, "int2": 0.130, "int2 shared": 0.162}
 """KL divergence from the 16-bit model, nats a token, all experts at one precision (benchmarks/precision_table.py on
 the embedded model). The 2-bit reading of a code that can be refined costs more than a code fitted for two bits."""
 

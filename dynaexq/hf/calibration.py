@@ -1,0 +1,194 @@
+"""From a 16-bit model and some text to the second moments of its experts' inputs; see `formats.moments`.
+
+The model runs as it is, with a hook before each layer of experts. Tokens are counted where they are routed, so what is
+gathered is of the text's own traffic. On disk moments are a safetensors file that names the layers it belongs to.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dynaexq.errors import CheckpointError
+from dynaexq.formats import BLOCK, Moments
+from dynaexq.hf.checkpoint import checkpoint_files
+from dynaexq.hf.families import SparseLayer, find_sparse_layers
+from dynaexq.hf.skeleton import read_config
+from dynaexq.settings import Settings
+from dynaexq.storage import Shard, ShardWriter
+
+WINDOW_TOKENS = 512
+MOST_TOKENS = 2**17
+"""What is read of a text; the moments of an expert that gets a fiftieth of them have settled by then."""
+
+KIND = "dynaexq-moments"
+
+
+def calibrate(model: nn.Module, windows: Iterable[Tensor], path: str | Path) -> Moments:
+    """Gather moments with `model` and write them to the safetensors file `path`, for `patch(..., calibration=path)`.
+
+    Args:
+        model: in 16 bit, not patched.
+        windows: token ids `[T]` of text as mixed as the traffic will be, 30,000 tokens and more; what a narrow text
+            does not show gets worse than without calibration.
+
+    Raises:
+        UnsupportedModelError, PatchError: the model, or the state it is in; the message names the module.
+        CheckpointError: there is no space.
+    """
+    moments = gather_moments(model, windows)
+    save_moments(moments, Path(path))
+    return moments
+
+
+def calibrate_checkpoint(source: Path, text: Path, path: Path, device: str | None = None) -> None:
+    """`calibrate` with the 16-bit checkpoint `source`, loaded whole, and the text of a file.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged, or larger than the memory at hand, the text is too
+            short, or there is no space.
+    """
+    read_config(source)
+    needed = sum(file.stat().st_size for file in checkpoint_files(source))
+    available = psutil.virtual_memory().available if device in (None, "cpu") else torch.cuda.mem_get_info(device)[0]
+    if needed > available:
+        raise CheckpointError(
+            f"calibrating runs the whole model in 16 bit: {source} takes {needed:,} bytes and {available:,} are free; "
+            "calibrate on a machine that holds it and pass the moments it writes, or leave calibration out"
+        )
+    windows = text_windows(AutoTokenizer.from_pretrained(source), text)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map={"": device or "cpu"}).eval()
+    calibrate(model, tqdm(windows, desc="calibrating", unit="window"), path)
+
+
+@torch.no_grad()
+def gather_moments(model: nn.Module, windows: Iterable[Tensor]) -> Moments:
+    """Second moments of what the experts of `model` meet in `windows`.
+
+    The sums take `H**2` float32 a layer and 64 a unit of every expert: 2 GB for Qwen3-30B-A3B.
+    """
+    layers = find_sparse_layers(model)
+    gathered = [_Gathered(layer) for layer in layers]
+    hooks = [
+        layer.experts.register_forward_pre_hook(sums.before_forward, with_kwargs=True)
+        for layer, sums in zip(layers, gathered, strict=True)
+    ]
+    try:
+        for window in windows:
+            model(window[None].to(layers[0].device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    up, down, tokens = (torch.stack(parts) for parts in zip(*(sums.means() for sums in gathered), strict=True))
+    return Moments(tuple(layer.name for layer in layers), up, down, tokens)
+
+
+def text_windows(tokenizer: Any, text: Path) -> list[Tensor]:
+    """Windows of token ids from the file `text`, up to 131,072 tokens; a CheckpointError if it makes not even one."""
+    ids = tokenizer(text.read_text(encoding="utf-8", errors="replace"), verbose=False)["input_ids"]
+    if len(ids) < WINDOW_TOKENS:
+        raise CheckpointError(
+            f"expected at least {WINDOW_TOKENS} tokens to calibrate on, {text} has {len(ids)}; a few hundred thousand "
+            "characters of what the model will meet serve best"
+        )
+    whole = min(len(ids), MOST_TOKENS) // WINDOW_TOKENS * WINDOW_TOKENS
+    return list(torch.tensor(ids[:whole]).view(-1, WINDOW_TOKENS))
+
+
+def save_moments(moments: Moments, path: Path) -> None:
+    """Write `moments` to the safetensors file `path`."""
+    parts = {"up": moments.up, "down": moments.down, "tokens": moments.tokens}
+    shapes = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
+    writer = ShardWriter(path, shapes, {"kind": KIND, "layers": json.dumps(moments.layers)})
+    try:
+        for name, part in parts.items():
+            writer.write(name, 0, part)
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def load_moments(path: Path) -> Moments:
+    """The moments that `save_moments` wrote; a CheckpointError if `path` is anything else."""
+    shard = Shard(path)
+    if shard.metadata.get("kind") != KIND or shard.entries.keys() != {"up", "down", "tokens"}:
+        raise CheckpointError(f"expected moments as dynaexq's calibration writes them, {path} is something else")
+    parts = {name: shard.read(name) for name in shard.entries}
+    if not (parts["up"].isfinite().all() and parts["down"].isfinite().all()):
+        raise CheckpointError(f"{path} holds moments that are not finite; the model it came from has overflown")
+    return Moments(tuple(json.loads(shard.metadata["layers"])), **parts)
+
+
+def moments_for(settings: Settings, layers: Sequence[SparseLayer]) -> Moments | None:
+    """What `settings.calibration` names, or None without it.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another model.
+    """
+    if settings.calibration is None:
+        return None
+    moments, shape = load_moments(Path(settings.calibration)), layers[0].shape()
+    names = tuple(layer.name for layer in layers)
+    blocks = -(-shape.intermediate_size // BLOCK)
+    expected = (len(names), layers[0].num_experts, shape.hidden_size, blocks)
+    found = (len(moments.layers), moments.num_experts, moments.up.shape[-1], moments.down.shape[2])
+    if moments.layers != names or found != expected:
+        raise CheckpointError(
+            f"calibration={settings.calibration!r} belongs to another model: expected moments of layers {names[0]} to "
+            f"{names[-1]} and (layers, experts, hidden size, blocks) {expected}, found {moments.layers[0]} to "
+            f"{moments.layers[-1]} and {found}; calibrate this model"
+        )
+    return moments
+
+
+class _Gathered:
+    """Sums over the tokens that one layer of experts has seen."""
+
+    def __init__(self, layer: SparseLayer):
+        self.layer, self.shape = layer, layer.shape()
+        hidden, blocks = self.shape.hidden_size, -(-self.shape.intermediate_size // BLOCK)
+        self.up = torch.zeros(hidden, hidden, device=layer.device)
+        self.down = torch.zeros(layer.num_experts, blocks, BLOCK, BLOCK, device=layer.device)
+        self.mass = torch.zeros(1 + layer.num_experts, device=layer.device)
+        self.tokens = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.device)
+
+    def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())
+        weights = top_k_weights.float().square()
+        rows = hidden_states.float()
+        self.up += rows.T @ (rows * weights.sum(-1, keepdim=True))
+        self.mass[-1] += weights.sum()
+        for expert in top_k_index.unique().tolist():
+            if 0 <= expert < self.layer.num_experts:
+                token, choice = torch.where(top_k_index == expert)
+                self._add(expert, self._units(hidden_states[token], expert).float(), weights[token, choice])
+
+    def _units(self, rows: Tensor, expert: int) -> Tensor:
+        """The inputs of an expert's second matrix, `[n, I]`."""
+        weights, experts = self.layer.weights(), self.layer.experts
+        matrix = weights.up[expert].T if self.shape.transposed else weights.up[expert]
+        bias = None if weights.up_bias is None else weights.up_bias[expert]
+        product = F.linear(rows, matrix, bias)
+        return experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
+
+    def _add(self, expert: int, units: Tensor, weights: Tensor) -> None:
+        # A few tokens have units a hundred times as long as others; what an error does to those says little of the
+        # rest, so that all count at one length.
+        units = units / units.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+        blocks = F.pad(units, (0, -units.shape[1] % BLOCK)).view(len(units), -1, BLOCK).transpose(0, 1)
+        self.down[expert] += (blocks * weights[:, None]).transpose(1, 2) @ blocks
+        self.mass[expert] += weights.sum()
+        self.tokens[expert] += len(units)
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Second moments `[H, H]` and `[E, B, 64, 64]`, and tokens `[E]`, on the CPU."""
+        mass = self.mass.clamp_min(1e-12)
+        return (self.up / mass[-1]).cpu(), (self.down / mass[:-1, None, None, None]).cpu(), self.tokens.cpu()
