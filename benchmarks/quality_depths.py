@@ -25,10 +25,10 @@ from tqdm import tqdm
 from dynaexq.demo import embedded_model
 from dynaexq.evaluate import evaluate
 from dynaexq.formats.quantizer import quantize, read
-from dynaexq.policy.budget import LOSS
+from dynaexq.policy.budget import LOSS, SHARED_LOSS
 
 DEPTHS = (2, 4, 8)
-LOSSES = {2: LOSS["int2 shared"], 4: LOSS["int4"], 8: LOSS["int8"]}
+LOSSES = {2: SHARED_LOSS["int2", "int4"], 4: LOSS["int4"], 8: LOSS["int8"]}
 ALLOWED = {"int2, int4": (2, 4), "int4, int8": (4, 8), "int2, int8": (2, 8), "int2, int4, int8": DEPTHS}
 CODE_BITS = (2.4, 2.8, 3.2, 3.6, 4.0, 4.4, 4.8)
 GROUP_SIZE = 64

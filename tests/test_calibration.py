@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import dynaexq
 from dynaexq.cli import app
 from dynaexq.corpus import documents
-from dynaexq.demo import embedded_model, windows_of
+from dynaexq.demo import embedded_model
 from dynaexq.errors import CheckpointError, SettingsError
-from dynaexq.evaluate import stream_kl, stream_logits
+from dynaexq.evaluate import evaluate, reference_logits, windows_of
 from dynaexq.formats import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
 from dynaexq.hf.calibration import gather_moments, load_moments, save_moments
 from dynaexq.hf.families import find_sparse_layers
@@ -162,13 +162,13 @@ def test_an_expert_that_was_hardly_ever_routed_is_quantised_nearly_as_if_nothing
 def test_a_calibrated_model_is_nearer_to_the_original_in_what_it_was_not_calibrated_on(calibrated):
     model = original()
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    windows = windows_of(tokenizer, "code", 4, 128)
-    reference = list(stream_logits(model, windows))
+    windows = windows_of(tokenizer, documents("code"), 4, 128)
+    reference = reference_logits(model, windows)
     kl = {}
     for calibration in (None, calibrated):
         patched = original()
         dynaexq.patch(patched, "1GB", tiers=("int2",), calibration=calibration)
-        kl[calibration] = stream_kl(patched, windows, reference)
+        kl[calibration] = evaluate(patched, windows, reference).kl
     assert kl[calibrated] < 0.95 * kl[None]
 
 

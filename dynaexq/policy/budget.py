@@ -15,9 +15,12 @@ from dynaexq.records import MemoryPlan, Tier
 
 Ladder = tuple[Tier, Tier | None]
 
-LOSS = {"fp16": 0.0, "int8": 0.0009, "int4": 0.0108, "int2": 0.130, "int2 shared": 0.162}
+LOSS = {"fp16": 0.0, "int8": 0.0009, "int4": 0.0108, "int2": 0.130}
 """KL divergence from the 16-bit model, nats a token, all experts at one precision (benchmarks/precision_table.py on
-the embedded model). The 2-bit reading of a code that can be refined costs more than a code fitted for two bits."""
+the embedded model)."""
+
+SHARED_LOSS = {("int2", "int4"): 0.162, ("int2", "int8"): 0.170}
+"""The same with a code that can be refined: its 2-bit reading costs more than a code fitted for two bits alone."""
 
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 _SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)
@@ -42,10 +45,9 @@ RESERVED_SHARE = 0.1
 
 def predicted_loss(base: str, upgrade: str | None, share_upgraded: float) -> float:
     """Predicted KL, nats a token, of a model with `share_upgraded` of its experts at `upgrade`, the rest at `base`."""
-    refinable = base == "int2" and upgrade in ("int4", "int8")
-    floor = LOSS["int2 shared" if refinable else base]
     if upgrade is None:
-        return floor
+        return LOSS[base]
+    floor = SHARED_LOSS.get((base, upgrade), LOSS[base])
     recovered = float(np.interp(share_upgraded, _SHARE_UPGRADED, _SHARE_RECOVERED))
     return (1 - recovered) * floor + recovered * LOSS[upgrade]
 
