@@ -1,7 +1,7 @@
 """How a packed expert multiplies: the reference, the fast paths that must match it, and the door that chooses."""
 
-from dynaexq.kernels.dispatch import counts_routing, expert_mlp
-from dynaexq.kernels.exchange import PlainExchange, exchange_for
+from dynaexq.kernels.dispatch import counts_routing, exchange_for, expert_mlp
+from dynaexq.kernels.exchange import PlainExchange
 from dynaexq.kernels.layer import ExpertLayer, Upgrades
 from dynaexq.kernels.operator import experts as experts_operator
 from dynaexq.kernels.operator import register_layer

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.kernels import cpu, reference
+from dynaexq.kernels.exchange import PlainExchange
 from dynaexq.kernels.layer import ExpertLayer, Upgrades
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,15 @@ def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
     if hidden_states.device.type == "cpu":
         return cpu.native_layer(layer, hidden_states.dtype) is not None
     return _runs_in_triton(hidden_states, layer)
+
+
+def exchange_for(device: torch.device, dtype: torch.dtype) -> PlainExchange | None:
+    """What a model of this dtype on `device` exchanges words by, or None where no graph can be captured anyway."""
+    if device.type != "cuda" or not triton_runs(device, dtype, dtype):
+        return None
+    from dynaexq.kernels.triton import TritonExchange  # only now: a CPU does without
+
+    return TritonExchange()
 
 
 def _runs_in_triton(hidden_states: Tensor, layer: ExpertLayer) -> bool:

@@ -1,12 +1,7 @@
-"""How the device exchanges words with the host: the plain form, and the choice of the one that a GPU captures.
+"""How the device exchanges words with the host, in its plain form; see `memory.words` for what the words mean."""
 
-See `memory.words` for what the words mean. Nothing here is told.
-"""
-
-import torch
 from torch import Tensor
 
-from dynaexq.kernels.dispatch import triton_runs
 from dynaexq.records import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
 
 
@@ -24,12 +19,3 @@ class PlainExchange:
         words[-sums.numel() :].copy_(sums.view(-1))
         words[STEPS] += steps
         words[SEEN] = words[FETCHED]
-
-
-def exchange_for(device: torch.device, dtype: torch.dtype) -> PlainExchange | None:
-    """What a model of this dtype on `device` exchanges words by, or None where no graph can be captured anyway."""
-    if device.type != "cuda" or not triton_runs(device, dtype, dtype):
-        return None
-    from dynaexq.kernels.triton import TritonExchange  # only now: a CPU does without
-
-    return TritonExchange()
