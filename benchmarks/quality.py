@@ -72,10 +72,10 @@ def ladders(stream: Stream, heat: Heat) -> list[Row]:
 
 
 def calibrated(stream: Stream, heat: Heat) -> list[Row]:
-    """int4 over a fifth of int2, every policy on calibrated codes, as `dynaexq quantize --calibrate` makes them."""
+    """int4 over a fifth of int2, every policy on calibrated codes, as `--calibrate self` makes them."""
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "moments.safetensors"
-        dynaexq.calibrate(stream.model, stream.calibration(), path)
+        dynaexq.calibrate(stream.model, path)
         contest = Contest(stream, LADDERS[0], 0.2, heat, {"calibration": str(path)})
         return compete(contest, *bounds(contest))
 

@@ -29,6 +29,7 @@ from dynaexq.evaluate import kl_divergence
 from dynaexq.formats import ExpertCodec, ExpertWeights, Moments
 from dynaexq.hf.calibration import gather_moments
 from dynaexq.hf.families import find_sparse_layers
+from dynaexq.hf.ownwords import own_words
 
 WINDOW = 128
 BATCH = 8
@@ -127,10 +128,14 @@ class Study:
         self.originals = [(w.up.detach().clone(), w.down.detach().clone()) for w in self._weights()]
         self.windows = {domain: self._windows(domain, "held-out", windows) for domain in DOMAINS}
         seen = [w for domain in DOMAINS for w in self._windows(domain, "train", calibration_windows)]
-        self.calibration = gather_moments(self.model, tqdm(seen, desc="calibrating"))
+        self.calibrations: dict[str, Moments | None] = {
+            "dynaexq": None,
+            "dynaexq, on text": gather_moments(self.model, tqdm(seen, desc="calibrating")),
+            "dynaexq, on its own words": gather_moments(self.model, own_words(self.model)),
+        }
         met = {d: gather_moments(self.model, tqdm(ws, desc=f"met by {d}")) for d, ws in self.windows.items()}
         self.met = Moments(
-            self.calibration.layers,
+            tuple(layer.name for layer in self.layers),
             torch.stack([m.up for m in met.values()]).mean(0),
             torch.stack([m.down for m in met.values()]).mean(0),
             torch.stack([m.tokens for m in met.values()]).sum(0),
@@ -209,13 +214,13 @@ class Study:
             total += self._domain_kl(domain) / len(self.routed)
         return total
 
-    def coded(self, tiers: tuple[str, ...], group_size: int, calibrated: bool) -> list[Matrices]:
+    def coded(self, tiers: tuple[str, ...], group_size: int, moments: Moments | None) -> list[Matrices]:
         """The experts as dynaexq codes them, at each tier."""
         codec = ExpertCodec(self.layers[0].shape(), self.layers[0].dtype, tiers, group_size)
         found: list[Matrices] = [[] for _ in tiers]
         for index, (up, down) in enumerate(self.originals):
-            known = self.calibration.of_layer(index, codec.shape.intermediate_size, up.device)
-            base, upgrade, _ = codec.encode(ExpertWeights(up, down), list(known) if calibrated else None)
+            known = moments and list(moments.of_layer(index, codec.shape.intermediate_size, up.device))
+            base, upgrade, _ = codec.encode(ExpertWeights(up, down), known)
             for matrices, block in zip(found, (None, upgrade), strict=False):
                 reading = codec.decode(base, block, torch.float32)
                 matrices.append((reading.up, reading.down))
@@ -235,12 +240,11 @@ def coded_rows(study: Study) -> list[dict]:
     rows = []
     for tiers in tqdm(LADDERS, unit="ladder"):
         for group_size in (64, 32) if len(tiers) == 1 else (64,):
-            for calibrated in (False, True):
-                readings = study.coded(tiers, group_size, calibrated)
+            for method, moments in study.calibrations.items():
+                readings = study.coded(tiers, group_size, moments)
                 mix = study.mix(*readings) if len(tiers) == 2 else None
                 for tier, matrices in zip(tiers, readings, strict=True):
                     name = f"{tier} of {'+'.join(tiers)}" if len(tiers) == 2 else f"{tier} g{group_size}"
-                    method = "dynaexq, calibrated" if calibrated else "dynaexq"
                     rows.append({"format": name, "method": method, **study.figures(matrices), "mix": mix})
     return rows
 

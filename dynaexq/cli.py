@@ -81,12 +81,10 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
     calibrate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A text to calibrate on, which takes the memory of the whole 16-bit model; or moments (.safetensors) "
-            "that were written then.",
-            exists=True,
-            dir_okay=False,
+            help="self: calibrate on what the model writes by itself; or a file of text such as it will meet. Both "
+            "take the memory of the whole 16-bit model. Or moments (.safetensors) that were written then."
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
@@ -114,11 +112,14 @@ def quantize(
     typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
 
 
-def _moments_of(source: Path, text: Path, target: Path, device: str | None) -> Path:
-    """The file `text` if it holds moments, else moments gathered with it and kept beside `target`."""
+def _moments_of(source: Path, calibrate: str, target: Path, device: str | None) -> Path:
+    """The file `calibrate` if it holds moments, else moments gathered as it says and kept beside `target`."""
     from dynaexq.hf.calibration import calibrate_checkpoint
 
-    if text.suffix == ".safetensors":
+    text = None if calibrate == "self" else Path(calibrate)
+    if text is not None and not text.is_file():
+        raise typer.BadParameter(f"--calibrate takes self, a text or moments, and there is no file {calibrate!r}")
+    if text is not None and text.suffix == ".safetensors":
         return text
     path = target.with_name(f"{target.name}.moments.safetensors")
     calibrate_checkpoint(source, text, path, device)

@@ -1,5 +1,6 @@
 """Calibration: what is gathered, what it is good for, and that every way of loading makes the same of it."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ import dynaexq
 from dynaexq.cli import app
 from dynaexq.corpus import documents
 from dynaexq.demo import embedded_model
-from dynaexq.errors import CheckpointError, SettingsError
+from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
 from dynaexq.formats import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
 from dynaexq.hf.calibration import gather_moments, load_moments, save_moments
 from dynaexq.hf.families import find_sparse_layers
+from dynaexq.hf.ownwords import own_words
 from dynaexq.records import ExpertShape
 
 SHAPE = ExpertShape(hidden_size=96, intermediate_size=80, up_rows=160, has_bias=False, transposed=False)  # both padded
@@ -43,7 +45,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = [
         i for _, part in zip(range(60), documents("code", "train"), strict=False) for i in tokenizer(part)["input_ids"]
     ]
-    dynaexq.calibrate(model, torch.tensor(ids[: 16 * 256]).view(16, 256), path)
+    dynaexq.calibrate(model, path, torch.tensor(ids[: 16 * 256]).view(16, 256))
     return path
 
 
@@ -197,6 +199,32 @@ def test_the_command_calibrates_on_a_text_and_keeps_what_it_found(text, tmp_path
     moments = load_moments(tmp_path / "packed.moments.safetensors")
     assert int(moments.tokens.sum()) % (4 * 4 * 512) == 0  # layers, choices, windows
     assert moments.tokens.sum() > 0
+
+
+def test_a_model_is_calibrated_on_its_own_words_where_there_are_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynaexq.hf.calibration.own_words", partial(own_words, count=12, length=256))
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2", "--hbm-budget", "1GB"]
+    result = CliRunner().invoke(app, [*command, "--calibrate", "self"])
+    assert result.exit_code == 0, result.output
+    tokenizer, model = AutoTokenizer.from_pretrained(embedded_model()), original()
+    windows = windows_of(tokenizer, documents("code"), 4, 128)
+    reference = reference_logits(model, windows)
+    dynaexq.patch(model, "1GB", tiers=("int2",))
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert evaluate(packed, windows, reference).kl < 0.95 * evaluate(model, windows, reference).kl
+
+
+def test_own_words_are_the_same_again_and_leave_the_random_state_alone():
+    model = tiny_model("qwen3_moe")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, again = own_words(model, count=3, length=20), own_words(model, count=3, length=20)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [window.tolist() for window in first] == [window.tolist() for window in again]
+    assert {len(window) for window in first} == {20}
+    assert first[0].tolist() != first[1].tolist()
+    with pytest.raises(UnsupportedModelError, match="pass windows of token ids"):
+        own_words(torch.nn.Linear(2, 2))
 
 
 def test_what_is_saved_comes_back(tmp_path):

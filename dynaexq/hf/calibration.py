@@ -20,6 +20,7 @@ from dynaexq.errors import CheckpointError
 from dynaexq.formats import BLOCK, Moments
 from dynaexq.hf.checkpoint import checkpoint_files
 from dynaexq.hf.families import SparseLayer, find_sparse_layers
+from dynaexq.hf.ownwords import own_words
 from dynaexq.hf.skeleton import read_config
 from dynaexq.settings import Settings
 from dynaexq.storage import Shard, ShardWriter
@@ -31,25 +32,26 @@ MOST_TOKENS = 2**17
 KIND = "dynaexq-moments"
 
 
-def calibrate(model: nn.Module, windows: Iterable[Tensor], path: str | Path) -> Moments:
+def calibrate(model: nn.Module, path: str | Path, windows: Iterable[Tensor] | None = None) -> Moments:
     """Gather moments with `model` and write them to the safetensors file `path`, for `patch(..., calibration=path)`.
 
     Args:
         model: in 16 bit, not patched.
-        windows: token ids `[T]` of text as mixed as the traffic will be, 30,000 tokens and more; what a narrow text
-            does not show gets worse than without calibration.
+        windows: token ids `[T]` of text as mixed as the traffic will be, 10,000 tokens and more; what a narrow text
+            does not show gets worse than without calibration. By default the model writes 32,768 tokens itself.
 
     Raises:
         UnsupportedModelError, PatchError: the model, or the state it is in; the message names the module.
         CheckpointError: there is no space.
     """
-    moments = gather_moments(model, windows)
+    find_sparse_layers(model)
+    moments = gather_moments(model, own_words(model) if windows is None else windows)
     save_moments(moments, Path(path))
     return moments
 
 
-def calibrate_checkpoint(source: Path, text: Path, path: Path, device: str | None = None) -> None:
-    """`calibrate` with the 16-bit checkpoint `source`, loaded whole, and the text of a file.
+def calibrate_checkpoint(source: Path, text: Path | None, path: Path, device: str | None = None) -> None:
+    """`calibrate` with the 16-bit checkpoint `source`, loaded whole, and the text of a file, or the model's own.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged, or larger than the memory at hand, the text is too
@@ -63,9 +65,11 @@ def calibrate_checkpoint(source: Path, text: Path, path: Path, device: str | Non
             f"calibrating runs the whole model in 16 bit: {source} takes {needed:,} bytes and {available:,} are free; "
             "calibrate on a machine that holds it and pass the moments it writes, or leave calibration out"
         )
-    windows = text_windows(AutoTokenizer.from_pretrained(source), text)
+    windows: Iterable[Tensor] | None = None
+    if text is not None:
+        windows = tqdm(text_windows(AutoTokenizer.from_pretrained(source), text), desc="calibrating", unit="window")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map={"": device or "cpu"}).eval()
-    calibrate(model, tqdm(windows, desc="calibrating", unit="window"), path)
+    calibrate(model, path, windows)
 
 
 @torch.no_grad()
