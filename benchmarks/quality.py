@@ -60,8 +60,8 @@ def parts(stream: Stream, heat: Heat) -> list[Row]:
 
 
 def ladders(stream: Stream, heat: Heat) -> list[Row]:
-    """Every ladder and share of upgraded experts, with the policies that matter."""
-    rows = []
+    """Every ladder and share of upgraded experts, over one cycle of the workloads."""
+    rows, stream = [], stream.first_cycle()
     for tiers in LADDERS:
         contest = Contest(stream, tiers, 0.0, heat)
         low, high = bounds(contest)
@@ -115,7 +115,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each phase.")] = 10_000,
     cycles: Annotated[int, typer.Option(help="Times that every workload comes.")] = 2,
     only: Annotated[str, typer.Option(help="Which tables.")] = "policies,calibrated,parts,prompts,ladders,bytes",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here; other tables there stay.")
+    ] = None,
 ) -> None:
     """Measure the tables, and print them."""
     use_one_thread()
@@ -141,7 +143,8 @@ def main(
         show(console, "equal bytes", rows)
         show(console, "uniform", [{"assignment": u.name, "bits": u.bits, "KL": u.kl} for u in uniforms])
     if json_path:
-        json_path.write_text(json.dumps(results, indent=2) + "\n")
+        before = json.loads(json_path.read_text()) if json_path.exists() else {}
+        json_path.write_text(json.dumps(before | results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def equal_bytes(stream: Stream, heat: Heat) -> tuple[list[Row], list[Assignment]
         fitting = [assignment for assignment in uniforms if assignment.bits <= bits + 1e-6]
         mixes = [found for tiers in MIXES if (found := mix(stream, tiers, bits, heat)) is not None]
         offered = mixes + [assignment for assignment in fitting if assignment.tiers and "g64" in assignment.name]
-        foreseen = [found for tiers in MIXES if (found := mix(stream, tiers, bits, heat, oracle=True)) is not None]
         best_uniform, best_mix, best = (min(group, key=lambda a: a.kl) for group in (fitting, mixes, offered))
+        assert best_mix.tiers is not None, "a mix is a ladder"
+        foreseen = mix(stream, best_mix.tiers, bits, heat, oracle=True)
         rows.append(
             {
                 "bits a weight": bits,
@@ -115,7 +116,7 @@ def equal_bytes(stream: Stream, heat: Heat) -> tuple[list[Row], list[Assignment]
                 "best mix": best_mix.name,
                 "KL of the mix": best_mix.kl,
                 "ratio": best_mix.kl / best_uniform.kl,
-                "of an oracle": min(a.kl for a in foreseen) / best_uniform.kl,
+                "of an oracle": foreseen.kl / best_uniform.kl,
                 "winner": min(best_uniform, best_mix, key=lambda a: a.kl).name,
                 "best that is offered": " + ".join(best.tiers or ()),
                 "tiers='auto' takes": " + ".join(chosen_by_auto(stream, bits)),

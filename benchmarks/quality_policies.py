@@ -124,13 +124,13 @@ def bounds(contest: Contest) -> tuple[Row, Row]:
 
 
 def contestants(contest: Contest, sweep: bool) -> Iterator[Callable[[], Row]]:
-    """Everybody between the bounds; with `sweep`, the paper's rule at all its dials instead of the usual two."""
+    """Everybody between the bounds; with `sweep`, the paper's rules at all dials, and not only where they do best."""
     yield lambda: contest.run("frozen calibrated map", policy="frozen")
-    alphas, deltas = (PAPER_ALPHAS, PAPER_DELTAS) if sweep else ((0.5, 0.9), (0.01,))
+    alphas, deltas = (PAPER_ALPHAS, PAPER_DELTAS) if sweep else ((0.5,), (0.01,))
     for alpha in alphas:
         for delta in deltas:
             yield lambda alpha=alpha, delta=delta: contest.paper(alpha, delta)
-    for alpha in (0.5, 0.9):
+    for alpha in alphas if sweep else (0.5,):
         yield lambda alpha=alpha: contest.threshold(alpha)
     yield lambda: contest.run("dynaexq")
     yield contest.oracle

@@ -76,6 +76,12 @@ class Stream:
         ]
         self.tokens_a_phase = rounds * sum(lengths)
 
+    def first_cycle(self) -> "Stream":
+        """The same stream up to the point where workloads come back."""
+        shorter = copy.copy(self)
+        shorter.phases = self.phases[: len(DOMAINS)]
+        return shorter
+
     def calibration(self) -> list[Tensor]:
         """Windows of all domains from the part of the corpus that the model was trained on."""
         texts = (documents(domain, "train", CALIBRATION_SEED) for domain in DOMAINS)
