@@ -85,7 +85,7 @@ class Runtime:
         self._control = Control(self._tracker, gain, limit, self.settings)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
-        weakref.finalize(self, SwapPipeline.close, self._pipeline)
+        weakref.finalize(self, SwapPipeline.forget, self._pipeline)
         weakref.finalize(self, Poller.stop, self._poller)  # the later one goes first
         self._steering = Steering(self._control, self._pipeline)
         self._steering.fill()

@@ -1,16 +1,24 @@
 """Page-locked memory and staging where CUDA's answers are made up: sizes, failures, and who gives memory back."""
 
 import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
+import dynaexq
 from dynaexq.errors import StoreError
 from dynaexq.memory import CudaCopier, RamStore
 from dynaexq.memory.pinned import PageLocked
+from dynaexq.records import Transition
 
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+SECONDS = 10  # long enough on any machine; a test that waits so long has failed
 
 
 class Runtime:
@@ -30,11 +38,17 @@ class Runtime:
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> Runtime:
+def cuda(monkeypatch) -> Iterator[Runtime]:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(synchronize=lambda: None))
-    return runtime
+    stream = SimpleNamespace(device=torch.device("cuda", 0), synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    event = SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    yield runtime
+    gc.collect()  # what was locked here is unlocked here
 
 
 def test_as_much_is_locked_as_was_asked_for(cuda):
@@ -79,3 +93,38 @@ def test_without_staging_a_copy_fails_and_nothing_else_does(cuda):
     copy = CudaCopier(torch.device("cuda"), 256).start(RamStore(1, 256), 0, torch.empty(256, dtype=torch.uint8))
     assert copy.done
     assert isinstance(copy.error, StoreError)
+
+
+def test_a_runtime_that_is_collected_on_the_staging_thread_closes_without_waiting_for_itself(cuda, monkeypatch):
+    workers, forgotten, collected = [], threading.Event(), threading.Event()
+
+    def copier_for(device: torch.device, slot_nbytes: int, staged: bool) -> CudaCopier:
+        copier = CudaCopier(device, slot_nbytes)
+        copier.reserve()
+        workers.append(copier._worker)
+        return copier
+
+    def read_into(store: RamStore, index: int, out: torch.Tensor) -> None:
+        assert forgotten.wait(SECONDS)
+        gc.collect()
+        collected.set()
+
+    monkeypatch.setattr(dynaexq.runtime, "copier_for", copier_for)
+    model = tiny.tiny_qwen3_moe()
+    pipeline = dynaexq.patch(model, 10**6, tiers=("int2", "int4"), quantizer="rtn")._pipeline
+    runtime = weakref.ref(model.dynaexq)
+    assert pipeline.submit(Transition(0, 0, promote=False))
+    monkeypatch.setattr(RamStore, "read_into", read_into)
+    assert pipeline.submit(Transition(0, 0, promote=True))
+    gc.disable()
+    try:
+        del model, pipeline
+        assert runtime() is not None, "it has to be garbage that is found there"
+        forgotten.set()
+        assert collected.wait(SECONDS), "the staging thread waits for itself"
+        assert runtime() is None
+        for thread in [*workers, *(t for t in threading.enumerate() if t.name == "dynaexq-closing")]:
+            thread.join(SECONDS)
+            assert not thread.is_alive()
+    finally:
+        gc.enable()

@@ -6,6 +6,7 @@ stays owned until that copy is done. What fails leaves the published version as 
 """
 
 import logging
+import threading
 from collections import Counter
 from dataclasses import dataclass
 
@@ -113,6 +114,16 @@ class SwapPipeline:
         self.copier.close()
         self.settle()
         self.store.close()
+
+    def forget(self) -> None:
+        """`close` as garbage is collected: on any thread but the main one, another thread's work.
+
+        It may be the copier's own thread, in the middle of a job that closing waits for, or with a lock in its hands.
+        """
+        if threading.current_thread() is threading.main_thread():
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="dynaexq-closing", daemon=True).start()
 
     def _promote(self, key: Key) -> bool:
         if self.upgraded[key]:
