@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -25,16 +26,25 @@ class Runtime:
     """Stands in for the CUDA runtime."""
 
     def __init__(self, status: int = 0):
-        self.status, self.locked = status, {}
+        self.status, self.locked, self.noted = status, {}, 0
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         if not self.status:
             self.locked[address] = nbytes
+        self.noted = self.status or self.noted
         return self.status
 
     def cudaHostUnregister(self, address: int) -> int:
         del self.locked[address]
         return 0
+
+    def ones(self, *size: int, device: object = None, ones: Any = torch.ones, **kinds: Any) -> torch.Tensor:
+        """As PyTorch launches a kernel: behind it, what the thread's last failed call left is raised and cleared."""
+        if device == "cuda":
+            noted, self.noted, device = self.noted, 0, None
+            if noted:
+                raise RuntimeError(f"CUDA error {noted}")
+        return ones(*size, device=device, **kinds)
 
 
 @pytest.fixture
@@ -47,6 +57,7 @@ def cuda(monkeypatch) -> Iterator[Runtime]:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     event = SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch, "ones", runtime.ones)
     yield runtime
     gc.collect()  # what was locked here is unlocked here
 
@@ -85,6 +96,13 @@ def test_memory_that_cannot_be_locked_is_refused_with_a_remedy(cuda):
     cuda.status = OUT_OF_MEMORY
     with pytest.raises(StoreError, match=r'cannot page-lock 512 bytes .*CUDA error 2.* use host_copy="ram"'):
         PageLocked(512)
+
+
+def test_memory_that_cannot_be_locked_is_not_laid_to_the_next_kernel(cuda):
+    cuda.status = OUT_OF_MEMORY
+    with pytest.raises(StoreError):
+        PageLocked(512)
+    torch.ones(1, device="cuda")
 
 
 def test_without_staging_a_copy_fails_and_nothing_else_does(cuda):

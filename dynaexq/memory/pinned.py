@@ -3,6 +3,7 @@
 PyTorch's allocator of such memory rounds up to a power of two, a gigabyte for 600 MB; this takes what was asked for.
 """
 
+import contextlib
 import weakref
 
 import torch
@@ -24,6 +25,7 @@ class PageLocked:
         if nbytes:
             status = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0))
             if status:
+                _forget_error()
                 raise StoreError(
                     f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {status}); "
                     'free some, raise the limit on locked memory, or use host_copy="ram"'
@@ -34,6 +36,12 @@ class PageLocked:
         """Unlock the memory; no copy from it may be in flight."""
         if self.bytes.numel():
             self._unlock()
+
+
+def _forget_error() -> None:
+    """Clear what CUDA noted of a call that failed: PyTorch would lay it to the next kernel of this thread."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")  # a kernel, behind which PyTorch looks; cudaGetLastError has no binding
 
 
 def _unlock(memory: Tensor) -> None:
