@@ -4,7 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 import dynaexq
 from dynaexq.errors import StoreError
-from dynaexq.memory import CudaCopier, RamStore
+from dynaexq.memory import CudaCopier, HostWords, RamStore
 from dynaexq.memory.pinned import PageLocked
 from dynaexq.records import Transition
 
@@ -27,14 +27,23 @@ class Runtime:
 
     def __init__(self, status: int = 0):
         self.status, self.locked, self.noted = status, {}, 0
+        self.device, self.set_up = 0, set()
+
+    @contextmanager
+    def on_device(self, device: torch.device | int) -> Iterator[None]:
+        before, self.device = self.device, device if isinstance(device, int) else device.index or 0
+        yield
+        self.device = before
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.set_up.add(self.device)
         if not self.status:
             self.locked[address] = nbytes
         self.noted = self.status or self.noted
         return self.status
 
     def cudaHostUnregister(self, address: int) -> int:
+        self.set_up.add(self.device)
         del self.locked[address]
         return 0
 
@@ -51,8 +60,9 @@ class Runtime:
 def cuda(monkeypatch) -> Iterator[Runtime]:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    stream = SimpleNamespace(device=torch.device("cuda", 0), synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device", runtime.on_device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: runtime.device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device, synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     event = SimpleNamespace(synchronize=lambda: None, record=lambda stream: None)
@@ -111,6 +121,33 @@ def test_without_staging_a_copy_fails_and_nothing_else_does(cuda):
     copy = CudaCopier(torch.device("cuda"), 256).start(RamStore(1, 256), 0, torch.empty(256, dtype=torch.uint8))
     assert copy.done
     assert isinstance(copy.error, StoreError)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_copier_sets_up_no_other_device(cuda, pinned):
+    """A CUDA context takes some hundred megabytes, of a card that may be full."""
+    with cuda.on_device(1):
+        store = RamStore(1, 256, pinned)
+    copier = CudaCopier(torch.device("cuda", 1), 256)
+    copy = copier.start(store, 0, torch.empty(256, dtype=torch.uint8))
+    copier.close()
+    assert copy.done
+    assert copy.error is None
+    store.close()
+    del copy, copier
+    gc.collect()
+    assert not cuda.locked
+    assert cuda.set_up == {1}
+
+
+def test_words_set_up_no_other_device(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    words = HostWords(2, 4, torch.device("cuda", 1))
+    assert len(cuda.locked) == 1
+    del words
+    gc.collect()
+    assert not cuda.locked
+    assert cuda.set_up == {1}
 
 
 def test_a_runtime_that_is_collected_on_the_staging_thread_closes_without_waiting_for_itself(cuda, monkeypatch):

@@ -1,10 +1,14 @@
 """Page-locked host memory, which a GPU fetches by itself while the processor does something else.
 
 PyTorch's allocator of such memory rounds up to a power of two, a gigabyte for 600 MB; this takes what was asked for.
+
+CUDA locks memory for all devices, but by a call to the current one, which it sets up where that has not been done:
+some hundred megabytes of a card that the model may not even be on, and that may be full. Hence `on_device`.
 """
 
 import contextlib
 import weakref
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -13,8 +17,13 @@ from dynaexq.errors import StoreError
 from dynaexq.memory.slab import allocate_bytes
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Have CUDA calls that name no device go to `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 class PageLocked:
-    """Uint8 `bytes [nbytes]`, page-locked until `close`, or until this object is gone.
+    """Uint8 `bytes [nbytes]`, page-locked until `close`, or until this object is gone; by the current device.
 
     Raises:
         StoreError: the system has no more memory to lock.
@@ -30,7 +39,7 @@ class PageLocked:
                     f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {status}); "
                     'free some, raise the limit on locked memory, or use host_copy="ram"'
                 )
-            self._unlock = weakref.finalize(self, _unlock, self.bytes)
+            self._unlock = weakref.finalize(self, _unlock, self.bytes, torch.cuda.current_device())
 
     def close(self) -> None:
         """Unlock the memory; no copy from it may be in flight."""
@@ -44,5 +53,6 @@ def _forget_error() -> None:
         torch.ones(1, device="cuda")  # a kernel, behind which PyTorch looks; cudaGetLastError has no binding
 
 
-def _unlock(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def _unlock(memory: Tensor, device: int) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

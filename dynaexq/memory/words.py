@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dynaexq.memory.pinned import PageLocked
+from dynaexq.memory.pinned import PageLocked, on_device
 from dynaexq.memory.slab import allocate_bytes
 from dynaexq.records import EPOCH, SEEN, STEPS, WORDS_AHEAD
 
@@ -52,7 +52,8 @@ class HostWords:
         table, counts = num_layers * num_experts, num_layers * (num_experts + 2)
         nbytes = 8 * (WORDS_AHEAD + table + counts)
         if device.type == "cuda":
-            locked = PageLocked(nbytes)
+            with on_device(device):
+                locked = PageLocked(nbytes)
             memory = locked.bytes
             weakref.finalize(self, _unlock, locked, device)
         else:
