@@ -61,6 +61,7 @@ def cuda(monkeypatch) -> Iterator[Runtime]:
     runtime = Runtime()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", runtime.on_device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: runtime.device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device, synchronize=lambda: None))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -86,6 +87,21 @@ def test_memory_is_unlocked_once_closed_or_forgotten(cuda):
     del forgotten
     gc.collect()
     assert not cuda.locked
+
+
+def test_what_is_collected_while_a_graph_is_captured_is_given_back_later(cuda, monkeypatch):
+    forgotten = [PageLocked(256), HostWords(2, 4, torch.device("cuda"))]
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    del forgotten
+    gc.collect()
+    assert len(cuda.locked) == 2
+    assert not synchronized, "the capture would have become invalid"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    PageLocked(256).close()
+    assert not cuda.locked
+    assert len(synchronized) == 1
 
 
 def test_nothing_is_locked_for_nothing(cuda):

@@ -9,11 +9,13 @@ some hundred megabytes of a card that the model may not even be on, and that may
 import contextlib
 import weakref
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dynaexq.errors import StoreError
+from dynaexq.memory.release import release
 from dynaexq.memory.slab import allocate_bytes
 
 
@@ -39,7 +41,7 @@ class PageLocked:
                     f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {status}); "
                     'free some, raise the limit on locked memory, or use host_copy="ram"'
                 )
-            self._unlock = weakref.finalize(self, _unlock, self.bytes, torch.cuda.current_device())
+            self._unlock = weakref.finalize(self, release, partial(_unlock, self.bytes, torch.cuda.current_device()))
 
     def close(self) -> None:
         """Unlock the memory; no copy from it may be in flight."""

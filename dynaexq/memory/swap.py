@@ -14,6 +14,7 @@ import numpy as np
 
 from dynaexq.memory.copiers import Copier, Copy
 from dynaexq.memory.host import HostStore
+from dynaexq.memory.release import release
 from dynaexq.memory.slab import SlabPool, Slot
 from dynaexq.memory.table import ExpertTable
 from dynaexq.records import Transition
@@ -116,10 +117,16 @@ class SwapPipeline:
         self.store.close()
 
     def forget(self) -> None:
-        """`close` as garbage is collected: on any thread but the main one, another thread's work.
+        """`close` as garbage is collected, when that is allowed: on any thread but the main one, by another thread.
 
         It may be the copier's own thread, in the middle of a job that closing waits for, or with a lock in its hands.
         """
+        if self.pool.device.type == "cuda":
+            release(self._close_apart)
+        else:
+            self._close_apart()
+
+    def _close_apart(self) -> None:
         if threading.current_thread() is threading.main_thread():
             self.close()
         else:

@@ -18,12 +18,14 @@ This module knows neither what an entry means nor when memory may be used again;
 
 import threading
 import weakref
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dynaexq.memory.pinned import PageLocked, on_device
+from dynaexq.memory.release import release
 from dynaexq.memory.slab import allocate_bytes
 from dynaexq.records import EPOCH, SEEN, STEPS, WORDS_AHEAD
 
@@ -55,7 +57,7 @@ class HostWords:
             with on_device(device):
                 locked = PageLocked(nbytes)
             memory = locked.bytes
-            weakref.finalize(self, _unlock, locked, device)
+            weakref.finalize(self, release, partial(_unlock, locked, device))
         else:
             memory = allocate_bytes(nbytes, device)
         self.words: Tensor = memory.view(torch.int64).zero_()
