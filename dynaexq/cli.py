@@ -5,6 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
+from dynaexq.errors import SettingsError
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before the work is done whose figures are for it."""
+    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+        raise SettingsError(f"cannot write {path}: there is no directory {path.parent}; make it first")
+    return path
+
+
+def _tiers_of(text: str) -> tuple[str, ...]:
+    return tuple(tier.strip() for tier in text.split(","))
+
+
 app = typer.Typer(help="Mixture-of-experts models under a hard memory budget.", no_args_is_help=True)
 
 
@@ -17,7 +31,9 @@ def demo(
     base: Annotated[str, typer.Option(help="Precision that every expert has.")] = "int2",
     upgrade: Annotated[str, typer.Option(help="Precision of the hot experts.")] = "int4",
     windows: Annotated[int, typer.Option(help="Windows of 128 tokens in each phase.", min=1)] = 24,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
+    ] = None,
 ) -> None:
     """Generate text on the CPU while the workload moves from prose to code to arithmetic, and show what it cost."""
     from dynaexq.demo import run, write_json
@@ -39,7 +55,8 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
     json: Annotated[
-        str | None, typer.Option(help="Write the figures to this file as well; - prints them alone.")
+        Path | None,
+        typer.Option(help="Write the figures to this file as well; - prints them alone.", callback=_writable),
     ] = None,
 ) -> None:
     """Show what of a model fits a card, from its configuration alone: no weights are read, and no GPU is needed."""
@@ -59,8 +76,8 @@ def plan(
     if gpu is not None:
         require_fit(size, outlooks[gpu])
     if json is not None:
-        write_json(size, outlooks, json)
-    if json == "-":
+        write_json(size, outlooks, str(json))
+    if str(json) == "-":
         return
     if gpu is None:
         show_cards(size, outlooks)
@@ -88,7 +105,7 @@ def quantize(
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "5GB",
+    max_shard_size: Annotated[str | None, typer.Option(help="Bytes of a file; 5GB if left out.")] = None,
     annotate: Annotated[
         bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantise when loading.")
     ] = False,
@@ -98,17 +115,27 @@ def quantize(
 
     dials: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
     if tiers is not None:
-        dials["tiers"] = tuple(tiers.split(","))
+        dials["tiers"] = _tiers_of(tiers)
     if hbm_budget is not None:
         dials["hbm_budget"] = hbm_budget
     if annotate:
         if calibrate is not None:
             raise typer.BadParameter("an annotated checkpoint is quantised when it is loaded; pass calibration= then")
+        if device is not None or max_shard_size is not None:
+            raise typer.BadParameter(
+                "--device and --max-shard-size are for packing; with --annotate nothing is packed"
+            )
         annotate_checkpoint(source, target, **dials)
     else:
         if calibrate is not None:
             dials["calibration"] = _moments_of(source, calibrate, target, device)
-        quantize_checkpoint(source, target, max_shard_size, **dials | ({"device": device} if device else {}))
+        try:
+            quantize_checkpoint(
+                source, target, max_shard_size or "5GB", **dials | ({"device": device} if device else {})
+            )
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            raise
     typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
 
 
@@ -137,7 +164,7 @@ def simulate(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each made-up phase.", min=8)] = 4000,
     phases: Annotated[int, typer.Option(help="How many made-up phases.", min=1)] = 4,
-    seed: Annotated[int, typer.Option(help="Of what is made up.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is made up.", min=0)] = 0,
     budget: Annotated[str | None, typer.Option(help="Bytes for all weights, such as 20GiB.")] = None,
     upgraded: Annotated[float | None, typer.Option(help="Share of experts to upgrade, instead of a budget.")] = None,
     ladder: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
@@ -146,7 +173,9 @@ def simulate(
     link: Annotated[str, typer.Option(help="Bytes a second to the device, such as 25GB (PCIe 4).")] = "25GB",
     link_share: Annotated[float, typer.Option(help="Share of the link that moves may take.")] = 0.1,
     tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file as well.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
+    ] = None,
 ) -> None:
     """Replay routing through the policy, without a model: coverage, moves, traffic, and whether it is worth it."""
     from dynaexq.settings import Settings, parse_bytes
@@ -155,7 +184,9 @@ def simulate(
 
     dials = {"policy": policy, "traffic_limit": float(link_share), **parse_dials(dial or [])}
     dials |= {"hbm_budget": budget} if budget else {}
-    dials |= {"tiers": tuple(ladder.split(","))} if ladder != "auto" else {}
+    dials |= {"tiers": _tiers_of(ladder)} if ladder != "auto" else {}
+    if budget and upgraded is not None:
+        raise typer.BadParameter("--budget and --upgraded both say how many experts are upgraded; give one of them")
     settings = Settings.from_dials(dials)
     with provided(trace, generate, tokens, phases, settings.tick_every, seed) as opened:
         simulation = run(

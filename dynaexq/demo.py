@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynaexq.corpus import DOMAINS, documents
+from dynaexq.errors import CheckpointError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
 from dynaexq.hf import patch
+from dynaexq.hf.skeleton import skeleton
 from dynaexq.runtime import Runtime
 
 SHARE_UPGRADED = 0.2
@@ -87,7 +89,8 @@ def write_json(outcomes: list[Outcome], path: Path) -> None:
 
 
 def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console: Console) -> list[Outcome]:
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    skeleton(path)  # refuses in a sentence what is no 16-bit checkpoint
+    tokenizer = _tokenizer_of(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, experts_implementation="eager").eval()
     phases = {domain: windows_of(tokenizer, documents(domain), windows, length) for domain in DOMAINS}
     least, slot, experts = _budgets(model, tiers)
@@ -114,6 +117,17 @@ def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console:
             outcomes.append(outcome)
     console.print(_table(outcomes, experts, tiers))
     return outcomes
+
+
+def _tokenizer_of(path: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if tokenizer("words").input_ids:
+            return tokenizer
+        reason = "it knows no words"  # Transformers makes up an empty one where a family has a default
+    except Exception as error:  # of whatever kind, one for each way in which a tokenizer can be missing
+        reason = str(error).partition("\n")[0]
+    raise CheckpointError(f"cannot read the tokenizer of {path}: {reason}; put its files beside the model")
 
 
 def _see(

@@ -116,9 +116,9 @@ def require_fit(size: ModelSize, found: Outlook) -> None:
     least, base = least_card(size)
     raise BudgetError(
         f"a GPU of {found.card:,} bytes is too small for {size.name}: {found.driver:,} for the driver, "
-        f"{found.reserve:,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and {found.activations:,} of "
-        f"activations leave {max(found.budget, 0):,} for weights; with all experts at {base} it takes a GPU of at "
-        f"least {least}, or less with a shorter context",
+        f"{max(found.reserve, 0):,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and "
+        f"{found.activations:,} of activations leave {max(found.budget, 0):,} for weights; with all experts at {base} "
+        f"it takes a GPU of at least {least:,}, or less with a shorter context",
         found.card,
         least,
     )

@@ -21,7 +21,7 @@ from dynaexq.errors import BudgetError, ClosedError, SettingsError
 from dynaexq.experts import LayerPorts
 from dynaexq.formats import ExpertCodec
 from dynaexq.kernels import exchange_for
-from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for
+from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for, on_device
 from dynaexq.moe import LayerView, layer_names
 from dynaexq.placement import Supply, held_tensors, weight_bytes
 from dynaexq.policy import Verdict
@@ -74,7 +74,8 @@ class Runtime:
 
     def load(self, supply: Supply) -> None:
         """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
-        self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
+        with on_device(self.device):  # where memory is locked
+            self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
         try:
             copier = copier_for(self.device, self._memory.pool.slot_nbytes, staged=store.page_locked(0) is None)
         except BaseException:
@@ -85,7 +86,7 @@ class Runtime:
         self._control = Control(self._tracker, gain, limit, self.settings)
         kind = BITS[self.plan.tiers[-1]]
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
-        weakref.finalize(self, SwapPipeline.close, self._pipeline)
+        weakref.finalize(self, SwapPipeline.forget, self._pipeline)
         weakref.finalize(self, Poller.stop, self._poller)  # the later one goes first
         self._steering = Steering(self._control, self._pipeline)
         self._steering.fill()

@@ -194,7 +194,7 @@ def provided(
     """The trace at `path`, made up first if a `workload` is named; without a path it is gone afterwards.
 
     Raises:
-        SettingsError: neither a path nor a workload, or one that is not known.
+        SettingsError: neither a path nor a workload, or one that is not known, or the path is taken.
     """
     if workload is None:
         if path is None:
@@ -203,6 +203,10 @@ def provided(
         return
     if workload not in WORKLOADS:
         raise SettingsError(f"there is no workload {workload!r}; there are {', '.join(WORKLOADS)}")
+    if path is not None and path.exists():
+        raise SettingsError(
+            f"{path} exists, and what is made up would take its place; leave out --generate, or name another"
+        )
     with TemporaryDirectory() as scratch:
         target = path or Path(scratch) / "trace.npz"
         generate(target, WORKLOADS[workload], tokens, phases, window, seed)

@@ -77,6 +77,14 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) ->
         dynaexq.patch(model, AMPLE, device="cuda")
 
 
+def test_a_device_beyond_the_last_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model = tiny.tiny_qwen3_moe()
+    with refused(model, SettingsError, "'cuda:2' was asked for, but there are 2, numbered from 0"):
+        dynaexq.patch(model, AMPLE, device="cuda:2")
+
+
 def test_powers_of_1000_are_not_powers_of_1024() -> None:
     model = tiny.tiny_qwen3_moe()
     with pytest.raises(BudgetError) as caught:

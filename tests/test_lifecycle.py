@@ -8,6 +8,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
 import dynaexq
@@ -482,3 +483,22 @@ def test_inference_mode_may_begin_and_end_anywhere(tiers: tuple[str, ...]) -> No
         for _ in range(4):
             tiny.logits(model)
     assert (rt.tiers()[[0, 0, 1, 1], [4, 5, 6, 7]] == rt.plan.upgrade.bits).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_was_loaded_in_inference_mode_goes_on_outside(packed: bool, tmp_path: Path) -> None:
+    tiny.tiny_qwen3_moe().save_pretrained(tmp_path)
+    config = DynaExqConfig(hbm_budget="1GiB", tiers=("int2", "int4"), quantizer="rtn", tick_every=1)
+    if packed:
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).save_pretrained(tmp_path / "packed")
+    with torch.inference_mode():
+        model = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+            if packed
+            else AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        )
+    runtime = model.dynaexq
+    assert tiny.logits(model).isfinite().all()
+    runtime.set_budget(runtime.memory()["total"] - runtime.memory()["upgrade"] // 2)
+    assert runtime.stats()["demotions"] > 0
+    assert tiny.logits(model).isfinite().all()

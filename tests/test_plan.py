@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused_with_the_least_card_that_does(sizes: dict[
     with pytest.raises(BudgetError, match="a GPU of at least") as caught:
         require_fit(size, outlook(size, CARDS["8 GB"]))
     least = caught.value.least
-    assert str(least) in str(caught.value)
+    assert f"at least {least:,}" in str(caught.value)
     assert least == least_card(size)[0]
     assert outlook(size, least).forecasts
     assert not outlook(size, least - 1).forecasts

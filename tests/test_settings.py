@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import dynaexq
 from dynaexq.errors import DynaExqError, SettingsError
 from dynaexq.settings import DEFAULT_HALF_LIFE, Settings, parse_bytes
 
@@ -153,3 +154,8 @@ def test_settings_are_frozen():
 def test_a_settings_error_is_caught_as_ours_and_as_a_value_error():
     assert issubclass(SettingsError, DynaExqError)
     assert issubclass(SettingsError, ValueError)
+
+
+def test_a_configuration_takes_dials_by_name_only() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        dynaexq.DynaExqConfig("20GiB")

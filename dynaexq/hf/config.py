@@ -45,7 +45,7 @@ class DynaExqConfig(QuantizationConfigMixin):
         CheckpointError: the checkpoint was written in a format of another version.
     """
 
-    def __init__(self, packed: dict[str, Any] | None = None, **dials: Any):
+    def __init__(self, *, packed: dict[str, Any] | None = None, **dials: Any):
         dials.pop("quant_method", None)
         self.quant_method = METHOD
         self.packed = packed

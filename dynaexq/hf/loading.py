@@ -79,6 +79,7 @@ class CheckpointLoad:
         if self._is_distributed:
             edit_tensor_plan(plan, self.layers)
 
+    @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
     def finish(self, quantizer: Any, save: Any) -> None:
         """Read the experts onto the devices where their layers are, and join everything together."""
         rank, num_ranks = share_of(self.model, self.layers)
@@ -107,6 +108,7 @@ class CheckpointLoad:
         reader = self._reader.select(indices, first_expert, num_experts)
         return PackedSupply(reader, self._stored_codec, self._early)
 
+    @torch.inference_mode(False)  # likewise
     def _read_early(self, device_map: Any) -> EarlyReading | None:
         """Begin to read the base while Transformers loads the dense weights, if it can be read to where it stays."""
         whole = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}

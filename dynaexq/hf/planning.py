@@ -29,6 +29,10 @@ def resolve_device(settings: Settings) -> torch.device:
         raise SettingsError(f'device must be "cpu" or "cuda[:index]", got {name!r}: no kernels for it')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f'device {name!r} was asked for, but this PyTorch finds no CUDA device; use device="cpu"')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"device {name!r} was asked for, but there are {torch.cuda.device_count()}, numbered from 0"
+        )
     if settings.host_copy == "pinned" and device.type != "cuda":
         raise SettingsError('host_copy="pinned" serves a CUDA device; on a CPU use host_copy="ram" or "disk"')
     if device.type == "cuda" and device.index is None:

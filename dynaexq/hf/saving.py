@@ -100,7 +100,7 @@ def packed_config(
     dials.pop("dense", None)
     if dense is not None:
         packed["dense"] = dials["dense"] = dense
-    return DynaExqConfig(packed, **dials)
+    return DynaExqConfig(packed=packed, **dials)
 
 
 def refuse_foreign_weights(directory: Path) -> None:

@@ -6,6 +6,7 @@ from dynaexq.memory.device import DeviceMemory
 from dynaexq.memory.echo import EchoFence
 from dynaexq.memory.fence import Fence, ManualFence, ReaderFence, StreamFence
 from dynaexq.memory.host import DiskStore, HostStore, RamStore
+from dynaexq.memory.pinned import on_device
 from dynaexq.memory.slab import SlabPool, allocate_bytes
 from dynaexq.memory.swap import SwapPipeline
 from dynaexq.memory.table import ExpertTable
@@ -33,4 +34,5 @@ __all__ = [
     "allocate_bytes",
     "copier_for",
     "leave_captures_alone",
+    "on_device",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynaexq.errors import StoreError
 from dynaexq.memory.arrivals import Arrival, Arrivals, last_word
 from dynaexq.memory.host import HostStore
-from dynaexq.memory.pinned import PageLocked
+from dynaexq.memory.pinned import PageLocked, on_device
 
 
 class Copy:
@@ -120,12 +120,15 @@ class CudaCopier:
 
     def reserve(self) -> None:
         """Set up staging now and not with the first copy that needs it. Raises StoreError."""
-        self._arrivals.reserve()
-        if self._worker is None:
-            self._ring = PageLocked(self._ring_slots * self._slot_nbytes)
-            buffers = list(self._ring.bytes.view(self._ring_slots, self._slot_nbytes))
-            self._worker = threading.Thread(target=self._work, args=(buffers,), name="dynaexq-staging", daemon=True)
-            self._worker.start()
+        with on_device(self._stream.device):
+            self._arrivals.reserve()
+            if self._worker is None:
+                self._ring = PageLocked(self._ring_slots * self._slot_nbytes)
+                buffers = list(self._ring.bytes.view(self._ring_slots, self._slot_nbytes))
+                self._worker = threading.Thread(
+                    target=self._work, args=(buffers,), name="dynaexq-staging", daemon=True
+                )
+                self._worker.start()
 
     def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
         copy = _CudaCopy()
@@ -155,8 +158,8 @@ class CudaCopier:
             self._ring = None
 
     def _queue(self, copy: _CudaCopy, source: Tensor, out: Tensor) -> None:
-        arrival = self._arrivals.expect(source)
-        with torch.cuda.stream(self._stream):
+        with on_device(self._stream.device), torch.cuda.stream(self._stream):
+            arrival = self._arrivals.expect(source)
             out.copy_(source, non_blocking=True)
             arrival.word.copy_(last_word(out), non_blocking=True)
         copy.arrival = arrival

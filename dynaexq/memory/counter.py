@@ -87,5 +87,5 @@ class RoutingCounter:
             self._pinned = torch.empty(self.sums.shape, dtype=torch.int64, pin_memory=True)
         self._pinned.copy_(self.sums, non_blocking=True)
         self._copied = torch.cuda.Event()
-        self._copied.record()
+        self._copied.record(torch.cuda.current_stream(self.sums.device))  # which need not be the current device
         return latest

@@ -1,19 +1,31 @@
 """Page-locked host memory, which a GPU fetches by itself while the processor does something else.
 
 PyTorch's allocator of such memory rounds up to a power of two, a gigabyte for 600 MB; this takes what was asked for.
+
+CUDA locks memory for all devices, but by a call to the current one, which it sets up where that has not been done:
+some hundred megabytes of a card that the model may not even be on, and that may be full. Hence `on_device`.
 """
 
+import contextlib
 import weakref
+from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dynaexq.errors import StoreError
+from dynaexq.memory.release import release
 from dynaexq.memory.slab import allocate_bytes
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Have CUDA calls that name no device go to `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 class PageLocked:
-    """Uint8 `bytes [nbytes]`, page-locked until `close`, or until this object is gone.
+    """Uint8 `bytes [nbytes]`, page-locked until `close`, or until this object is gone; by the current device.
 
     Raises:
         StoreError: the system has no more memory to lock.
@@ -24,11 +36,12 @@ class PageLocked:
         if nbytes:
             status = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), nbytes, 0))
             if status:
+                _forget_error()
                 raise StoreError(
                     f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {status}); "
                     'free some, raise the limit on locked memory, or use host_copy="ram"'
                 )
-            self._unlock = weakref.finalize(self, _unlock, self.bytes)
+            self._unlock = weakref.finalize(self, release, partial(_unlock, self.bytes, torch.cuda.current_device()))
 
     def close(self) -> None:
         """Unlock the memory; no copy from it may be in flight."""
@@ -36,5 +49,12 @@ class PageLocked:
             self._unlock()
 
 
-def _unlock(memory: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def _forget_error() -> None:
+    """Clear what CUDA noted of a call that failed: PyTorch would lay it to the next kernel of this thread."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")  # a kernel, behind which PyTorch looks; cudaGetLastError has no binding
+
+
+def _unlock(memory: Tensor, device: int) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -6,6 +6,7 @@ stays owned until that copy is done. What fails leaves the published version as 
 """
 
 import logging
+import threading
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from dynaexq.memory.copiers import Copier, Copy
 from dynaexq.memory.host import HostStore
+from dynaexq.memory.release import release
 from dynaexq.memory.slab import SlabPool, Slot
 from dynaexq.memory.table import ExpertTable
 from dynaexq.records import Transition
@@ -113,6 +115,22 @@ class SwapPipeline:
         self.copier.close()
         self.settle()
         self.store.close()
+
+    def forget(self) -> None:
+        """`close` as garbage is collected, when that is allowed: on any thread but the main one, by another thread.
+
+        It may be the copier's own thread, in the middle of a job that closing waits for, or with a lock in its hands.
+        """
+        if self.pool.device.type == "cuda":
+            release(self._close_apart)
+        else:
+            self._close_apart()
+
+    def _close_apart(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="dynaexq-closing", daemon=True).start()
 
     def _promote(self, key: Key) -> bool:
         if self.upgraded[key]:

@@ -18,12 +18,14 @@ This module knows neither what an entry means nor when memory may be used again;
 
 import threading
 import weakref
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dynaexq.memory.pinned import PageLocked
+from dynaexq.memory.pinned import PageLocked, on_device
+from dynaexq.memory.release import release
 from dynaexq.memory.slab import allocate_bytes
 from dynaexq.records import EPOCH, SEEN, STEPS, WORDS_AHEAD
 
@@ -52,9 +54,10 @@ class HostWords:
         table, counts = num_layers * num_experts, num_layers * (num_experts + 2)
         nbytes = 8 * (WORDS_AHEAD + table + counts)
         if device.type == "cuda":
-            locked = PageLocked(nbytes)
+            with on_device(device):
+                locked = PageLocked(nbytes)
             memory = locked.bytes
-            weakref.finalize(self, _unlock, locked, device)
+            weakref.finalize(self, release, partial(_unlock, locked, device))
         else:
             memory = allocate_bytes(nbytes, device)
         self.words: Tensor = memory.view(torch.int64).zero_()

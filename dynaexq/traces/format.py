@@ -167,9 +167,12 @@ class Trace:
                 self._chunks = sorted({name.split(".")[0] for name in archive.files if name.endswith(".steps")})
                 self.num_windows = sum(len(archive[f"{chunk}.steps"]) for chunk in self._chunks)
                 names, starts = archive["phases"].tolist(), archive["phase_starts"].tolist()
+        except TraceError:
+            raise
         except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
             raise TraceError(
-                f"{self.path} is not a routing trace, or its recording was cut off before it was closed: {error}"
+                f"{self.path} is not a routing trace, or its recording was cut off before it was closed; "
+                "record one with runtime.trace()"
             ) from error
         ends = [*starts[1:], self.num_windows][: len(starts)]
         marked = [Phase(*phase) for phase in zip(names, starts, ends, strict=True) if phase[1] < phase[2]]

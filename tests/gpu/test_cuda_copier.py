@@ -19,7 +19,9 @@ from dynaexq.memory import (
     StreamFence,
     SwapPipeline,
     allocate_bytes,
+    pinned,
 )
+from dynaexq.memory.pinned import PageLocked
 from dynaexq.memory.slab import Slot
 from dynaexq.memory.swap import FAILURES_UNTIL_BROKEN
 from dynaexq.records import Transition
@@ -203,6 +205,14 @@ def test_memory_is_handed_out_when_kernels_queued_for_its_last_owner_have_ended(
     computed.record()
     allocate_bytes.__wrapped__(NBYTES, DEVICE)  # without the poison, which waits as well
     assert computed.query()
+
+
+def test_memory_that_cannot_be_locked_is_not_laid_to_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = PageLocked(NBYTES)
+    monkeypatch.setattr(pinned, "allocate_bytes", lambda nbytes, device: locked.bytes)
+    with pytest.raises(StoreError, match="CUDA error 712"):  # cudaErrorHostMemoryAlreadyRegistered
+        PageLocked(NBYTES)
+    assert int(torch.arange(3, device=DEVICE).sum()) == 3
 
 
 def test_a_ticket_passes_when_the_kernels_queued_before_it_have_ended() -> None:

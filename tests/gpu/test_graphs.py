@@ -1,5 +1,6 @@
 """CUDA graphs on a real GPU: replays, however they came about, follow the traffic and answer as eager forwards do."""
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -186,6 +187,21 @@ def test_the_budget_shrinks_and_grows_between_replays():
         torch.testing.assert_close(logits, eager(model, ids), rtol=1e-2, atol=1e-2)
         runtime.thaw()
     runtime.close()
+
+
+def test_a_forgotten_model_that_is_collected_during_a_capture_leaves_it_alone():
+    forgotten = patched()
+    eager(forgotten, prompt())
+    other, values = torch.cuda.CUDAGraph(), torch.ones(8, device=DEVICE)
+    torch.cuda.synchronize()
+    gc.disable()
+    del forgotten
+    with torch.cuda.graph(other, capture_error_mode="global"):
+        values.add_(1)
+        assert gc.collect()
+    gc.enable()
+    other.replay()
+    assert values.tolist() == [2.0] * 8
 
 
 @pytest.mark.parametrize("host_copy", ["ram", "pinned"])
