@@ -122,6 +122,10 @@ def save_moments(moments: Moments, path: Path) -> None:
 
 def load_moments(path: Path) -> Moments:
     """The moments that `save_moments` wrote; a CheckpointError if `path` is anything else."""
+    if not path.is_file():
+        raise CheckpointError(
+            f"expected moments in a file, there is no {path}; dynaexq.calibrate(model, path) writes it"
+        )
     shard = Shard(path)
     if shard.metadata.get("kind") != KIND or shard.entries.keys() != {"up", "down", "tokens"}:
         raise CheckpointError(f"expected moments as dynaexq's calibration writes them, {path} is something else")
