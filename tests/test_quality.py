@@ -1,11 +1,18 @@
 """The contestants of benchmarks/quality.py: the paper's rule as the paper has it, and honest equal bytes."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from dynaexq.formats import ExpertCodec
+from dynaexq.policy.budget import LADDERS, plan_memory
+from dynaexq.records import ExpertShape
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -42,6 +49,18 @@ def test_an_oracle_spends_no_more_bits_than_it_has_and_on_the_hottest_first(allo
         ranked = depths.flat[np.argsort(-mass, axis=None)]
         assert (np.diff(ranked) <= 0).sum() >= mass.size - 3, "a hotter expert is deeper, but for the last that fits"
     assert quality_depths.assignment(mass, allowed, allowed[0] - 0.1) is None
+
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality.json"
+
+
+@pytest.mark.parametrize("row", json.loads(RESULTS.read_text())["bytes"], ids=lambda row: str(row["bits a weight"]))
+def test_auto_takes_the_ladder_that_was_measured_best_of_these_bytes(row: dict[str, Any]) -> None:
+    shape = ExpertShape(256, 64, 128, has_bias=False, transposed=False)  # the embedded model's
+    codecs = [ExpertCodec(shape, torch.bfloat16, tiers) for tiers in LADDERS]
+    budget = int(4 * 32 * shape.num_weights * row["bits a weight"] / 8)
+    plan = plan_memory([(c.base, c.upgrade) for c in codecs], 4, 32, dense=0, workspace=0, budget=budget)
+    assert " + ".join(plan.tiers) == row["best that is offered"]
 
 
 def test_a_share_of_the_gap_is_one_at_the_best_and_none_without_a_gap() -> None:
