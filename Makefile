@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/dynaexq demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 # The same suite on the oldest Transformers that is supported.
 test-oldest:
