@@ -42,12 +42,13 @@ class LayerPorts:
     """All that joins a layer to the rest: the table flows down to it, routing counts flow up from it.
 
     Attributes:
-        before_forward: called when a forward that counts reaches the layer, before it looks at the table.
+        before_forward: called with its tokens when a forward that counts reaches the layer, before it looks at the
+            table.
     """
 
     index: int
     memory: DeviceMemory
-    before_forward: Callable[[], None] | None = None
+    before_forward: Callable[[int], None] | None = None
 
 
 class MixedPrecisionExperts(nn.Module):
@@ -80,7 +81,7 @@ class MixedPrecisionExperts(nn.Module):
         ports, counts = self._ports, None
         counter = ports.memory.counter
         if observe and ports.before_forward is not None:
-            ports.before_forward()
+            ports.before_forward(len(hidden_states))
         with ports.memory.fence.reading():
             ports.memory.layer_begins(ports.index)
             if observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:

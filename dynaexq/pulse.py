@@ -24,12 +24,17 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+TOKENS_A_STEP = 8
+"""A tick is due after `tick_every` forwards, or when they have seen this many times as many tokens: a prompt says at
+once what a hundred steps of decoding say."""
+
+
 class StepCount:
     """Forwards since the start, and since the last tick."""
 
     def __init__(self, memory: DeviceMemory, tick_every: int):
         self._memory, self._tick_every = memory, tick_every
-        self._run_here = self._at_tick = 0
+        self._run_here = self._at_tick = self._tokens = 0
 
     @property
     def total(self) -> int:
@@ -40,14 +45,19 @@ class StepCount:
         """Python has begun one."""
         self._run_here += 1
 
+    def add_tokens(self, tokens: int) -> None:
+        """What it will see, which a tick before it knows nothing of."""
+        self._tokens += tokens
+
     @property
     def is_due(self) -> bool:
         """Whether it is time for a tick."""
-        return self.total - self._at_tick >= self._tick_every
+        steps = max(self.total - self._at_tick, self._tokens // TOKENS_A_STEP)
+        return steps >= self._tick_every
 
     def take(self) -> int:
         """How many since the last tick; the next one counts from here."""
-        before, self._at_tick = self._at_tick, self.total
+        before, self._at_tick, self._tokens = self._at_tick, self.total, 0
         return self._at_tick - before
 
 

@@ -84,8 +84,7 @@ class Runtime:
         gain = self._errors[..., 0] - self._errors[..., -1]
         limit = TrafficLimit(bytes_per_second(self.settings.traffic_limit, self.device), self._memory.pool.slot_nbytes)
         self._control = Control(self._tracker, gain, limit, self.settings)
-        kind = BITS[self.plan.tiers[-1]]
-        self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, kind)
+        self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, BITS[self.plan.tiers[-1]])
         weakref.finalize(self, SwapPipeline.forget, self._pipeline)
         weakref.finalize(self, Poller.stop, self._poller)  # the later one goes first
         self._steering = Steering(self._control, self._pipeline)
@@ -276,10 +275,11 @@ class Runtime:
             f"{self.memory()['total']:,} of {self.plan.budget:,} bytes)"
         )
 
-    def _on_forward(self) -> None:
+    def _on_forward(self, tokens: int) -> None:
         if not is_capturing(self.device):
             self._steps.add()
             self._look()
+            self._steps.add_tokens(tokens)
         elif self.follows_replays:
             self._poller.start()
 

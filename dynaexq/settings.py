@@ -58,7 +58,7 @@ class Settings:
         margin: relative hysteresis; a newcomer must beat an incumbent's score by this share.
         auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
             does (see `dynaexq.watch`).
-        tick_every: forward passes between two decisions.
+        tick_every: forward passes between two decisions; fewer where these see more than eight tokens each.
         traffic_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
             measured link (a float); None moves at most 64 MiB a tick.
         host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only), `"disk"`, or `"auto"`: in
@@ -83,7 +83,7 @@ class Settings:
     alpha: float | None = None
     margin: float = 0.5
     auto_pause: bool = True
-    tick_every: int = 16
+    tick_every: int = 32
     traffic_limit: int | float | str | None = None
     host_copy: str = "auto"
     group_size: int = 64

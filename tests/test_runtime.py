@@ -265,12 +265,25 @@ def test_a_newcomer_has_to_beat_the_incumbent_by_the_margin(margin: float, moves
 def test_decisions_come_every_so_many_forwards() -> None:
     model = patched(tick_every=3)
     for forwards in range(1, 10):
-        tiny.logits(model)
+        tiny.logits(model, tiny.prompt(batch=1, length=8))
         # The tick comes before a forward is computed, and sees what was routed until then.
         assert model.dynaexq.stats()["steps"] == forwards
         assert model.dynaexq.stats()["ticks"] == forwards // 3
     model.dynaexq.tick()
     assert model.dynaexq.stats()["ticks"] == 4
+
+
+def test_a_decision_comes_sooner_where_forwards_see_many_tokens() -> None:
+    model = patched(tick_every=32)
+    for forwards in range(1, 12):
+        tiny.logits(model)  # 24 tokens; eight for each of 32 forwards are 256
+        assert model.dynaexq.stats()["ticks"] == 0, forwards
+    tiny.logits(model, tiny.prompt(batch=1, length=1))
+    assert model.dynaexq.stats()["ticks"] == 1, "what the eleven saw is decided upon before the twelfth"
+    tiny.logits(model, tiny.prompt(batch=2, length=128))
+    assert model.dynaexq.stats()["ticks"] == 1, "a long prompt counts when it has been seen"
+    tiny.logits(model, tiny.prompt(batch=1, length=1))
+    assert model.dynaexq.stats()["ticks"] == 2
 
 
 FORGETTING = {
