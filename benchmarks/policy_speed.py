@@ -21,7 +21,7 @@ from dynaexq.traffic import TrafficLimit
 SHAPES = {"Qwen3-30B-A3B": ((48, 128), 8), "Qwen3-Next-80B-A3B": ((48, 512), 10)}
 REPEATS = 200
 TOKENS = 8
-"""Tokens between two decisions: `tick_every`, at batch 1."""
+"""Tokens between two decisions."""
 
 
 class SteepCounts:
