@@ -87,6 +87,7 @@ def prompts(path: Path, tokens: int) -> list[Row]:
     dials: list[Row] = [{}, *({"alpha": alpha} for alpha in (0.5, 0.8, 0.9, 0.95, 0.98))]
     return [
         contest.run(", ".join(f"{name} {value}" for name, value in dial.items()) or "half-life 128 tokens", **dial)
+        | {"tokens a phase": stream.tokens_a_phase}
         for dial in tqdm(dials, desc="prompts", unit="dial")
     ]
 
@@ -123,7 +124,7 @@ def main(
     use_one_thread()
     stream = Stream(model or embedded_model(), tokens, cycles)
     heat, console = stream.heat(), Console()
-    results: dict[str, Any] = {"torch": torch.__version__, "tokens_a_phase": stream.tokens_a_phase}
+    results: dict[str, Any] = {"torch": torch.__version__}
     wanted = only.split(",")
     for name, title, measure in (
         ("policies", "int4 over a fifth of int2", policies),
@@ -144,6 +145,8 @@ def main(
         show(console, "uniform", [{"assignment": u.name, "bits": u.bits, "KL": u.kl} for u in uniforms])
     if json_path:
         before = json.loads(json_path.read_text()) if json_path.exists() else {}
+        lengths = before.get("tokens_a_phase", {}) | dict.fromkeys(set(wanted) - {"prompts"}, stream.tokens_a_phase)
+        results["tokens_a_phase"] = lengths
         json_path.write_text(json.dumps(before | results, indent=2) + "\n")
 
 

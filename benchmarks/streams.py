@@ -56,10 +56,11 @@ class Outcome(NamedTuple):
 
 
 class Stream:
-    """Held-out prose, code and arithmetic in turn, `cycles` times over, `tokens` a phase and never twice the same.
+    """Held-out prose, code and arithmetic in turn, `cycles` times over, never twice the same.
 
     Args:
         path: a checkpoint directory.
+        tokens: of each phase, rounded up to whole windows.
         lengths: tokens of the windows, over and over.
     """
 
@@ -67,7 +68,7 @@ class Stream:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         # The eager experts are what a patched model with fp16 gives to the last bit; see docs/log.md.
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager").eval()
-        rounds = max(1, tokens // sum(lengths))
+        rounds = -(-tokens // sum(lengths))
         found = {d: windows_of(self.tokenizer, documents(d), rounds * cycles, sum(lengths)) for d in DOMAINS}
         self.phases = [
             self._phase(domain, found[domain][cycle * rounds : (cycle + 1) * rounds], lengths)
