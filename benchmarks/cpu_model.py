@@ -21,6 +21,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from streams import leave_slots
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import dynaexq
@@ -100,10 +101,7 @@ def patched(model: PreTrainedModel, tiers: tuple[str, ...]) -> PreTrainedModel:
     """A patched copy with a fifth of its experts upgraded."""
     model = copy.deepcopy(model)
     runtime = dynaexq.patch(model, "1TiB", tiers=tiers, quantizer="rtn", device="cpu")
-    memory, slots = runtime.memory(), runtime.plan.num_slots
-    if slots:
-        slot = memory["upgrade"] // slots
-        runtime.set_budget(memory["total"] - memory["upgrade"] + round(UPGRADED_SHARE * slots) * slot)
+    leave_slots(runtime, UPGRADED_SHARE)
     return model
 
 

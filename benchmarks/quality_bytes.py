@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 from streams import Heat, Stream
-from torch import nn
 from tqdm import tqdm
 
 import dynaexq
 from dynaexq.evaluate import evaluate
 from dynaexq.formats.layout import MatrixLayout
-from dynaexq.formats.quantizer import quantize, read
+from dynaexq.formats.quantizer import quantize, reading
+from dynaexq.hf.families import find_sparse_layers
 
 BITS_A_WEIGHT = (2.75, 3.0, 3.25, 3.5, 4.5, 5.0)
 UNIFORM = [(tier, group) for tier in ("int2", "int3", "int4") for group in (128, 64, 32)] + [("int8", 64)]
@@ -30,20 +30,15 @@ class Assignment:
     tiers: tuple[str, ...] | None = None
 
 
-def sparse_experts(model: nn.Module) -> list[nn.Module]:
-    """The experts of every sparse layer."""
-    return [m for m in model.modules() if hasattr(m, "gate_up_proj") and hasattr(m, "down_proj")]
-
-
 def emulated_int3(stream: Stream, group_size: int) -> Assignment:
     """What int3 would give, which dynaexq does not offer: weights rounded by the same quantiser, read at 3 bits."""
     model, bits, weights = copy.deepcopy(stream.model), 0.0, 0
-    for experts in sparse_experts(model):
-        for matrix in (experts.gate_up_proj.data, experts.down_proj.data):
+    for layer in find_sparse_layers(model):
+        for matrix in (layer.weights().up.data, layer.weights().down.data):
             group = MatrixLayout.of(*matrix.shape[1:], group_size).group_size
             for expert in matrix:
                 code = quantize(expert, group, fit_bits=3, unshrink=True)
-                expert.copy_(read(code.values & 0b11100000, code.scale, code.minimum, 3))
+                expert.copy_(reading(code, 3))
             bits += matrix.numel() * (3 + 32 / group)
             weights += matrix.numel()
     kl = float(np.mean([evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]))

@@ -15,16 +15,17 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from quality_bytes import sparse_experts
 from rich.console import Console
 from rich.table import Table
 from streams import Stream, use_one_thread
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dynaexq.demo import embedded_model
 from dynaexq.evaluate import evaluate
-from dynaexq.formats.quantizer import quantize, read
+from dynaexq.formats import ExpertWeights
+from dynaexq.formats.quantizer import quantize, reading
+from dynaexq.hf.families import find_sparse_layers
 from dynaexq.policy.budget import LOSS, SHARED_LOSS
 
 DEPTHS = (2, 4, 8)
@@ -59,9 +60,9 @@ def assignment(mass: np.ndarray, allowed: tuple[int, ...], bits: float) -> np.nd
 def readings(stream: Stream) -> list[dict[int, list[Tensor]]]:
     """For every layer, its two matrices `[E, N, K]` at each depth."""
     found = []
-    for experts in sparse_experts(stream.model):
-        codes = [quantize(m.data, GROUP_SIZE, fit_bits=4) for m in (experts.gate_up_proj, experts.down_proj)]
-        found.append({depth: [_reading(code, depth) for code in codes] for depth in DEPTHS})
+    for layer in find_sparse_layers(stream.model):
+        codes = [quantize(m.data, GROUP_SIZE, fit_bits=4) for m in (layer.weights().up, layer.weights().down)]
+        found.append({depth: [reading(code, depth) for code in codes] for depth in DEPTHS})
     return found
 
 
@@ -70,18 +71,14 @@ def kl(stream: Stream, layers: list[dict[int, list[Tensor]]], depths: list[np.nd
     model = copy.deepcopy(stream.model)
     losses = []
     for phase, chosen in zip(stream.phases, depths, strict=True):
-        for experts, matrices, row in zip(sparse_experts(model), layers, chosen, strict=True):
-            _write(experts, matrices, row)
+        for layer, matrices, row in zip(find_sparse_layers(model), layers, chosen, strict=True):
+            _write(layer.weights(), matrices, row)
         losses.append(evaluate(model, phase.windows, phase.reference).kl)
     return float(np.mean(losses))
 
 
-def _reading(code: Any, depth: int) -> Tensor:
-    return read(code.values & (0xFF << (8 - depth) & 0xFF), code.scale, code.minimum, depth)
-
-
-def _write(experts: nn.Module, matrices: dict[int, list[Tensor]], depths: np.ndarray) -> None:
-    for index, parameter in enumerate((experts.gate_up_proj, experts.down_proj)):
+def _write(weights: ExpertWeights, matrices: dict[int, list[Tensor]], depths: np.ndarray) -> None:
+    for index, parameter in enumerate((weights.up, weights.down)):
         for expert, depth in enumerate(depths):
             parameter.data[expert].copy_(matrices[int(depth)][index][expert])
 

@@ -120,10 +120,7 @@ class Stream:
         """A copy of the model with room to upgrade `share` of its experts; it decides after every window."""
         model = copy.deepcopy(self.model)
         runtime = dynaexq.patch(model, "1TiB", **{"tick_every": 1} | dials)
-        memory, slots = runtime.memory(), runtime.plan.num_slots
-        if slots:
-            slot = memory["upgrade"] // slots
-            runtime.set_budget(memory["total"] - memory["upgrade"] + round(share * slots) * slot)
+        leave_slots(runtime, share)
         return model, runtime
 
     def _phase(self, domain: str, rounds: list[Tensor], lengths: tuple[int, ...]) -> Phase:
@@ -142,6 +139,14 @@ class Stream:
                 found.append((after - before) / sum(map(len, windows)))
                 before = after
         return found
+
+
+def leave_slots(runtime: dynaexq.Runtime, share: float) -> None:
+    """Shrink the budget of a runtime that can upgrade every expert, so that `share` of them have a slot."""
+    memory, slots = runtime.memory(), runtime.plan.num_slots
+    if slots:
+        slot = memory["upgrade"] // slots
+        runtime.set_budget(memory["total"] - memory["upgrade"] + round(share * slots) * slot)
 
 
 def use_one_thread() -> None:

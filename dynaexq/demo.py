@@ -141,7 +141,8 @@ def _see(
     """Send one phase through a patched model and enter what it cost."""
     before = runtime.routed_mass()
     quality = evaluate(model, phase, reference, after_window)
-    outcome.kl.append(quality.kl or 0.0)
+    assert quality.kl is not None, "there is a reference"
+    outcome.kl.append(quality.kl)
     outcome.overlap.append(_overlap(runtime, runtime.routed_mass() - before))
     stats = runtime.stats()
     outcome.promotions, outcome.demotions = stats["promotions"], stats["demotions"]

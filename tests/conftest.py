@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from regimes import REGIMES
 
 import dynaexq.memory
 
@@ -55,3 +56,13 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("allocate_bytes") is allocate:  # wherever it was imported by name
             monkeypatch.setattr(module, "allocate_bytes", poisoned)
+
+
+@pytest.fixture
+def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take the tiles for so many pairs, however many there are."""
+    from dynaexq.kernels.triton import tiles
+
+    for name, value in REGIMES[request.param].items():
+        monkeypatch.setattr(tiles, name, value)
+    return request.param

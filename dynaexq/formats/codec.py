@@ -16,7 +16,7 @@ from torch import Tensor
 from dynaexq.formats.layout import BlockLayout, MatrixLayout
 from dynaexq.formats.moments import ExpertInputs, Inputs
 from dynaexq.formats.packing import pack_plane, unpack_plane
-from dynaexq.formats.quantizer import Code, quantize, read
+from dynaexq.formats.quantizer import Code, quantize, read, reading
 from dynaexq.records import BITS, ExpertShape, Tier
 
 MATRICES = ("up", "down")
@@ -222,8 +222,7 @@ class ExpertCodec:
         return torch.stack([*errors, exact.square().sum(2)], -1)
 
     def _reading(self, name: str, code: Code, bits: int) -> Tensor:
-        kept = code.values & (0xFF << (8 - bits) & 0xFF)
-        return read(kept, code.scale, code.minimum, bits)[..., : self.matrices[name].columns]
+        return reading(code, bits)[..., : self.matrices[name].columns]
 
     def _write_planes(
         self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...], rows: slice

@@ -82,6 +82,11 @@ def read(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
     return (groups * (scale / 16) + (minimum + scale * centre(bits))).view(*lead, -1)
 
 
+def reading(code: Code, bits: int) -> Tensor:
+    """The weights `[..., K]` that a whole code stands for when it is read at depth `bits`; lower bits are ignored."""
+    return read(code.values & (0xFF << (8 - bits) & 0xFF), code.scale, code.minimum, bits)
+
+
 def check_representable(weights: Tensor, name: str, first: int = 0) -> None:
     """Raise a QuantizationError naming `name` and the first expert of `weights [n, ...]` that no code represents.
 

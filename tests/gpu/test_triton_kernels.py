@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from numerics import assert_close
+from regimes import each_regime
 from test_kernels import EXPERTS, GATED, SHAPES, Case, case, distinct_choices, named
 from torch.nn import functional as F
 
@@ -24,11 +25,9 @@ pytestmark = [
 DEVICE = torch.device("cuda", 0)
 WIDE = ExpertShape(hidden_size=512, intermediate_size=384, up_rows=768, has_bias=False, transposed=False)
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # here bfloat16 is rounded, not cut off
-REGIMES = {"single": {}, "few": {"SINGLE_PAIRS": 0}, "many": {"SINGLE_PAIRS": 0, "FEW_PAIRS": 0}}
 
 each_ladder = pytest.mark.parametrize("tiers", [*LADDERS, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
-each_regime = pytest.mark.parametrize("regime", REGIMES, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +36,6 @@ def _poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def regime(request, monkeypatch) -> str:
-    """Take the tiles for so many pairs, however many there are."""
-    from dynaexq.kernels.triton import tiles
-
-    for name, value in REGIMES[request.param].items():
-        monkeypatch.setattr(tiles, name, value)
-    return request.param
 
 
 def on_gpu(got: Case) -> Case:

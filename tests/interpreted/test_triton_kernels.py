@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from numerics import assert_close
+from regimes import each_regime
 from test_kernels import EXPERTS, GATED, SHAPES, case, distinct_choices, naive, named
 from tiny import logits, prompt, tiny_qwen3_moe
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 import dynaexq
 from dynaexq.kernels import PlainExchange, dispatch, reference
-from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, routing, tiles
+from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, routing
 from dynaexq.kernels.triton.rows import group_sums, weighted_sum
 from dynaexq.memory import RoutingCounter
 from dynaexq.policy import LADDERS
@@ -32,8 +33,6 @@ ALL_LADDERS = [*LADDERS, ("int2", "fp16")]
 MOST_PLANES = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int8", "fp16")]
 """Ladders in which every plane is read from every place it may have."""
 
-REGIMES = {"single": {}, "few": {"SINGLE_PAIRS": 0}, "many": {"SINGLE_PAIRS": 0, "FEW_PAIRS": 0}}
-
 each_ladder = pytest.mark.parametrize("tiers", ALL_LADDERS, ids="+".join)
 
 
@@ -43,17 +42,6 @@ def _poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def regime(request, monkeypatch) -> str:
-    """Take the tiles for so many pairs, however many there are."""
-    for name, value in REGIMES[request.param].items():
-        monkeypatch.setattr(tiles, name, value)
-    return request.param
-
-
-each_regime = pytest.mark.parametrize("regime", REGIMES, indirect=True)
 
 
 def compare(name: str, got) -> None:
