@@ -62,7 +62,7 @@ def load(directory: str, dials: dict[str, Any] | None, warm: bool) -> dict[str, 
     from transformers import AutoModelForCausalLM
 
     import dynaexq
-    from dynaexq.demo import embedded_model
+    from dynaexq.cli.demo import embedded_model
 
     torch.set_num_threads(THREADS)
     config = None if dials is None else dynaexq.DynaExqConfig(**dials)
@@ -195,8 +195,8 @@ def measure_quantising() -> dict[str, Any]:
     """Seconds an expert of the 30B shape on all cores, and what 6,144 of them would take."""
     import torch
 
-    from dynaexq.formats import ExpertCodec, ExpertWeights
-    from dynaexq.records import ExpertShape
+    from dynaexq.quantization import ExpertCodec, ExpertWeights
+    from dynaexq.types import ExpertShape
 
     torch.set_num_threads(THREADS)
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -238,7 +238,7 @@ def least_budget(directory: Path) -> int:
 @contextmanager
 def checkpoints(directory: str | None) -> Iterator[tuple[Path, Path]]:
     """The generated checkpoint and its packed form, made if they are not there."""
-    from dynaexq.hf.conversion import quantize_checkpoint
+    from dynaexq.hf.convert import quantize_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         home = Path(directory or temporary)

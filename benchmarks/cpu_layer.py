@@ -32,10 +32,10 @@ from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from dynaexq.formats import ExpertCodec
 from dynaexq.kernels import ExpertLayer, Upgrades, cpu, reference
 from dynaexq.memory import allocate_bytes
-from dynaexq.records import ExpertShape
+from dynaexq.quantization import ExpertCodec
+from dynaexq.types import ExpertShape
 
 UPGRADED_SHARE = 0.2
 ROUNDS = {1: 40, 16: 8, 512: 3}

@@ -25,8 +25,8 @@ from streams import leave_slots
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import dynaexq
-from dynaexq.demo import embedded_model
-from dynaexq.experts import MixedPrecisionExperts
+from dynaexq.cli.demo import embedded_model
+from dynaexq.runtime.experts import MixedPrecisionExperts
 
 LADDERS = (("int2",), ("int4",), ("int2", "int4"), ("int4", "int8"))
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dynaexq.formats import ExpertCodec, ExpertWeights
-from dynaexq.records import ExpertShape
+from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.types import ExpertShape
 
 SHAPES = {"Qwen3-30B-A3B": (2048, 768), "Qwen3-Next-80B-A3B": (2048, 512)}
 TIERS = (("int4",), ("int4", "int8"), ("int2", "int4"), ("int4", "fp16"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaexq.evaluate import stream_logits
-from dynaexq.hf.families import find_sparse_layers
+from dynaexq.hf.discovery import find_sparse_layers
 
 TOP_SHARE = 0.2
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dynaexq
-from dynaexq.corpus import DOMAINS, documents
-from dynaexq.demo import embedded_model
+from dynaexq.cli.demo import embedded_model
+from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import windows_of
-from dynaexq.hf.sizing import model_size
+from dynaexq.hf.model_size import model_size
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.kernels import ExpertLayer, Upgrades, expert_mlp, reference
 from dynaexq.memory import allocate_bytes
-from dynaexq.records import ExpertShape
+from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.types import ExpertShape
 
 DEVICE, DTYPE = torch.device("cuda", 0), torch.bfloat16
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

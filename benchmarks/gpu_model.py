@@ -23,16 +23,16 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.hf.config import DynaExqConfig
-from dynaexq.hf.families import find_sparse_layers
-from dynaexq.hf.installation import Installation
+from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.hf.model_patch import Installation
 from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan
 from dynaexq.hf.quantizer import DynaExqQuantizer
-from dynaexq.hf.saving import save_packed
-from dynaexq.placement import Placed, open_store
-from dynaexq.runtime import Runtime
+from dynaexq.hf.save import save_packed
+from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
+from dynaexq.weights.quantize_experts import Placed, open_store
 
 QWEN3_30B = {
     "vocab_size": 151936,

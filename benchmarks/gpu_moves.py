@@ -9,10 +9,10 @@ import torch
 from gpu_layers import DEVICE, MODELS, Shape, routings, source_experts, swiglu
 from torch import Tensor
 
-from dynaexq.formats import ExpertCodec, ExpertWeights
 from dynaexq.kernels import ExpertLayer, Upgrades, exchange_for, expert_mlp
 from dynaexq.memory import DeviceMemory, RamStore, SwapPipeline, copier_for
-from dynaexq.records import Transition
+from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.types import Transition
 
 LAYERS, BATCH, TICK_EVERY, MOVES = 8, 8, 8, 64
 TIERS = (("int2", "int4"), ("int4", "fp16"))

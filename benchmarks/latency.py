@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynaexq.hf.families import find_sparse_layers
+from dynaexq.hf.discovery import find_sparse_layers
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 GATHERED_BYTES = 2 * 2**30  # batched_mm copies the weights of every pair of token and expert

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dynaexq.control import Control, HotnessTracker
+from dynaexq.policy.controller import Control, HotnessTracker
+from dynaexq.policy.rate_limit import TrafficLimit
 from dynaexq.settings import Settings
-from dynaexq.traffic import TrafficLimit
 
 SHAPES = {"Qwen3-30B-A3B": ((48, 128), 8), "Qwen3-Next-80B-A3B": ((48, 512), 10)}
 REPEATS = 200

@@ -17,7 +17,7 @@ from rich.table import Table
 from streams import LENGTH, Stream, use_one_thread
 from tqdm import tqdm
 
-from dynaexq.demo import embedded_model
+from dynaexq.cli.demo import embedded_model
 
 UNIFORM = (("int2",), ("int2", "int4"), ("int2", "int8"), ("int4",), ("int4", "int8"), ("int8",), ("fp16",))
 SHARES = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)

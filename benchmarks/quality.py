@@ -23,7 +23,7 @@ from streams import Heat, Stream, use_one_thread
 from tqdm import tqdm
 
 import dynaexq
-from dynaexq.demo import embedded_model
+from dynaexq.cli.demo import embedded_model
 
 SHARES = (0.05, 0.1, 0.2, 0.3)
 LADDERS = (("int2", "int4"), ("int4", "int8"), ("int4", "fp16"), ("int2", "fp16"))

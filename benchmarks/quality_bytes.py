@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 import dynaexq
 from dynaexq.evaluate import evaluate
-from dynaexq.formats.layout import MatrixLayout
-from dynaexq.formats.quantizer import quantize, reading
-from dynaexq.hf.families import find_sparse_layers
+from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.quantization.layout import MatrixLayout
+from dynaexq.quantization.quantize import quantize, reading
 
 BITS_A_WEIGHT = (2.75, 3.0, 3.25, 3.5, 4.5, 5.0)
 UNIFORM = [(tier, group) for tier in ("int2", "int3", "int4") for group in (128, 64, 32)] + [("int8", 64)]

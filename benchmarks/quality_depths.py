@@ -21,12 +21,12 @@ from streams import Stream, use_one_thread
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaexq.demo import embedded_model
+from dynaexq.cli.demo import embedded_model
 from dynaexq.evaluate import evaluate
-from dynaexq.formats import ExpertWeights
-from dynaexq.formats.quantizer import quantize, reading
-from dynaexq.hf.families import find_sparse_layers
-from dynaexq.policy.budget import LOSS, SHARED_LOSS
+from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.planning.budget import LOSS, SHARED_LOSS
+from dynaexq.quantization import ExpertWeights
+from dynaexq.quantization.quantize import quantize, reading
 
 DEPTHS = (2, 4, 8)
 LOSSES = {2: SHARED_LOSS["int2", "int4"], 4: LOSS["int4"], 8: LOSS["int8"]}

@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynaexq.corpus import DOMAINS, documents
-from dynaexq.demo import embedded_model
+from dynaexq.cli.demo import embedded_model
+from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import kl_divergence
-from dynaexq.formats import ExpertCodec, ExpertWeights, Moments
 from dynaexq.hf.calibration import gather_moments
-from dynaexq.hf.families import find_sparse_layers
+from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.ownwords import own_words
+from dynaexq.quantization import ExpertCodec, ExpertWeights, Moments
 
 WINDOW = 128
 BATCH = 8

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynaexq.settings import Settings
-from dynaexq.simulate import simulate
+from dynaexq.simulator.simulate import simulate
 from dynaexq.traces import WORKLOADS, Trace, generate
 
 LADDERS = (("int2", "int4"), ("int4", "int8"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynaexq
-from dynaexq.corpus import DOMAINS, documents
+from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import evaluate, reference_logits, stream_logits, windows_of
 
 LENGTH = 128

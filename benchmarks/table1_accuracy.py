@@ -24,8 +24,8 @@ import torch
 import typer
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dynaexq.corpus import documents
-from dynaexq.records import BITS
+from dynaexq.cli.demo_corpus import documents
+from dynaexq.types import BITS
 
 OWN_TASK = "dynaexq_arithmetic"
 EXERCISE = re.compile(r"(?P<question>.*= )(?P<result>\d+)(?P<rest>\D*)")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynaexq.experts import MixedPrecisionExperts
-from dynaexq.records import Transition
+from dynaexq.runtime.experts import MixedPrecisionExperts
+from dynaexq.types import Transition
 
 Stamp = Any
 """A moment: seconds, or a CUDA event that has yet to be read."""

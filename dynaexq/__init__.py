@@ -20,8 +20,8 @@ from dynaexq.errors import (
     UnsupportedModelError,
 )
 from dynaexq.hf import DynaExqConfig, calibrate, patch, unpatch
-from dynaexq.moe import DynaExqMoE
-from dynaexq.runtime import Runtime
+from dynaexq.runtime.moe import DynaExqMoE
+from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from dynaexq.errors import SettingsError
-from dynaexq.records import BITS
+from dynaexq.types import BITS
 
 _UNITS = {"B": 1} | {
     prefix + suffix: base**power

@@ -11,7 +11,7 @@ For a model of your own it comes down to
     print(runtime.report())
 """
 
-from dynaexq.demo import run
+from dynaexq.cli.demo import run
 
 if __name__ == "__main__":
     run()

@@ -18,8 +18,8 @@ import dynaexq.memory
 
 torch.set_num_threads(1)
 
-# Triton decides when a kernel is decorated whether to interpret it; tests/test_triton.py starts a process that does.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+# Triton decides when a kernel is decorated whether to interpret it; kernels/test_triton.py starts a process that does.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreted"]
 
 # The same examples on every run, and no deadline: a shared machine may pause for longer than any we could name.
 settings.register_profile("stable", derandomize=True, deadline=None)
@@ -61,8 +61,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Take the tiles for so many pairs, however many there are."""
-    from dynaexq.kernels.triton import tiles
+    from dynaexq.kernels.triton import tuning
 
     for name, value in REGIMES[request.param].items():
-        monkeypatch.setattr(tiles, name, value)
+        monkeypatch.setattr(tuning, name, value)
     return request.param

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dynaexq.checkpoint import Shard, ShardWriter
 from dynaexq.errors import CheckpointError
-from dynaexq.formats import BLOCK, Moments
-from dynaexq.hf.checkpoint import checkpoint_files
-from dynaexq.hf.families import SparseLayer, find_sparse_layers
+from dynaexq.hf.checkpoint_source import checkpoint_files
+from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.hf.meta_model import read_config
 from dynaexq.hf.ownwords import own_words
-from dynaexq.hf.skeleton import read_config
+from dynaexq.quantization import BLOCK, Moments
 from dynaexq.settings import Settings
-from dynaexq.storage import Shard, ShardWriter
 
 WINDOW_TOKENS = 512
 MOST_TOKENS = 2**17

@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dynaexq.errors import SettingsError
-from dynaexq.hf.cache import cache_bytes
 from dynaexq.hf.compat import text_config
-from dynaexq.hf.families import SparseLayer, find_sparse_layers
-from dynaexq.hf.skeleton import skeleton_of
-from dynaexq.placement import weight_bytes
-from dynaexq.policy import weights_budget
+from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.hf.kv_cache_size import cache_bytes
+from dynaexq.hf.meta_model import skeleton_of
+from dynaexq.planning.budget import weights_budget
 from dynaexq.settings import Settings
+from dynaexq.weights.quantize_experts import weight_bytes
 
 logger = logging.getLogger(__name__)
 

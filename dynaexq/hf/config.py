@@ -11,10 +11,10 @@ from typing import Any
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dynaexq.checkpoint import FORMAT_VERSION
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.compat import take_loading_attributes
 from dynaexq.settings import Settings
-from dynaexq.storage import FORMAT_VERSION
 
 logger = logging.getLogger(__name__)
 

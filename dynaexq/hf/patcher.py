@@ -13,17 +13,17 @@ from torch import nn
 
 from dynaexq.errors import PatchError, UnsupportedModelError
 from dynaexq.hf.calibration import moments_for
-from dynaexq.hf.checkpoint import CheckpointSource, checkpoint_files, open_shards
+from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
-from dynaexq.hf.families import LiveSource, SparseLayer, find_sparse_layers
-from dynaexq.hf.installation import RECORD, Installation
+from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers
+from dynaexq.hf.model_patch import RECORD, Installation
 from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
 from dynaexq.hf.quantizer import DynaExqQuantizer
-from dynaexq.hf.saving import save_packed
-from dynaexq.placement import ExpertSource, QuantizedSupply, held_tensors, weight_bytes
-from dynaexq.runtime import Runtime
+from dynaexq.hf.save import save_packed
+from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
+from dynaexq.weights.quantize_experts import ExpertSource, QuantizedSupply, held_tensors, weight_bytes
 
 
 @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.errors import SettingsError
-from dynaexq.formats import ExpertCodec, offered
 from dynaexq.hf.capacity import auto_budget
-from dynaexq.hf.families import SparseLayer
+from dynaexq.hf.discovery import SparseLayer
 from dynaexq.memory import DeviceMemory
-from dynaexq.placement import weight_bytes
-from dynaexq.policy import LADDERS, plan_memory
-from dynaexq.records import MemoryPlan
+from dynaexq.planning.budget import LADDERS, plan_memory
+from dynaexq.quantization import ExpertCodec, offered
 from dynaexq.settings import Settings
+from dynaexq.types import MemoryPlan
+from dynaexq.weights.quantize_experts import weight_bytes
 
 Ladder = tuple[str, ...]
 

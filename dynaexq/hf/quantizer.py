@@ -11,12 +11,12 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import PatchError, SettingsError
-from dynaexq.experts import saved_apart
 from dynaexq.hf.config import METHOD, DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer
-from dynaexq.hf.loading import CheckpointLoad
+from dynaexq.hf.load import CheckpointLoad
 from dynaexq.hf.planning import resolve_device
-from dynaexq.hf.saving import save_packed
+from dynaexq.hf.save import save_packed
+from dynaexq.runtime.experts import saved_apart
 
 
 @register_quantizer(METHOD)

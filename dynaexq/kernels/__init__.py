@@ -1,10 +1,10 @@
 """How a packed expert multiplies: the reference, the fast paths that must match it, and the door that chooses."""
 
+from dynaexq.kernels.custom_op import experts as experts_operator
+from dynaexq.kernels.custom_op import register_layer
 from dynaexq.kernels.dispatch import counts_routing, exchange_for, expert_mlp
 from dynaexq.kernels.exchange import PlainExchange
-from dynaexq.kernels.layer import ExpertLayer, Upgrades
-from dynaexq.kernels.operator import experts as experts_operator
-from dynaexq.kernels.operator import register_layer
+from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 
 __all__ = [
     "ExpertLayer",

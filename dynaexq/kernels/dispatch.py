@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.exchange import PlainExchange
-from dynaexq.kernels.layer import ExpertLayer, Upgrades
+from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dynaexq.records import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
+from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
 
 
 class PlainExchange:

@@ -7,7 +7,7 @@ bits. Coded experts are multiplied in float32 and rounded once, when their outpu
 import torch
 from torch import Tensor
 
-from dynaexq.kernels.layer import ExpertLayer, Upgrades
+from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 
 
 def expert_mlp(

@@ -1,16 +1,16 @@
 """Where bytes live and how they move: slots, tables, counters, copies. Bytes are opaque here; nothing is decided."""
 
-from dynaexq.memory.copiers import CudaCopier, EagerCopier, ManualCopier, copier_for, leave_captures_alone
-from dynaexq.memory.counter import RoutingCounter
-from dynaexq.memory.device import DeviceMemory
+from dynaexq.memory.copy_engine import CudaCopier, EagerCopier, ManualCopier, copier_for, leave_captures_alone
+from dynaexq.memory.device_memory import DeviceMemory
 from dynaexq.memory.echo import EchoFence
-from dynaexq.memory.fence import Fence, ManualFence, ReaderFence, StreamFence
-from dynaexq.memory.host import DiskStore, HostStore, RamStore
+from dynaexq.memory.expert_table import ExpertTable
+from dynaexq.memory.fences import Fence, ManualFence, ReaderFence, StreamFence
+from dynaexq.memory.graph_sync import Exchange, HostWords
+from dynaexq.memory.host_store import DiskStore, HostStore, RamStore
 from dynaexq.memory.pinned import on_device
-from dynaexq.memory.slab import SlabPool, allocate_bytes
-from dynaexq.memory.swap import SwapPipeline
-from dynaexq.memory.table import ExpertTable
-from dynaexq.memory.words import Exchange, HostWords
+from dynaexq.memory.routing_counter import RoutingCounter
+from dynaexq.memory.slab_pool import SlabPool, allocate_bytes
+from dynaexq.memory.swap_pipeline import SwapPipeline
 
 __all__ = [
     "CudaCopier",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.memory.pinned import PageLocked
-from dynaexq.memory.slab import allocate_bytes
+from dynaexq.memory.slab_pool import allocate_bytes
 
 WORDS_PER_PAGE = 4096
 

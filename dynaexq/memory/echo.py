@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from dynaexq.memory.fence import Fence
-from dynaexq.memory.words import HostWords
+from dynaexq.memory.fences import Fence
+from dynaexq.memory.graph_sync import HostWords
 
 
 class EchoFence:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynaexq.errors import StoreError
 from dynaexq.memory.release import release
-from dynaexq.memory.slab import allocate_bytes
+from dynaexq.memory.slab_pool import allocate_bytes
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

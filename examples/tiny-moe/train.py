@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dynaexq.corpus import DOMAINS, documents
+from dynaexq.cli.demo_corpus import DOMAINS, documents
 
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"

@@ -22,9 +22,9 @@ from dynaexq.memory import (
     pinned,
 )
 from dynaexq.memory.pinned import PageLocked
-from dynaexq.memory.slab import Slot
-from dynaexq.memory.swap import FAILURES_UNTIL_BROKEN
-from dynaexq.records import Transition
+from dynaexq.memory.slab_pool import Slot
+from dynaexq.memory.swap_pipeline import FAILURES_UNTIL_BROKEN
+from dynaexq.types import Transition
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from dynaexq.kernels import Upgrades, dispatch, reference
 from dynaexq.memory import RoutingCounter, allocate_bytes
-from dynaexq.policy import LADDERS
-from dynaexq.records import ExpertShape
+from dynaexq.planning.budget import LADDERS
+from dynaexq.types import ExpertShape
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,10 +7,10 @@ Transformers' eager loop; a norm behind each expert; and machines without a comp
 import torch
 from torch import Tensor
 
-from dynaexq.kernels import torch_cpu
+from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import load
 from dynaexq.kernels.cpu.native import DTYPES, NativeLayer
-from dynaexq.kernels.layer import ExpertLayer, Upgrades
+from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 
 
 def expert_mlp(
@@ -27,7 +27,7 @@ def expert_mlp(
     """
     native = native_layer(layer, hidden_states.dtype)
     if native is None:
-        return torch_cpu.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
+        return torch_path.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
     return native(hidden_states, top_k_index, top_k_weights, upgrades.entries, counts)
 
 

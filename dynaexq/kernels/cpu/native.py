@@ -8,12 +8,12 @@ import ctypes
 import torch
 from torch import Tensor
 
-from dynaexq.formats.codec import MATRICES
-from dynaexq.formats.layout import BlockLayout
 from dynaexq.kernels.cpu import threads
 from dynaexq.kernels.cpu.build import Kernel
-from dynaexq.kernels.layer import ExpertLayer
-from dynaexq.records import LARGEST_MASS, MASS_UNIT
+from dynaexq.kernels.expert_layer import ExpertLayer
+from dynaexq.quantization.codec import MATRICES
+from dynaexq.quantization.layout import BlockLayout
+from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynaexq.records import LARGEST_MASS, MASS_UNIT
+from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 PAIRS_PER_PROGRAM = 256
 

@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynaexq.formats import ExpertCodec
-from dynaexq.kernels.layer import ExpertLayer, Upgrades
-from dynaexq.kernels.triton import tiles
+from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
+from dynaexq.kernels.triton import tuning
 from dynaexq.kernels.triton.counting import add_routing
-from dynaexq.kernels.triton.gemm import expert_gemm
+from dynaexq.kernels.triton.grouped_gemm import expert_gemm
+from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
 from dynaexq.kernels.triton.routing import Routing, route
-from dynaexq.kernels.triton.rows import group_sums, weighted_sum
-from dynaexq.kernels.triton.shapes import Matrix
+from dynaexq.kernels.triton.specs import Matrix
+from dynaexq.quantization import ExpertCodec
 
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -53,7 +53,7 @@ def _expert_mlp(
     pairs, choices = top_k_index.numel(), top_k_index.shape[1]
     up, down = _matrices_of(layer)
     fused = _is_swiglu(layer) and up.bias < 0
-    plan = tiles.plan_for(pairs, layer.num_experts, up, down, fused)
+    plan = tuning.plan_for(pairs, layer.num_experts, up, down, fused)
     experts = _Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, entries)
 
     hidden, sums = experts.product(up, hidden_states, _sums(hidden_states, up, plan.up), plan.up, choices)
@@ -86,7 +86,7 @@ def matrices(codec: ExpertCodec) -> tuple[Matrix, Matrix]:
     return Matrix.of(codec, "up", dtype, dot), Matrix.of(codec, "down", dtype, dot)
 
 
-def _sums(x: Tensor, matrix: Matrix, launches: Sequence[tiles.Launch]) -> Tensor | None:
+def _sums(x: Tensor, matrix: Matrix, launches: Sequence[tuning.Launch]) -> Tensor | None:
     """Sums of activations as `launches` want them."""
     width = launches[0].tiling.sum_width
     return group_sums(x, matrix.padded, width) if width else None
@@ -100,7 +100,7 @@ class _Experts(NamedTuple):
     entries: Tensor
 
     def product(
-        self, matrix: Matrix, x: Tensor, sums: Tensor | None, launches: Sequence[tiles.Launch], choices: int = 1
+        self, matrix: Matrix, x: Tensor, sums: Tensor | None, launches: Sequence[tuning.Launch], choices: int = 1
     ) -> tuple[Tensor, Tensor | None]:
         """Each pair's product with its expert, and the sums of its columns where the next product wants them."""
         order, blocks = self.routing

@@ -8,7 +8,7 @@ Shapes: R weight rows of a tile, M activation rows of a block, C columns of a st
 import triton
 import triton.language as tl
 
-from dynaexq.kernels.triton.codes import as_floats, load_plane, load_scales, merge_planes, piece_fractions
+from dynaexq.kernels.triton.dequant import as_floats, load_plane, load_scales, merge_planes, piece_fractions
 
 
 @triton.jit

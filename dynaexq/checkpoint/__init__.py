@@ -1,0 +1,20 @@
+"""What lies on disk: safetensors shards by position, packed experts in them, and directories replaced in one step."""
+
+from dynaexq.checkpoint.atomic_directory import is_weights, link_or_copy, replaced
+from dynaexq.checkpoint.packed_format import FORMAT_VERSION, MARK, PackedReader, PackedShape, PackedStore, PackedWriter
+from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MARK",
+    "Entry",
+    "PackedReader",
+    "PackedShape",
+    "PackedStore",
+    "PackedWriter",
+    "Shard",
+    "ShardWriter",
+    "is_weights",
+    "link_or_copy",
+    "replaced",
+]

@@ -1,0 +1,223 @@
+"""The command line: `dynaexq demo`, `plan`, `quantize`, `simulate`, `version`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dynaexq.errors import SettingsError
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before the work is done whose figures are for it."""
+    if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
+        raise SettingsError(f"cannot write {path}: there is no directory {path.parent}; make it first")
+    return path
+
+
+def _tiers_of(text: str) -> tuple[str, ...]:
+    return tuple(tier.strip() for tier in text.split(","))
+
+
+app = typer.Typer(help="Mixture-of-experts models under a hard memory budget.", no_args_is_help=True)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A checkpoint directory instead of the embedded model.", exists=True, file_okay=False),
+    ] = None,
+    base: Annotated[str, typer.Option(help="Precision that every expert has.")] = "int2",
+    upgrade: Annotated[str, typer.Option(help="Precision of the hot experts.")] = "int4",
+    windows: Annotated[int, typer.Option(help="Windows of 128 tokens in each phase.", min=1)] = 24,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
+    ] = None,
+) -> None:
+    """Generate text on the CPU while the workload moves from prose to code to arithmetic, and show what it cost."""
+    from dynaexq.cli.demo import run, write_json
+
+    outcomes = run(model, (base, upgrade), windows)
+    if json is not None:
+        write_json(outcomes, json)
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        Path, typer.Argument(help="A checkpoint directory, a config.json, or the name of a repository on the Hub.")
+    ],
+    gpu: Annotated[
+        str | None, typer.Option(help="Memory of the card, such as 24GiB; several common ones if left out.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a sequence that the cache must hold.")] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures to this file as well; - prints them alone.", callback=_writable),
+    ] = None,
+) -> None:
+    """Show what of a model fits a card, from its configuration alone: no weights are read, and no GPU is needed."""
+    import transformers
+
+    from dynaexq.cli.plan_tables import show_card, show_cards, write_json
+    from dynaexq.hf.model_size import model_size
+    from dynaexq.planning.estimate import outlook, require_fit
+    from dynaexq.planning.hardware import CARDS
+    from dynaexq.settings import parse_bytes
+
+    transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
+    cards = CARDS if gpu is None else {gpu: parse_bytes(gpu, "--gpu")}
+    room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
+    size = model_size(source, max_context=context, max_batch=batch)
+    outlooks = {name: outlook(size, card, room) for name, card in cards.items()}
+    if gpu is not None:
+        require_fit(size, outlooks[gpu])
+    if json is not None:
+        write_json(size, outlooks, str(json))
+    if str(json) == "-":
+        return
+    if gpu is None:
+        show_cards(size, outlooks)
+    else:
+        show_card(size, outlooks[gpu])
+
+
+@app.command()
+def quantize(
+    source: Annotated[
+        Path, typer.Argument(help="The 16-bit checkpoint: config.json and safetensors.", file_okay=False)
+    ],
+    target: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
+    tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
+    hbm_budget: Annotated[
+        str | None, typer.Option(help="Bytes, such as 20GiB: chooses the tiers, and is kept.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="self: calibrate on what the model writes by itself; or a file of text such as it will meet. Both "
+            "take the memory of the whole 16-bit model. Or moments (.safetensors) that were written then."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Bytes of a file; 5GB if left out.")] = None,
+    annotate: Annotated[
+        bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantise when loading.")
+    ] = False,
+) -> None:
+    """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
+    from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
+
+    dials: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
+    if tiers is not None:
+        dials["tiers"] = _tiers_of(tiers)
+    if hbm_budget is not None:
+        dials["hbm_budget"] = hbm_budget
+    if annotate:
+        if calibrate is not None:
+            raise typer.BadParameter("an annotated checkpoint is quantised when it is loaded; pass calibration= then")
+        if device is not None or max_shard_size is not None:
+            raise typer.BadParameter(
+                "--device and --max-shard-size are for packing; with --annotate nothing is packed"
+            )
+        annotate_checkpoint(source, target, **dials)
+    else:
+        if calibrate is not None:
+            dials["calibration"] = _moments_of(source, calibrate, target, device)
+        try:
+            quantize_checkpoint(
+                source, target, max_shard_size or "5GB", **dials | ({"device": device} if device else {})
+            )
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from here", err=True)
+            raise
+    typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
+
+
+def _moments_of(source: Path, calibrate: str, target: Path, device: str | None) -> Path:
+    """The file `calibrate` if it holds moments, else moments gathered as it says and kept beside `target`."""
+    from dynaexq.hf.calibration import calibrate_checkpoint
+
+    text = None if calibrate == "self" else Path(calibrate)
+    if text is not None and not text.is_file():
+        raise typer.BadParameter(f"--calibrate takes self, a text or moments, and there is no file {calibrate!r}")
+    if text is not None and text.suffix == ".safetensors":
+        return text
+    path = target.with_name(f"{target.name}.moments.safetensors")
+    calibrate_checkpoint(source, text, path, device)
+    typer.echo(f"{path} holds what calibration found; pass it to --calibrate or calibration= to use it again")
+    return path
+
+
+@app.command()
+def simulate(
+    trace: Annotated[
+        Path | None, typer.Argument(help="A routing trace (.npz), as runtime.trace() writes it.", dir_okay=False)
+    ] = None,
+    generate: Annotated[
+        str | None, typer.Option(help="Make the trace up first: qwen3-30b, qwen3-next-80b or flat.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of each made-up phase.", min=8)] = 4000,
+    phases: Annotated[int, typer.Option(help="How many made-up phases.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Of what is made up.", min=0)] = 0,
+    budget: Annotated[str | None, typer.Option(help="Bytes for all weights, such as 20GiB.")] = None,
+    upgraded: Annotated[float | None, typer.Option(help="Share of experts to upgrade, instead of a budget.")] = None,
+    ladder: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
+    policy: Annotated[str, typer.Option(help="topn, threshold or frozen.")] = "topn",
+    dial: Annotated[list[str] | None, typer.Option(help="Another setting, such as half_life=256.")] = None,
+    link: Annotated[str, typer.Option(help="Bytes a second to the device, such as 25GB (PCIe 4).")] = "25GB",
+    link_share: Annotated[float, typer.Option(help="Share of the link that moves may take.")] = 0.1,
+    tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
+    ] = None,
+) -> None:
+    """Replay routing through the policy, without a model: coverage, moves, traffic, and whether it is worth it."""
+    from dynaexq.settings import Settings, parse_bytes
+    from dynaexq.simulator.simulate import parse_dials, provided
+    from dynaexq.simulator.simulate import simulate as run
+
+    dials = {"policy": policy, "traffic_limit": float(link_share), **parse_dials(dial or [])}
+    dials |= {"hbm_budget": budget} if budget else {}
+    dials |= {"tiers": _tiers_of(ladder)} if ladder != "auto" else {}
+    if budget and upgraded is not None:
+        raise typer.BadParameter("--budget and --upgraded both say how many experts are upgraded; give one of them")
+    settings = Settings.from_dials(dials)
+    with provided(trace, generate, tokens, phases, settings.tick_every, seed) as opened:
+        simulation = run(
+            opened, settings, upgraded, link=parse_bytes(link, "link"), tokens_per_second=tokens_per_second
+        )
+        simulation.show()
+        if json is not None:
+            simulation.write_json(json)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of dynaexq and of what it builds on."""
+    import torch
+    import transformers
+
+    import dynaexq
+
+    typer.echo(f"dynaexq {dynaexq.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+
+
+def main() -> None:
+    """Entry point; an error of ours is a sentence, not a traceback."""
+    from dynaexq.errors import DynaExqError
+
+    try:
+        app()
+    except (DynaExqError, OSError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

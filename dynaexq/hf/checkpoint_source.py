@@ -1,0 +1,233 @@
+"""The 16-bit experts of a checkpoint, read from its shards a few at a time, through Transformers' own converters.
+
+A checkpoint stores experts one by one or stacked, as gate and up or fused, transposed or not, under names of its own;
+the `WeightConverter`s that Transformers loads it with know all that. Every operation of theirs keeps the experts'
+dimension first, so a few experts are converted as well as all of them.
+"""
+
+import copy
+import json
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from dynaexq.checkpoint import Shard
+from dynaexq.errors import CheckpointError
+from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
+from dynaexq.quantization import ExpertWeights
+
+INDEX = "model.safetensors.index.json"
+
+
+def checkpoint_files(source: Path) -> list[Path]:
+    """The safetensors shards of a checkpoint directory, as its index names them.
+
+    Raises:
+        CheckpointError: there are none, the index cannot be read, or it points out of the directory.
+    """
+    index = source / INDEX
+    if not index.is_file():
+        files = sorted(source.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{source} has no safetensors; pickles are never opened: convert the checkpoint with safetensors"
+            )
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({error!r}); fetch it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is no file of its directory; do not trust it")
+    return [source / name for name in names]
+
+
+def open_shards(files: Sequence[str | Path] | None) -> list[Shard]:
+    """The shards of a checkpoint, open for reading.
+
+    Raises:
+        CheckpointError: one is missing, truncated or not safetensors; or there are none.
+    """
+    if not files:
+        raise CheckpointError("expected a checkpoint with safetensors shards to read the experts from, found none")
+    for file in files:
+        if Path(file).parent != Path(files[0]).parent:
+            raise CheckpointError(f"the index names {file}, which lies outside its directory; do not trust it")
+    shards: list[Shard] = []
+    try:
+        shards.extend(map(Shard, files))
+    except BaseException:
+        for shard in shards:
+            shard.close()
+        raise
+    return shards
+
+
+class _Recipe:
+    """How one parameter of a layer's experts is made of tensors in the shards."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, converter: WeightConverter | None):
+        self.name, self.shape, self.dtype = name, tuple(parameter.shape), parameter.dtype
+        self.converter = converter
+        self.tensors: dict[str, list[tuple[Shard, str]]] = defaultdict(list)
+
+    def check(self, model: Any, config: Any) -> None:
+        """Raise a CheckpointError unless the tensors are there and have the shapes that the model asks for."""
+        if not self.tensors:
+            raise CheckpointError(f"the checkpoint has no tensor for {self.name}; is a shard missing?")
+        for sources in self.tensors.values():
+            kinds = {(shard.entries[key].dtype, shard.entries[key].shape) for shard, key in sources}
+            if len(kinds) > 1 or not self._is_complete(sources):
+                raise CheckpointError(
+                    f"expected {self.shape[0]} experts of one shape for {self.name}, found {len(sources)} tensors of "
+                    f"{sorted({str(list(shape)) for _, shape in kinds})}; the checkpoint is incomplete or damaged"
+                )
+            dtype, _ = next(iter(kinds))
+            if dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"the experts of this checkpoint are quantised already ({sources[0][1]} is {dtype}), and their "
+                    "packing cannot be taken over exactly; give the 16-bit checkpoint they were made from"
+                )
+        wanted = (1, *self.shape[1:])
+        try:
+            found = tuple(self._convert(self._entries(0, 1, on_meta=True), model, config).shape)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{self.name} cannot be made of the tensors in the checkpoint: {error}") from error
+        if found != wanted:
+            raise CheckpointError(
+                f"expected experts of shape {list(wanted[1:])} for {self.name} from config.json, the checkpoint gives "
+                f"{list(found[1:])}; the configuration and the weights do not belong together"
+            )
+
+    def read(self, first: int, last: int, model: Any, config: Any) -> Tensor:
+        """Experts `first` to `last` (exclusive), in the dtype of the parameter."""
+        return self._convert(self._entries(first, last), model, config).to(self.dtype)
+
+    def _is_complete(self, sources: list[tuple[Shard, str]]) -> bool:
+        shard, key = sources[0]
+        if self._is_stacked(sources):
+            return shard.entries[key].shape[0] == self.shape[0]
+        return len(sources) == self.shape[0]
+
+    def _is_stacked(self, sources: list[tuple[Shard, str]]) -> bool:
+        """Whether one tensor holds all experts; else there is one an expert."""
+        shard, key = sources[0]
+        return len(sources) == 1 and len(shard.entries[key].shape) == len(self.shape)
+
+    def _entries(self, first: int, last: int, on_meta: bool = False) -> dict[str, list[Tensor]]:
+        entries = {}
+        for pattern, sources in self.tensors.items():
+            rows = (first, last) if self._is_stacked(sources) else (0, None)
+            wanted = sources if self._is_stacked(sources) else sources[first:last]
+            read = _shape_only if on_meta else Shard.read
+            entries[pattern] = [read(shard, key, *rows) for shard, key in wanted]
+        return entries
+
+    def _convert(self, entries: dict[str, list[Tensor]], model: Any, config: Any) -> Tensor:
+        if self.converter is None:
+            (tensors,) = entries.values()
+            return tensors[0] if tensors[0].ndim == len(self.shape) else torch.stack(tensors)
+        converter = copy.deepcopy(self.converter)
+        for pattern, tensors in entries.items():
+            converter.collected_tensors[pattern] = list(tensors)
+        converted = next(iter(converter.convert(self.name, model=model, config=config).values()))
+        return converted[0] if isinstance(converted, list) else converted
+
+
+class CheckpointSource:
+    """The experts of `layers` in a checkpoint; see `placement.ExpertSource`.
+
+    Args:
+        model: on the meta device, its experts' parameters still in place.
+
+    Raises:
+        CheckpointError: tensors are missing, or their shapes are not those that the model asks for.
+    """
+
+    host_nbytes = 0
+    is_lasting = True
+
+    def __init__(self, model: Any, layers: Sequence[SparseLayer], shards: Sequence[Shard]):
+        self.num_layers, self.num_experts = len(layers), layers[0].num_experts
+        self.first_expert = 0
+        self._model = weakref.ref(model)  # which holds the runtime that may hold this
+        self._config, self._shards = model.config, shards
+        self._layers = [
+            (
+                layer.name,
+                [_Recipe(f"{layer.name}.{name}", layer.parameters[name], None) for name in layer.parameter_names],
+            )
+            for layer in layers
+        ]
+        self._find_tensors(model)
+        for _, recipes in self._layers:
+            for recipe in recipes:
+                recipe.check(model, model.config)
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys of all tensors in the shards that experts are made of."""
+        return {
+            key
+            for _, recipes in self._layers
+            for recipe in recipes
+            for sources in recipe.tensors.values()
+            for _, key in sources
+        }
+
+    def name(self, layer: int) -> str:
+        return self._layers[layer][0]
+
+    def read(self, layer: int, first: int, last: int) -> ExpertWeights:
+        model, (_, recipes) = self._model(), self._layers[layer]
+        first, last = self.first_expert + first, self.first_expert + last
+        return ExpertWeights(*(recipe.read(first, last, model, self._config) for recipe in recipes))
+
+    def select(self, layers: Sequence[int], first_expert: int, num_experts: int) -> "CheckpointSource":
+        """The same source for some of the layers and a run of their experts only, both counted from 0 there."""
+        part = copy.copy(self)
+        part._layers = [self._layers[index] for index in layers]
+        part.num_layers, part.first_expert, part.num_experts = len(layers), first_expert, num_experts
+        return part
+
+    def close(self) -> None:
+        for shard in self._shards:
+            shard.close()
+
+    def _find_tensors(self, model: Any) -> None:
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        names = model.state_dict()
+        recipes = {recipe.name: recipe for _, layer in self._layers for recipe in layer}
+        keys = sorted(
+            ((key, shard) for shard in self._shards for key in shard.entries), key=lambda k: dot_natural_key(k[0])
+        )
+        for key, shard in keys:
+            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+            if name not in names and key in names:
+                name, pattern = key, None
+            if name in recipes:
+                recipe = recipes[name]
+                recipe.tensors[pattern or key].append((shard, key))
+                recipe.converter = converter_of.get(pattern)
+
+
+def _shape_only(shard: Shard, key: str, first: int, last: int | None) -> Tensor:
+    """What `Shard.read` would give, without its bytes."""
+    entry = shard.entries[key]
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")[first:last]

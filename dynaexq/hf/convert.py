@@ -1,0 +1,162 @@
+"""From a 16-bit checkpoint directory to a packed one, experts a few at a time, dense weights as they are.
+
+No model is loaded: its configuration, on the meta device, says where the experts are. What was done is kept beside the
+target until it is complete, so an interrupted conversion goes on where it stopped.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaexq.checkpoint import PackedWriter, Shard, ShardWriter, is_weights, link_or_copy, replaced
+from dynaexq.errors import CheckpointError, SettingsError
+from dynaexq.hf.calibration import moments_for
+from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
+from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.hf.meta_model import skeleton
+from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
+from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard, write_index
+from dynaexq.quantization import ExpertCodec, Moments
+from dynaexq.settings import Settings, parse_bytes
+from dynaexq.weights.packed_experts import packed_shape
+from dynaexq.weights.quantize_experts import encode_all
+
+COPIED_AT_ONCE = 2**26  # bytes of a dense tensor
+_JOURNAL = "dynaexq-source.json"
+
+
+def quantize_checkpoint(
+    source: str | Path, target: str | Path, max_shard_size: int | str = "5GB", **dials: Any
+) -> Path:
+    """Write the packed checkpoint of `source` to `target`; it appears there complete, or not at all.
+
+    Args:
+        source: a directory with config.json and safetensors shards in 16 (or 32) bit.
+        max_shard_size: bytes of a shard, as in Transformers.
+        **dials: fields of `Settings`; `tiers`, or an `hbm_budget` to choose them by, must be among them.
+
+    Returns:
+        The target directory.
+
+    Raises:
+        SettingsError: neither a ladder nor a budget.
+        CheckpointError: the source is incomplete, damaged or quantised already, or the target cannot be written.
+        QuantizationError: an expert holds NaN, infinity, or a weight beyond 32768.
+    """
+    source, target = Path(source), Path(target)
+    config = DynaExqConfig(**dials)
+    settings = config.settings(stored=False)
+    refuse_foreign_weights(target)
+    model = skeleton(source)
+    layers = find_sparse_layers(model, on_meta=True)
+    shards = open_shards(checkpoint_files(source))
+    experts = CheckpointSource(model, layers, shards)
+    codec = _choose_codec(model, layers, settings)
+    stored = packed_config(config, codec, None if isinstance(settings.hbm_budget, str) else settings.hbm_budget)
+    moments = moments_for(settings, layers)
+    staging = _open_staging(target, _fingerprint(shards, stored, moments))
+    with replaced(target, staging):
+        shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
+        writer = PackedWriter(staging, shape, parse_bytes(max_shard_size, "max_shard_size"), SHARD_METADATA)
+        try:
+            device = resolve_device(settings)
+            for layer, first, encoded in encode_all(experts, codec, device, writer.first_layer, moments):
+                writer.write(layer, first, encoded.base, encoded.upgrade, encoded.errors)
+            files = writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        files |= _copy_dense(shards, experts.keys, staging)
+        write_index(staging, files | write_guard(staging, layers))
+        _copy_others(source, staging, stored)
+        (staging / _JOURNAL).unlink()
+    return target
+
+
+def annotate_checkpoint(source: str | Path, target: str | Path, **dials: Any) -> Path:
+    """Link the 16-bit checkpoint `source` into `target`, with a configuration that has it quantised when it is loaded.
+
+    Without dynaexq it loads as the 16-bit model it is. Raises as `quantize_checkpoint` does.
+    """
+    source, target = Path(source), Path(target)
+    config = DynaExqConfig(**dials)
+    refuse_foreign_weights(target)
+    model = skeleton(source)
+    CheckpointSource(model, find_sparse_layers(model, on_meta=True), open_shards(checkpoint_files(source))).close()
+    with replaced(target) as staging:
+        for file in [*checkpoint_files(source), *source.glob("*.index.json")]:
+            link_or_copy(Path(file), staging / Path(file).name)
+        _copy_others(source, staging, config)
+    return target
+
+
+def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> ExpertCodec:
+    codecs = make_codecs(layers[0], choose_ladders(settings), settings)
+    if len(codecs) == 1:
+        return next(iter(codecs.values()))
+    if isinstance(settings.hbm_budget, str):
+        raise SettingsError(
+            'a checkpoint is packed for one ladder: give tiers, such as ("int4", "int8"), or hbm_budget'
+        )
+    device, dense = torch.device("cpu"), dense_bytes(model, layers)
+    return codecs[make_plan(model, layers, codecs, settings, device, dense, layers[0].num_experts).tiers]
+
+
+def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig, moments: Moments | None) -> str:
+    """What a conversion depends on: the source's files as they are now, and how they are packed."""
+    known = moments and [zlib.crc32(part.numpy().data) for part in (moments.up, moments.down, moments.tokens)]
+    files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
+    return json.dumps({"files": files, "packed": config.packed, "moments": known}, sort_keys=True)
+
+
+def _open_staging(target: Path, fingerprint: str) -> Path:
+    """The directory that a conversion to `target` works in, with what an interrupted one of the same kind left."""
+    staging = target.resolve().with_name(f".{target.name}-unfinished")
+    journal = staging / _JOURNAL
+    if staging.exists() and (not journal.is_file() or journal.read_text() != fingerprint):
+        shutil.rmtree(staging)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        journal.write_text(fingerprint)
+    except OSError as error:
+        raise CheckpointError(f"cannot write beside {target}: {error}; choose another place") from error
+    return staging
+
+
+def _copy_dense(shards: list[Shard], experts: set[str], staging: Path) -> dict[str, str]:
+    """Copy all tensors that are no experts, shard by shard; returns the file of each."""
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        entries = {key: entry for key, entry in shard.entries.items() if key not in experts}
+        if not entries:
+            continue
+        name = f"model-dense-{number:05d}-of-{len(shards):05d}.safetensors"
+        writer = ShardWriter(
+            staging / name, {key: (entry.dtype, entry.shape) for key, entry in entries.items()}, SHARD_METADATA
+        )
+        try:
+            for key, entry in entries.items():
+                step = max(1, COPIED_AT_ONCE // max(1, entry.row_nbytes))
+                for first in range(0, entry.shape[0] if entry.shape else 1, step):
+                    writer.write(key, first, shard.read(key, first, first + step) if entry.shape else shard.read(key))
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        files |= dict.fromkeys(entries, name)
+    return files
+
+
+def _copy_others(source: Path, staging: Path, config: DynaExqConfig) -> None:
+    """Everything that is no weights, and the configuration with `config` in it."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not is_weights(file.name) and file.name != "config.json":
+            shutil.copyfile(file, staging / file.name)
+    content = json.loads((source / "config.json").read_text()) | {"quantization_config": config.to_dict()}
+    (staging / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,89 @@
+"""The bytes that a model's cache takes, found by trial: two short forwards over tensors without data.
+
+What is kept for a token is each family's own affair: keys and values of few heads or many, a latent, an index beside
+it, a window, or a state that never grows. The model's own code knows, and on the meta device it costs nothing to ask.
+Only the dynamic cache that `generate` makes by default is known here.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dynaexq.hf.compat import returned_cache
+from dynaexq.hf.discovery import SparseLayer
+
+TRIAL_LENGTHS = (128, 256)
+"""Tokens of the two trials: whole chunks for the families that compress their cache by the chunk."""
+
+Way = tuple[Any, ...]
+
+
+class _Kept(NamedTuple):
+    """One tensor of a cache: its bytes, and after how many tokens it stops growing."""
+
+    nbytes: int
+    limit: float
+
+
+def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: int) -> int:
+    """Bytes that `batch` sequences of `context` tokens leave in the cache.
+
+    What grows is taken to grow by the same bytes a token, up to its window.
+
+    Args:
+        model: a skeleton (`hf/skeleton`); as it was, afterwards.
+        layers: its sparse layers.
+
+    Raises:
+        Exception: whatever the model's own code raises that cannot do without data.
+    """
+    with _experts_passed_by(layers), torch.no_grad():
+        short, long = (_trial(model, tokens, batch) for tokens in TRIAL_LENGTHS)
+    return sum(_extrapolated(short[way], long[way], context) for way in long)
+
+
+def _trial(model: Any, tokens: int, batch: int) -> dict[Way, _Kept]:
+    ids = torch.ones(batch, tokens, dtype=torch.long, device="meta")
+    return dict(_tensors(returned_cache(model(input_ids=ids, use_cache=True)), (), set()))
+
+
+def _extrapolated(short: _Kept, long: _Kept, context: int) -> int:
+    if short.nbytes == long.nbytes:
+        return long.nbytes
+    first, second, tokens = (int(min(n, long.limit)) for n in (*TRIAL_LENGTHS, context))
+    return short.nbytes + (long.nbytes - short.nbytes) * (tokens - first) // (second - first)
+
+
+def _tensors(thing: Any, way: Way, seen: set[int], limit: float = float("inf")) -> Iterator[tuple[Way, _Kept]]:
+    """Every tensor that can be reached from a cache, by the way that leads to it."""
+    if isinstance(thing, Tensor):
+        yield way, _Kept(thing.nbytes, limit if way[-1] in ("keys", "values") else float("inf"))
+        return
+    if id(thing) in seen or isinstance(thing, nn.Module | type):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, dict):
+        children = thing
+    elif isinstance(thing, list | tuple):
+        children = dict(enumerate(thing))
+    else:
+        children = getattr(thing, "__dict__", {})
+        window = children.get("sliding_window")
+        limit = window - 1 if isinstance(window, int) else limit  # the newest token sees itself and those kept
+    for name, child in children.items():
+        yield from _tensors(child, (*way, name), seen, limit)
+
+
+@contextmanager
+def _experts_passed_by(layers: Sequence[SparseLayer]) -> Iterator[None]:
+    """Let experts return what they are given: which ones a token takes depends on data that is not there."""
+    for layer in layers:
+        layer.experts.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.experts.forward

@@ -1,0 +1,223 @@
+"""What a patch changes in a model, step by step, and how every step is taken back.
+
+Experts lose their parameters and get a new class (`take_over`), then their bytes (`connect`); the model gets a
+runtime, a quantizer and guards (`attach`). It decides nothing, and both doors use it: `patch`, and `from_pretrained`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from dynaexq.errors import UnpatchError
+from dynaexq.hf.activations import activation_name
+from dynaexq.hf.adoption import adopt, release
+from dynaexq.hf.compat import install_output_capturing, is_distributed
+from dynaexq.hf.discovery import SparseLayer
+from dynaexq.kernels import ExpertLayer
+from dynaexq.quantization import ExpertWeights
+from dynaexq.runtime.experts import MixedPrecisionExperts
+from dynaexq.runtime.moe import DynaExqMoE
+from dynaexq.runtime.runtime import Runtime
+from dynaexq.weights.quantize_experts import ExpertSource
+
+RECORD = "_dynaexq_installation"
+"""The attribute of a patched model that holds its `Installation`."""
+
+
+class Installation:
+    """The changes made to one model.
+
+    Args:
+        layers: its sparse layers, in order, as found before anything was changed.
+    """
+
+    def __init__(self, model: Any, layers: list[SparseLayer]):
+        self.model, self.layers = model, layers
+        self.source: ExpertSource | None = None
+        self._homes: dict[str, tuple[Runtime, int]] = {}
+        self._linears: dict[str, nn.Module] = {}
+        self._lost_linears = False
+        on_meta = layers[0].device.type == "meta"
+        self._original_device = None if on_meta else layers[0].device
+        self._loaded_here = getattr(model, "is_quantized", False) and on_meta
+        self._quantizer = getattr(model, "hf_quantizer", None)
+
+    def take_over(self, stand_ins: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
+        """Take the parameters away from all experts and give experts and blocks their new classes.
+
+        Args:
+            stand_ins: what to leave in the place of the parameters for a while, by layer and name.
+        """
+        for layer in self.layers:
+            for name in layer.parameters:
+                del layer.experts._parameters[name]
+            layer.experts._parameters.update((stand_ins or {}).get(layer.name, {}))
+            with _detached_hook(layer.experts):
+                adopt(layer.experts, MixedPrecisionExperts)
+            if layer.block is not None:
+                adopt(layer.block, DynaExqMoE)
+
+    def dismiss_stand_ins(self) -> None:
+        """Take away what `take_over` left in the place of the parameters."""
+        for layer in self.layers:
+            layer.experts._parameters.clear()
+
+    def replace_linears(self, twins: Mapping[str, nn.Module]) -> None:
+        """Put quantised twins in the place of dense linear layers."""
+        self._linears = {path: self.model.get_submodule(path) for path in twins}
+        for path, twin in twins.items():
+            self.model.set_submodule(path, twin)
+
+    def connect(self, runtime: Runtime, layers: list[SparseLayer]) -> None:
+        """Join `layers`, those of `runtime` in its order, to their bytes."""
+        for index, layer in enumerate(layers):
+            experts = layer.experts
+            activation = experts._apply_gate if experts.has_gate else experts.act_fn
+            post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
+            base = runtime.stored.base[index]
+            constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
+            experts.connect(constant, runtime.ports(index))
+            self._homes[layer.name] = runtime, index
+            if layer.block is not None:
+                layer.block._view = runtime.view(index)
+
+    def attach(self, runtime: Any, quantizer: Any, save: Callable[..., None]) -> None:
+        """Give the model its runtime and its quantizer, and keep its experts from being moved or copied.
+
+        Args:
+            save: takes the place of `save_pretrained`, with the installation before its arguments.
+        """
+        self._guard_ancestors()
+        self.model.save_pretrained = partial(save, self)
+        self.model.dynaexq = runtime
+        self.model.hf_quantizer = quantizer
+        quantizer.follows_replays = runtime.follows_replays
+        setattr(self.model, RECORD, self)
+        install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
+
+    def let_go(self, keep_experts: bool) -> None:
+        """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""
+        self._lost_linears, self._linears = bool(self._linears), {}
+        if not keep_experts:
+            for layer in self.layers:
+                layer.forget_weights()
+
+    def undo(self) -> None:
+        """Back to the original model, experts included.
+
+        Raises:
+            UnpatchError: their 16-bit weights cannot be reached; the model stays patched.
+        """
+        if is_distributed(self.model):
+            raise UnpatchError(
+                "the model is spread over ranks, and was never whole; load it again without a quantization_config"
+            )
+        if self._lost_linears:
+            raise UnpatchError(
+                "the dense layers were quantised by patch, and the originals freed; load the model again"
+            )
+        originals = [self._original_parameters(index, layer) for index, layer in enumerate(self.layers)]
+        self.model.dynaexq.close()
+        for layer, parameters in zip(self.layers, originals, strict=True):
+            layer.parameters.update(parameters)
+        self.restore()
+
+    def restore(self) -> None:
+        """Take every change back, from whatever point was reached."""
+        for layer in self.layers:
+            experts, block = layer.experts, layer.block
+            if isinstance(block, DynaExqMoE):
+                block.__dict__.pop("_view", None)
+                release(block)
+            if isinstance(experts, MixedPrecisionExperts):
+                experts.disconnect()
+                with _detached_hook(experts):
+                    release(experts)
+            for name, parameter in layer.parameters.items():
+                experts._parameters[name] = parameter
+        for path, linear in self._linears.items():
+            self.model.set_submodule(path, linear)
+        for path in self._ancestors():
+            for guard in ("_apply", "__reduce_ex__", "save_pretrained"):
+                self.model.get_submodule(path).__dict__.pop(guard, None)
+        if self._loaded_here and hasattr(self.model, "hf_quantizer"):
+            self.model.hf_quantizer.remove_quantization_config(self.model)
+        for name in ("dynaexq", RECORD, "hf_quantizer"):
+            self.model.__dict__.pop(name, None)
+        if self._quantizer is not None:
+            self.model.hf_quantizer = self._quantizer
+        if self._original_device is not None:
+            self.model.to(self._original_device)
+
+    def homes(self) -> list[tuple[SparseLayer, Runtime, int]]:
+        """Every layer in order, with its runtime and its number there."""
+        return [(layer, *self._homes[layer.name]) for layer in self.layers]
+
+    def _original_parameters(self, index: int, layer: SparseLayer) -> dict[str, nn.Parameter]:
+        if layer.device.type != "meta":
+            return dict(layer.parameters)
+        runtime, _ = self._homes[layer.name]
+        weights = self._exact_weights(index, layer)
+        parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+        named = dict(zip(layer.parameter_names, parts, strict=False))
+        return {
+            name: nn.Parameter(named[name].to(runtime.device, copy=True), parameter.requires_grad)  # type: ignore[union-attr]
+            for name, parameter in layer.parameters.items()
+        }
+
+    def _exact_weights(self, index: int, layer: SparseLayer) -> ExpertWeights:
+        """A layer's 16-bit experts as the family stores them, from a tier that keeps them, or from the checkpoint."""
+        if self.source is not None:
+            return self.source.read(index, 0, self.source.num_experts)
+        runtime, local = self._homes[layer.name]
+        weights = runtime.stored.source(local)
+        if weights is None:
+            raise UnpatchError(
+                f"the 16-bit experts are gone: with tiers={runtime.plan.tiers} they were freed by patch, or their "
+                "copy by close; load the model again, or take 'fp16' among the tiers and unpatch first"
+            )
+        if not getattr(layer.experts, "is_transposed", False):
+            return weights
+        return replace(weights, up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+
+    def _ancestors(self) -> set[str]:
+        """Paths of all modules that contain experts, the model itself (an empty path) among them."""
+        parts = [layer.name.split(".") for layer in self.layers]
+        return {".".join(path[:end]) for path in parts for end in range(len(path))}
+
+    def _guard_ancestors(self) -> None:
+        # What the experts refuse must be refused before the first dense weight is converted, or copied.
+        for path in self._ancestors():
+            module = self.model.get_submodule(path)
+            module._apply = partial(_guarded_apply, module)
+            module.__reduce_ex__ = partial(MixedPrecisionExperts.__reduce_ex__, module)
+
+
+def _guarded_apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    for child in module.modules():
+        if isinstance(child, MixedPrecisionExperts):
+            child.refuse_move(fn)
+    return type(module)._apply(module, fn, recurse)
+
+
+class _detached_hook:
+    """Take an accelerate hook off a module while its class changes: the hook wraps the forward it found."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.hook = module, getattr(module, "_hf_hook", None)
+
+    def __enter__(self) -> None:
+        if self.hook is not None:
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(self.module)
+        self.module.__dict__.pop("forward", None)  # removal leaves the old class's forward behind, bound
+
+    def __exit__(self, *_: object) -> None:
+        if self.hook is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(self.module, self.hook)

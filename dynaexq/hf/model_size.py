@@ -1,0 +1,90 @@
+"""How large a model is, from its configuration and index alone: experts, dense weights, cache. No weights are read."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dynaexq.errors import CheckpointError
+from dynaexq.hf.capacity import context_bytes
+from dynaexq.hf.checkpoint_source import INDEX
+from dynaexq.hf.config import METHOD, DynaExqConfig
+from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.hf.meta_model import build_skeleton, quantization_method, read_config
+from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec
+from dynaexq.memory import DeviceMemory
+from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.estimate import Ladder, ModelSize
+from dynaexq.quantization import offered
+from dynaexq.settings import Settings
+
+
+def model_size(source: Path, **dials: Any) -> ModelSize:
+    """The sizes of the model at `source`: a checkpoint directory, a config.json, or a repository on the Hub.
+
+    Args:
+        **dials: fields of `Settings`; `max_context` and `max_batch` say what the cache must hold.
+
+    Raises:
+        SettingsError: a dial has a value it cannot take.
+        CheckpointError: there is no configuration, or the weights are quantised by somebody else.
+        UnsupportedModelError: the model has no experts that dynaexq could take over.
+    """
+    config = read_config(source)
+    stored, settings = _stored(source, config, dials)
+    model = build_skeleton(config)
+    layers = find_sparse_layers(model, on_meta=True)
+    first, num_layers = layers[0], len(layers)
+    context = context_bytes(model, layers, settings.max_context, settings.max_batch)
+    eligible = choose_ladders(settings, stored)
+    return ModelSize(
+        name=type(model).__name__ if source.is_file() else source.resolve().name,
+        dtype=str(first.dtype).removeprefix("torch."),
+        num_layers=num_layers,
+        num_experts=first.num_experts,
+        experts=sum(parameter.nbytes for layer in layers for parameter in layer.parameters.values()),
+        num_weights=num_layers * first.num_experts * first.shape().num_weights,
+        dense=dense_bytes(model, layers),
+        workspace=DeviceMemory.workspace_bytes(num_layers, first.num_experts),
+        cache=context.cache,
+        activations=context.activations,
+        ladders=_tiers(first, offered(stored) if stored else LADDERS, settings),
+        eligible=_tiers(first, eligible, settings),
+        quantizer=settings.quantizer,
+        packed=stored is not None,
+        index=_indexed(source),
+    )
+
+
+def _stored(source: Path, config: Any, dials: dict[str, Any]) -> tuple[tuple[str, ...] | None, Settings]:
+    """The ladder of a packed checkpoint, None for 16-bit weights; and the dials, those kept with it among them."""
+    method = quantization_method(config)
+    if method is None:
+        return None, Settings.from_dials(dials)
+    if method != METHOD:
+        raise CheckpointError(
+            f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
+            "give the 16-bit checkpoint it was made from, or its config.json"
+        )
+    kept = DynaExqConfig.from_dict(config.quantization_config)
+    settings = replace(kept.settings(stored=True), **dials)
+    if settings.dense is not None:
+        raise CheckpointError(
+            f"the dense weights of {source} are kept with dense={settings.dense!r}, whose bytes no configuration "
+            "tells; load it and see runtime.memory()"
+        )
+    return kept.stored_tiers(), settings
+
+
+def _tiers(layer: SparseLayer, ladders: tuple[tuple[str, ...], ...], settings: Settings) -> tuple[Ladder, ...]:
+    codecs = [make_codec(layer, ladder, settings) for ladder in ladders]
+    return tuple((codec.base, codec.upgrade) for codec in codecs)
+
+
+def _indexed(source: Path) -> int | None:
+    """Bytes of all weights as the index beside the configuration has them."""
+    directory = source.parent if source.is_file() else source
+    try:
+        return int(json.loads((directory / INDEX).read_text())["metadata"]["total_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,174 @@
+"""A patched model as a checkpoint: dense weights as Transformers saves them, packed experts beside them, one index.
+
+Loaded without dynaexq, such a directory would give a model whose experts are random. A guard prevents it: under the
+name of every expert parameter stands a tensor of a shape that no model has, which any loader refuses, and a key in
+its report says why. dynaexq itself hides the experts from the loader and never meets the guard.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaexq.checkpoint import FORMAT_VERSION, PackedWriter, Shard, ShardWriter, is_weights, replaced
+from dynaexq.errors import CheckpointError, PatchError
+from dynaexq.hf.checkpoint_source import INDEX
+from dynaexq.hf.compat import is_distributed
+from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.discovery import SparseLayer
+from dynaexq.hf.load import GUARD
+from dynaexq.hf.model_patch import Installation
+from dynaexq.quantization import ExpertCodec
+from dynaexq.settings import parse_bytes
+from dynaexq.weights.packed_experts import packed_shape
+
+_SINGLE = "model.safetensors"
+_DENSE = "model-dense.safetensors"
+_GUARD_FILE = "dynaexq-guard.safetensors"
+SHARD_METADATA = {"format": "pt", "dynaexq_format_version": str(FORMAT_VERSION)}
+
+
+def save_packed(
+    installation: Installation,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    max_shard_size: int | str = "5GB",
+    variant: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """What `model.save_pretrained(save_directory)` does on a patched model; arguments as in Transformers.
+
+    The directory appears complete, or stays as it was.
+
+    Raises:
+        PatchError: `push_to_hub` or `variant` were asked for, or the model is spread over ranks.
+        CheckpointError: the directory cannot be written, or holds weights that are no packed checkpoint.
+    """
+    model: Any = installation.model
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
+        type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        return
+    if push_to_hub or variant is not None:
+        raise PatchError(
+            "a packed checkpoint is saved in a directory and without variant=...; upload it with "
+            "huggingface_hub.upload_folder afterwards"
+        )
+    if is_distributed(model):
+        raise PatchError("the model is spread over ranks, and none has all of it; load it in one process to save it")
+    if not is_main_process:
+        return
+    homes = installation.homes()
+    refuse_foreign_weights(Path(save_directory))
+    codec: ExpertCodec = homes[0][1].codec
+    config: DynaExqConfig = model.hf_quantizer.quantization_config
+    dense = _dense_format(model.hf_quantizer.wrapped)
+    shard_size = parse_bytes(max_shard_size, "max_shard_size")
+    with replaced(save_directory) as staging:
+        with _configured(model, packed_config(config, codec, homes[0][1].plan.budget, dense)):
+            type(model).save_pretrained(model, staging, max_shard_size=max_shard_size, **kwargs)
+        layers = [layer for layer, _, _ in homes]
+        shape = packed_shape(codec, tuple(layer.name for layer in layers), layers[0].num_experts)
+        writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
+        try:
+            for number, (_, runtime, local) in enumerate(homes):
+                for expert, (base, upgrade, errors) in enumerate(runtime.stored.packed(local)):
+                    writer.write(number, expert, base, upgrade, errors)
+            files = writer.finish()
+        except BaseException:
+            writer.abandon()
+            raise
+        write_index(staging, dense_files(staging) | files | write_guard(staging, layers))
+
+
+def packed_config(
+    config: DynaExqConfig, codec: ExpertCodec, budget: int | None, dense: str | None = None
+) -> DynaExqConfig:
+    """`config` as a packed checkpoint keeps it: with the ladder and the dense format stored, and the last budget."""
+    dials = config.dials | config.given | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
+    group_size = dials.pop("group_size", 64)
+    quantizer = dials.pop("quantizer", "als")
+    packed = {
+        "format_version": FORMAT_VERSION,
+        "tiers": list(codec.tiers),
+        "group_size": group_size,
+        "quantizer": quantizer,
+    }
+    dials.pop("dense", None)
+    if dense is not None:
+        packed["dense"] = dials["dense"] = dense
+    return DynaExqConfig(packed=packed, **dials)
+
+
+def refuse_foreign_weights(directory: Path) -> None:
+    """Raise a CheckpointError rather than replace weights that are not a packed checkpoint of ours."""
+    if not directory.is_dir():
+        return
+    names = {file.name for file in directory.iterdir()}
+    if any(map(is_weights, names)) and _GUARD_FILE not in names:
+        raise CheckpointError(
+            f"{directory} holds other weights, which saving there would remove; choose another directory, or move "
+            "them away first"
+        )
+
+
+def dense_files(directory: Path) -> dict[str, str]:
+    """The file of every dense tensor, as Transformers saved them in `directory`."""
+    single, index = directory / _SINGLE, directory / INDEX
+    if index.is_file():
+        return dict(json.loads(index.read_text())["weight_map"])
+    # Under its usual name it would be taken for the whole checkpoint.
+    single.rename(directory / _DENSE)
+    shard = Shard(directory / _DENSE)
+    shard.close()
+    return dict.fromkeys(shard.entries, _DENSE)
+
+
+def write_guard(directory: Path, layers: list[SparseLayer]) -> dict[str, str]:
+    """Write the guard against loading without dynaexq; returns the file of its tensors."""
+    names = [GUARD] + [f"{layer.name}.{name}" for layer in layers for name in layer.parameter_names]
+    writer = ShardWriter(directory / _GUARD_FILE, dict.fromkeys(names, (torch.float32, (1,))), SHARD_METADATA)
+    for name in names:
+        writer.write(name, 0, torch.zeros(1))
+    writer.close()
+    return dict.fromkeys(names, _GUARD_FILE)
+
+
+def write_index(directory: Path, files: Mapping[str, str]) -> None:
+    """The index of all shards, as Transformers reads it."""
+    total = sum((directory / name).stat().st_size for name in set(files.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _dense_format(wrapped: Any) -> str | None:
+    """What the dense weights of a model are stored as, in the words of `Settings.dense`."""
+    if wrapped is None:
+        return None
+    method = getattr(wrapped.quantization_config, "quantization_method", lambda: None)()
+    if method in ("nf4", "fp4"):
+        return "bnb-4bit"
+    if method == "llm_int8":
+        return "bnb-8bit"
+    raise PatchError(
+        f"the dense weights were quantised by {type(wrapped).__name__}, and can be saved with packed experts only in "
+        "16 bits or by bitsandbytes; patch a model whose dense weights are"
+    )
+
+
+@contextmanager
+def _configured(model: Any, config: DynaExqConfig) -> Iterator[None]:
+    """Give the model's configuration `config` for as long as it is written down."""
+    missing = object()
+    before = getattr(model.config, "quantization_config", missing)
+    model.config.quantization_config = config
+    try:
+        yield
+    finally:
+        if before is missing:
+            del model.config.quantization_config
+        else:
+            model.config.quantization_config = before

@@ -1,0 +1,96 @@
+"""All that one runtime owns on the device: base slab, upgrade slots, expert table, routing counter, their fence."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dynaexq.memory.echo import EchoFence
+from dynaexq.memory.expert_table import ExpertTable
+from dynaexq.memory.fences import Fence, ReaderFence, StreamFence
+from dynaexq.memory.graph_sync import Exchange, HostWords
+from dynaexq.memory.routing_counter import RoutingCounter
+from dynaexq.memory.slab_pool import SlabPool, allocate_bytes
+
+
+class DeviceMemory:
+    """Memory for `num_layers * num_experts` base blocks and `num_slots` upgrades.
+
+    Args:
+        base: the base slab, where somebody has begun to fill it already; else it is allocated.
+        exchange: how the device exchanges words with the host, where graphs may be captured; see `memory.words`.
+
+    Attributes:
+        base: uint8 `[num_layers, num_experts, base_nbytes]`; blocks that never move.
+
+    Raises:
+        StoreError: words are exchanged, and the system has no more memory to lock.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        base_nbytes: int,
+        upgrade_nbytes: int,
+        num_slots: int,
+        device: torch.device,
+        base: Tensor | None = None,
+        exchange: Exchange | None = None,
+    ):
+        self._exchange, self._last_layer = exchange, num_layers - 1
+        self._words = HostWords(num_layers, num_experts, device) if exchange else None
+        self.table = ExpertTable(num_layers, num_experts, device, self._words)
+        self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
+        self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
+        if exchange is not None and self._words is not None:
+            fetch = partial(exchange.fetch, self._words.words, self.table.entries)
+            self.fence = EchoFence(self._words, self.fence, fetch, self._synchronizer(device, self.fence))
+        if base is None:
+            base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
+        self.base: Tensor = base.view(num_layers, num_experts, base_nbytes)
+        self.pool = SlabPool(upgrade_nbytes, device, self.fence)
+        if num_slots:
+            self.pool.grow(num_slots)
+
+    @property
+    def follows_replays(self) -> bool:
+        """Whether graphs that were captured find what is published after that, and report what they route."""
+        return self._words is not None
+
+    @property
+    def reported_steps(self) -> int:
+        """Forwards that have ended, replays of graphs among them; 0 where they do not report."""
+        return self._words.steps if self._words else 0
+
+    def layer_begins(self, layer: int) -> None:
+        """Called inside `fence.reading()`, before a layer of a forward looks at the table."""
+        if self._exchange is not None and self._words is not None and layer == 0:
+            self._exchange.fetch(self._words.words, self.table.entries)
+
+    def layer_ends(self, layer: int, observed: bool) -> None:
+        """Called inside `fence.reading()`, when all that a layer reads has been queued."""
+        if self._exchange is not None and self._words is not None and layer == self._last_layer:
+            self._exchange.report(self._words.words, self.counter.sums, int(observed))
+
+    @staticmethod
+    def workspace_bytes(num_layers: int, num_experts: int) -> int:
+        """Bytes of the table and the counter, known before they are allocated."""
+        return 8 * num_layers * num_experts + 8 * num_layers * (num_experts + 2)
+
+    def parts(self) -> dict[str, int]:
+        """Bytes really allocated, by purpose. Copies land in their slot at once: nothing is staged on the device."""
+        return {
+            "base": self.base.untyped_storage().nbytes(),
+            "upgrade": self.pool.nbytes,
+            "staging": 0,
+            "workspace": self.table.nbytes + self.counter.nbytes,
+        }
+
+    @staticmethod
+    def _synchronizer(device: torch.device, order: Fence) -> Callable[[], None]:
+        """What returns when all that is queued on `device` has ended. It must not lead back to the memory it frees."""
+        if device.type == "cuda":
+            return partial(torch.cuda.synchronize, device)
+        return lambda: order.wait(order.mark())

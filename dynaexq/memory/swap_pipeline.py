@@ -1,0 +1,164 @@
+"""One move: copy, publish, retire, reclaim; spread over ticks, never waited for. It decides nothing.
+
+A promotion takes a slot and starts a copy (`submit`); when the bytes have arrived the expert is published (`settle`).
+A demotion is published at once, and its slot retires until the last reader has finished. A slot with a copy in flight
+stays owned until that copy is done. What fails leaves the published version as it was, and is counted.
+"""
+
+import logging
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynaexq.memory.copy_engine import Copier, Copy
+from dynaexq.memory.expert_table import ExpertTable
+from dynaexq.memory.host_store import HostStore
+from dynaexq.memory.release import release
+from dynaexq.memory.slab_pool import SlabPool, Slot
+from dynaexq.types import Transition
+
+logger = logging.getLogger(__name__)
+
+FAILURES_UNTIL_BROKEN = 3
+
+Key = tuple[int, int]
+
+
+@dataclass
+class MoveCounts:
+    """Moves since the start. A refused move found no slot, or met an expert that was already there or on its way."""
+
+    promotions: int = 0
+    demotions: int = 0
+    refused: int = 0
+    failed: int = 0
+    bytes_copied: int = 0
+
+
+class SwapPipeline:
+    """Brings upgrades of one `kind` into `pool` and publishes them in `table`."""
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        pool: SlabPool,
+        store: HostStore,
+        copier: Copier,
+        kind: int,
+    ):
+        self.table, self.pool, self.store, self.copier, self.kind = table, pool, store, copier, kind
+        self.counts = MoveCounts()
+        shape = tuple(table.entries.shape)
+        self.upgraded = np.zeros(shape, dtype=bool)
+        """Experts published or in flight: what the next decision must take as given."""
+        self.broken = np.zeros(shape, dtype=bool)
+        """Experts whose bytes could not be fetched three times over; not worth another try."""
+        self.failing = False
+        """Whether the last copy to end has failed: a bad time to take an upgrade away for another."""
+        self._published: dict[Key, Slot] = {}
+        self._in_flight: dict[Key, tuple[Slot, Copy]] = {}
+        self._failures: Counter[Key] = Counter()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def submit(self, move: Transition) -> bool:
+        """Begin one move; False, and counted as refused, where it cannot begin now."""
+        key = (move.layer, move.expert)
+        begun = self._promote(key) if move.promote else self._demote(key)
+        self.counts.refused += not begun
+        return begun
+
+    def settle(self) -> None:
+        """Publish every upgrade whose bytes have arrived. Never waits."""
+        for key, (slot, copy) in list(self._in_flight.items()):
+            if not copy.done:
+                continue
+            del self._in_flight[key]
+            if copy.error is not None:
+                self._give_up(key, slot, copy.error)
+                continue
+            self.failing = False
+            self._published[key] = slot
+            with self.pool.fence.writing():
+                self.table.publish(*key, slot.address, self.kind)
+            self.counts.promotions += 1
+            self.counts.bytes_copied += self.pool.slot_nbytes
+
+    def drain(self) -> None:
+        """Wait for everything in flight and publish it."""
+        self.copier.synchronize()
+        self.settle()
+
+    def worth(self, score: np.ndarray) -> dict[int, float]:
+        """Slot address -> score `[L, E]` of the expert published there."""
+        return {slot.address: float(score[key]) for key, slot in self._published.items()}
+
+    def vacate(self, addresses: set[int]) -> None:
+        """Demote every expert whose upgrade lies at one of `addresses`; waits for copies in flight, not readers."""
+        self.drain()
+        for key in [key for key, slot in self._published.items() if slot.address in addresses]:
+            self._demote(key)
+
+    def keep(self, wanted: np.ndarray) -> None:
+        """Demote every expert but those `wanted [L, E]`; waits for copies in flight and for the last readers."""
+        self.drain()
+        for key in [key for key in self._published if not wanted[key]]:
+            self._demote(key)
+        self.pool.settle()
+
+    def close(self) -> None:
+        """Wait for copies in flight, then let go of the copier and the store."""
+        self.copier.close()
+        self.settle()
+        self.store.close()
+
+    def forget(self) -> None:
+        """`close` as garbage is collected, when that is allowed: on any thread but the main one, by another thread.
+
+        It may be the copier's own thread, in the middle of a job that closing waits for, or with a lock in its hands.
+        """
+        if self.pool.device.type == "cuda":
+            release(self._close_apart)
+        else:
+            self._close_apart()
+
+    def _close_apart(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="dynaexq-closing", daemon=True).start()
+
+    def _promote(self, key: Key) -> bool:
+        if self.upgraded[key]:
+            return False
+        slot = self.pool.allocate()
+        if slot is None:
+            return False
+        index = key[0] * self.upgraded.shape[1] + key[1]
+        self._in_flight[key] = slot, self.copier.start(self.store, index, slot.bytes)
+        self.upgraded[key] = True
+        return True
+
+    def _demote(self, key: Key) -> bool:
+        slot = self._published.pop(key, None)
+        if slot is None:
+            return False
+        with self.pool.fence.writing():
+            self.table.unpublish(*key)
+        self.pool.retire(slot)
+        self.upgraded[key] = False
+        self.counts.demotions += 1
+        return True
+
+    def _give_up(self, key: Key, slot: Slot, error: Exception) -> None:
+        logger.warning("upgrade of expert %d in layer %d not copied, it keeps its base: %s", key[1], key[0], error)
+        self.pool.release(slot)
+        self.upgraded[key] = False
+        self.failing = True
+        self.counts.failed += 1
+        self._failures[key] += 1
+        self.broken[key] = self._failures[key] >= FAILURES_UNTIL_BROKEN

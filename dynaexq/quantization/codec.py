@@ -1,0 +1,259 @@
+"""An expert's weights as bytes and back, at the precisions of one ladder. It knows no device memory and no kernel.
+
+Every expert has a *base* block. A hot expert has an *upgrade* besides: the missing planes of its code (*refine*), or,
+where the upgrade is 16-bit, a complete block that stands in its place (*replace*).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
+from dynaexq.quantization.layout import BlockLayout, MatrixLayout
+from dynaexq.quantization.moments import ExpertInputs, Inputs
+from dynaexq.quantization.quantize import Code, quantize, read, reading
+from dynaexq.types import BITS, ExpertShape, Tier
+
+MATRICES = ("up", "down")
+"""The two matrices of an expert; `up` is the fused gate and up where there is a gate."""
+
+
+CODED_AT_ONCE = {False: 2**18, True: 2**24}
+"""Weights coded together on a CPU, where the float32 copies of them should stay in cache, and on a GPU."""
+
+
+class Plane(NamedTuple):
+    """`bits` of every 8-bit code, starting at bit `shift`."""
+
+    name: str
+    bits: int
+    shift: int
+
+
+_TOP2, _MIDDLE2, _TOP4, _LOW4 = Plane("top2", 2, 6), Plane("middle2", 2, 4), Plane("top4", 4, 4), Plane("low4", 4, 0)
+
+BASE_PLANES = {"int2": (_TOP2,), "int4": (_TOP4,), "int8": (_TOP4, _LOW4)}
+REFINE_PLANES = {("int2", "int4"): (_MIDDLE2,), ("int2", "int8"): (_MIDDLE2, _LOW4), ("int4", "int8"): (_LOW4,)}
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Weights of n experts, `up [n, rows, H]`, `down [n, H, I]`, and their biases `[n, rows]`, `[n, H]` or None."""
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "ExpertWeights":
+        """The same weights with `change` applied to every part that there is."""
+        parts = (self.up_bias, self.down_bias)
+        return ExpertWeights(change(self.up), change(self.down), *(None if p is None else change(p) for p in parts))
+
+
+class Encoded(NamedTuple):
+    """n experts as bytes.
+
+    Attributes:
+        base: uint8 `[n, base.nbytes]`.
+        upgrade: uint8 `[n, upgrade.nbytes]`, or None for a ladder of one tier.
+        errors: float64 `[n, tiers]`, relative squared error of the weights at each tier, summed over the matrices.
+    """
+
+    base: Tensor
+    upgrade: Tensor | None
+    errors: np.ndarray
+
+
+class ExpertCodec:
+    """Bytes of one expert at the one or two precisions of `tiers`, the base first.
+
+    Args:
+        dtype: the model's floating dtype: of 16-bit blocks and of biases.
+        group_size: weights that share a scale; the largest of 128, 64, 32 up to it that divides K is taken.
+        method: `"als"` or `"rtn"`.
+    """
+
+    def __init__(
+        self, shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], group_size: int = 64, method: str = "als"
+    ):
+        self.shape, self.dtype, self.tiers, self.method = shape, dtype, tiers, method
+        self.matrices = {
+            "up": MatrixLayout.of(shape.up_rows, shape.hidden_size, group_size),
+            "down": MatrixLayout.of(shape.hidden_size, shape.intermediate_size, group_size),
+        }
+        base, upgrade = tiers[0], tiers[1] if len(tiers) > 1 else None
+        self.replaces = upgrade == "fp16"
+        self.planes = BASE_PLANES.get(base, ())
+        self.refine_planes = REFINE_PLANES.get((base, upgrade), ()) if upgrade else ()
+        self.base_layout = self._dense_layout() if base == "fp16" else self._code_layout(self.planes)
+        self.upgrade_layout = self._dense_layout() if self.replaces else self._plane_layout(self.refine_planes)
+        self.base = Tier(base, self.base_layout.nbytes)
+        self.upgrade = Tier(upgrade, self.upgrade_layout.nbytes) if upgrade else None
+
+    @property
+    def fit_bits(self) -> int:
+        """The depth whose reading is made optimal; 4 for every code that has, or may get, its 4-bit reading."""
+        return BITS[self.tiers[0]] if not self.refine_planes and self.planes else 4
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the fit looks after the 2-bit reading too: that costs range, which int8 would miss."""
+        return self.tiers == ("int2", "int4")
+
+    def encode(self, weights: ExpertWeights, inputs: Sequence[ExpertInputs] | None = None) -> Encoded:
+        """Pack n experts. Nothing is checked here; see `quantizer.check_representable`.
+
+        Args:
+            inputs: of each expert, where they are known. Ladders that lead to int8 do not heed them: codes that make
+                up for one another cannot be made exact by more bits.
+        """
+        n = len(weights.up)
+        base = torch.zeros(n, self.base.nbytes, dtype=torch.uint8, device=weights.up.device)
+        errors = np.zeros((n, len(self.tiers)))
+        if not self.planes:
+            self.write_dense(base, weights)
+            return Encoded(base, None, errors)
+        upgrade = torch.zeros(n, self.upgrade_layout.nbytes, dtype=torch.uint8, device=base.device)
+        base_parts, upgrade_parts = self.base_layout.view(base), self.upgrade_layout.view(upgrade)
+        for name in MATRICES:
+            heeded = inputs is not None and self.tiers[-1] != "int8"
+            known = [getattr(of_expert, name) for of_expert in inputs or ()] if heeded else None
+            matrix = self._oriented(getattr(weights, name))
+            errors += self._encode_matrix(name, matrix, known, base_parts, upgrade_parts)
+        self._write_biases(base_parts, weights)
+        if self.replaces:
+            self.write_dense(upgrade, weights)
+        return Encoded(base, upgrade if self.upgrade else None, errors)
+
+    def decode(self, base: Tensor, upgrade: Tensor | None, dtype: torch.dtype) -> ExpertWeights:
+        """Weights of n experts in `dtype` from uint8 `base [n, base.nbytes]` and, where all have one, `upgrade`.
+
+        A 16-bit block is returned as views of its bytes.
+        """
+        if upgrade is not None and self.replaces:
+            return self._read_dense(self.upgrade_layout.view(upgrade))
+        parts = self.base_layout.view(base)
+        if not self.planes:
+            return self._read_dense(parts)
+        planes, bits = self.planes, BITS[self.tiers[0]]
+        if upgrade is not None:
+            parts = parts | self.upgrade_layout.view(upgrade)
+            planes, bits = planes + self.refine_planes, BITS[self.tiers[1]]
+        up, down = (self._read_code(parts, name, planes, bits, dtype) for name in MATRICES)
+        return ExpertWeights(up, down, parts.get("up.bias"), parts.get("down.bias"))
+
+    def _dense_layout(self) -> BlockLayout:
+        flip = -1 if self.shape.transposed else 1
+        arrays = []
+        for name, matrix in self.matrices.items():
+            arrays.append((f"{name}.weight", self.dtype, (matrix.rows, matrix.columns)[::flip]))
+            arrays += self._bias(name)
+        return BlockLayout(arrays)
+
+    def _code_layout(self, planes: tuple[Plane, ...]) -> BlockLayout:
+        arrays: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+        for name, matrix in self.matrices.items():
+            arrays += [(f"{name}.{plane.name}", torch.int32, matrix.words(plane.bits)) for plane in planes]
+            arrays.append((f"{name}.meta", torch.float16, (matrix.num_groups, matrix.rows, 2)))
+            arrays += self._bias(name)
+        return BlockLayout(arrays)
+
+    def _plane_layout(self, planes: tuple[Plane, ...]) -> BlockLayout:
+        return BlockLayout(
+            [
+                (f"{name}.{plane.name}", torch.int32, matrix.words(plane.bits))
+                for name, matrix in self.matrices.items()
+                for plane in planes
+            ]
+        )
+
+    def _bias(self, name: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return [(f"{name}.bias", self.dtype, (self.matrices[name].rows,))] if self.shape.has_bias else []
+
+    def _oriented(self, weights: Tensor) -> Tensor:
+        return weights.transpose(1, 2) if self.shape.transposed else weights
+
+    def _encode_matrix(
+        self,
+        name: str,
+        matrix: Tensor,
+        inputs: Sequence[Inputs] | None,
+        base_parts: Mapping[str, Tensor],
+        upgrade_parts: Mapping[str, Tensor],
+    ) -> np.ndarray:
+        """Code the rows of `matrix [n, N, K]` into their parts, a slice at a time; returns errors `[n, tiers]`."""
+        per_row = len(matrix) * self.matrices[name].padded
+        step = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row) if inputs is None else matrix.shape[1]
+        squares = []
+        for first in range(0, matrix.shape[1], step):
+            rows = slice(first, first + step)
+            code = self._quantize(name, matrix[:, rows], inputs)
+            squares.append(self._squares(name, matrix[:, rows], code))
+            base_parts[f"{name}.meta"][:, :, rows].copy_(torch.stack([code.scale, code.minimum], -1).transpose(1, 2))
+            self._write_planes(base_parts, name, code, self.planes, rows)
+            self._write_planes(upgrade_parts, name, code, self.refine_planes, rows)
+        *errors, norm = torch.cat(squares, 1).double().sum(1).unbind(-1)
+        return (torch.stack(errors, 1) / norm.clamp_min(1e-30)[:, None]).cpu().numpy()
+
+    def _quantize(self, name: str, matrix: Tensor, inputs: Sequence[Inputs] | None) -> Code:
+        layout = self.matrices[name]
+        if layout.padded > layout.columns:
+            # Padding repeats the row, so that a group keeps the spread of the weights it really holds.
+            matrix = matrix.repeat(1, 1, -(-layout.padded // layout.columns))[..., : layout.padded]
+        return quantize(
+            matrix, layout.group_size, self.fit_bits, self.method, not self.refine_planes, self.coarse, inputs
+        )
+
+    def _squares(self, name: str, matrix: Tensor, code: Code) -> Tensor:
+        """Sums over each row, `[n, N, tiers + 1]`: squared errors of the reading at each tier, squared weights."""
+        exact = matrix.float()
+        errors = [
+            exact.new_zeros(exact.shape[:2])
+            if tier == "fp16"
+            else (self._reading(name, code, BITS[tier]) - exact).square().sum(2)
+            for tier in self.tiers
+        ]
+        return torch.stack([*errors, exact.square().sum(2)], -1)
+
+    def _reading(self, name: str, code: Code, bits: int) -> Tensor:
+        return reading(code, bits)[..., : self.matrices[name].columns]
+
+    def _write_planes(
+        self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...], rows: slice
+    ) -> None:
+        for plane in planes:
+            bits = (code.values >> plane.shift) & (2**plane.bits - 1)
+            parts[f"{name}.{plane.name}"][:, rows].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))
+
+    def write_dense(self, blocks: Tensor, weights: ExpertWeights) -> None:
+        """Fill the 16-bit blocks, uint8 `[n, nbytes]`, of a ladder that has them."""
+        parts = (self.upgrade_layout if self.planes else self.base_layout).view(blocks)
+        for name in MATRICES:
+            parts[f"{name}.weight"].copy_(getattr(weights, name))
+        self._write_biases(parts, weights)
+
+    def _write_biases(self, parts: Mapping[str, Tensor], weights: ExpertWeights) -> None:
+        if self.shape.has_bias:
+            for name in MATRICES:
+                parts[f"{name}.bias"].copy_(getattr(weights, f"{name}_bias"))
+
+    def _read_dense(self, parts: Mapping[str, Tensor]) -> ExpertWeights:
+        up, down = (self._oriented(parts[f"{name}.weight"]) for name in MATRICES)
+        return ExpertWeights(up, down, parts.get("up.bias"), parts.get("down.bias"))
+
+    def _read_code(
+        self, parts: Mapping[str, Tensor], name: str, planes: tuple[Plane, ...], bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        layout = self.matrices[name]
+        values = reduce(
+            torch.bitwise_or,
+            (unpack_plane(parts[f"{name}.{plane.name}"], plane.bits, layout.block) << plane.shift for plane in planes),
+        )
+        scale, minimum = parts[f"{name}.meta"].transpose(1, 2).unbind(-1)
+        return read(values, scale, minimum, bits)[..., : layout.columns].to(dtype)

@@ -1,0 +1,66 @@
+"""Which ladders the planes of another one allow, and how its blocks become theirs. Every step is exact.
+
+A code that was quantised for a ladder of two tiers can be read to any depth whose planes are there, so a stored
+(int2, int8) serves as (int2, int4), (int4, int8), int2, int4 or int8 as well.
+"""
+
+from torch import Tensor
+
+from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
+from dynaexq.quantization.codec import BASE_PLANES, MATRICES, REFINE_PLANES, ExpertCodec
+
+_ALL = [(base,) for base in (*BASE_PLANES, "fp16")] + [
+    (base, upgrade)
+    for base in BASE_PLANES
+    for upgrade in ("int4", "int8", "fp16")
+    if base < upgrade or upgrade == "fp16"
+]
+
+
+def offered(stored: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The ladders that an expert stored at the tiers `stored` can be read as, the stored one among them.
+
+    >>> offered(("int4", "fp16"))
+    (('int4',), ('fp16',), ('int4', 'fp16'))
+    """
+    return tuple(ladder for ladder in _ALL if ladder == stored or (len(stored) == 2 and _holds(stored, ladder)))
+
+
+def pieces(stored: ExpertCodec, wanted: ExpertCodec) -> list[tuple[int, int]]:
+    """Where an upgrade of `wanted` lies in one of `stored`: (index of the stored part, offset in the slot)."""
+    index_of = {part.name: index for index, part in enumerate(stored.upgrade_layout.parts)}
+    return [(index_of[part.name], part.offset) for part in wanted.upgrade_layout.parts]
+
+
+def rebase(stored: ExpertCodec, wanted: ExpertCodec, base: Tensor, upgrade: Tensor | None) -> Tensor:
+    """Base blocks of `wanted`, uint8 `[n, nbytes]`, from the blocks of n experts of `stored`."""
+    parts = stored.base_layout.view(base)
+    if upgrade is not None:
+        parts = parts | stored.upgrade_layout.view(upgrade)
+    blocks = base.new_zeros(len(base), wanted.base_layout.nbytes)
+    for name, target in wanted.base_layout.view(blocks).items():
+        target.copy_(parts[name] if name in parts else _merged(stored, parts, name))
+    return blocks
+
+
+def _merged(codec: ExpertCodec, parts: dict[str, Tensor], name: str) -> Tensor:
+    """The `top4` plane of a matrix from the two 2-bit planes it is stored as."""
+    matrix = next(matrix for matrix in MATRICES if name == f"{matrix}.top4")
+    block = codec.matrices[matrix].block
+    top, middle = (unpack_plane(parts[f"{matrix}.{plane}"], 2, block) for plane in ("top2", "middle2"))
+    return pack_plane((top << 2) | middle, 4, block)
+
+
+def _holds(stored: tuple[str, ...], ladder: tuple[str, ...]) -> bool:
+    base, upgrade = ladder[0], ladder[1] if len(ladder) > 1 else None
+    keeps_source = stored[1] == "fp16"
+    if keeps_source and base not in stored:
+        return False  # a code that is not refined is fitted to its own depth, and to no other
+    refined = {plane.name for plane in REFINE_PLANES.get((stored[0], stored[1]), ())}
+    planes = {plane.name for plane in BASE_PLANES[stored[0]]} | refined
+    if {"top2", "middle2"} <= planes:
+        planes.add("top4")
+    has_base = keeps_source if base == "fp16" else {plane.name for plane in BASE_PLANES[base]} <= planes
+    if upgrade is None or upgrade == "fp16":
+        return has_base and (upgrade is None or keeps_source)
+    return has_base and {plane.name for plane in REFINE_PLANES[base, upgrade]} <= refined

@@ -1,0 +1,1 @@
+"""The runtime of a patched model: its layers, its tick, its report."""

@@ -1,0 +1,1 @@
+"""A recorded or made-up trace through the policy, without a model."""

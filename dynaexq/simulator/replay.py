@@ -1,0 +1,220 @@
+"""A trace through the control of a real model: every decision is `control`'s own, and only memory is imagined.
+
+It stands beside four sets that no rule had to find: the choice made at the start, the best for the trace as a whole,
+for each phase, and for each window. The last three know the future.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dynaexq.errors import TraceError
+from dynaexq.policy import Verdict, slots_per_row, top_n
+from dynaexq.policy.controller import Control, HotnessTracker
+from dynaexq.policy.rate_limit import TrafficLimit
+from dynaexq.settings import Settings
+from dynaexq.traces import Phase, Trace, Window
+from dynaexq.types import Transition
+
+YARDSTICKS = ("start", "average", "phase", "window")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a trace does not know of the machine it is replayed on.
+
+    Attributes:
+        num_slots, slot_nbytes: upgrades that fit, and the bytes of one.
+        link: bytes a second from host memory to the device.
+        tokens_per_second: pace of the model, prompts included.
+    """
+
+    num_slots: int
+    slot_nbytes: int
+    link: float
+    tokens_per_second: float
+
+
+@dataclass
+class Track:
+    """One set of experts over the windows: the routing mass, and the removable error, that met an upgrade."""
+
+    mass: list[float] = field(default_factory=list)
+    removed: list[float] = field(default_factory=list)
+
+    def add(self, window: Window, gain: np.ndarray, held: np.ndarray) -> None:
+        """Count one window that met the experts `held [L, E]`."""
+        mass = window.mass[held]
+        self.mass.append(float(mass.sum()))
+        self.removed.append(float((mass * gain[held]).sum()))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What happened, window by window; arrays are `[W]`.
+
+    Attributes:
+        tokens: tokens of each window.
+        routed: a track that meets everything; what the others are shares of.
+        tracks: `policy` and the yardsticks.
+        promotions: started in each window.
+        paused: whether moves were paused.
+    """
+
+    machine: Machine
+    phases: list[Phase]
+    tokens: np.ndarray
+    routed: Track
+    tracks: dict[str, Track]
+    promotions: np.ndarray
+    paused: np.ndarray
+    verdict: Verdict
+
+    def coverage(self, name: str, first: int = 0, end: int | None = None) -> float:
+        """Share of the routing mass of windows `first` to `end` that met an upgraded expert of a track."""
+        return _share(self.tracks[name].mass, self.routed.mass, slice(first, end))
+
+    def removed(self, name: str, first: int = 0, end: int | None = None) -> float:
+        """Share of the removable error of those windows that a track removed."""
+        return _share(self.tracks[name].removed, self.routed.removed, slice(first, end))
+
+    def tokens_to(self, share: float, phase: Phase, over: int = 128) -> int:
+        """Tokens of `phase` until the policy's coverage of the last `over` tokens reaches `share` of its final one.
+
+        Final is the coverage of the phase's last quarter.
+        """
+        final = self.coverage("policy", phase.end - (phase.end - phase.first + 3) // 4, phase.end)
+        seen = np.cumsum(self.tokens[phase.first : phase.end])
+        for index, count in enumerate(seen):
+            first = phase.first + int(np.searchsorted(seen, count - over, side="right"))
+            if self.coverage("policy", first, phase.first + index + 1) >= share * final:
+                return int(count)
+        return int(seen[-1])
+
+
+class Counts:
+    """A trace in the place of the device's counter: each window is drained once."""
+
+    def __init__(self, trace: Trace):
+        self.shape, self.top_k = trace.header.shape, trace.header.top_k
+        self.window: Window | None = None
+
+    def drain(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mass `[L, E]` and tokens `[L]` of the window that was set."""
+        assert self.window is not None, "a window is set before each tick"
+        return self.window.mass, self.window.tokens
+
+
+class Slots:
+    """Upgrade slots behind a link that copies one upgrade after another. Freed slots have no late readers."""
+
+    def __init__(self, machine: Machine, shape: tuple[int, int]):
+        self.machine = machine
+        self.now = 0.0
+        self.upgraded, self.published, self.broken = (np.zeros(shape, dtype=bool) for _ in range(3))
+        self._in_flight: deque[tuple[float, tuple[int, int]]] = deque()
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody owns."""
+        return self.machine.num_slots - int(self.upgraded.sum())
+
+    def submit(self, move: Transition) -> bool:
+        """Begin one move; whether that was possible."""
+        key = move.layer, move.expert
+        if not move.promote:
+            begun = bool(self.published[key])
+            if begun:
+                self.upgraded[key] = self.published[key] = False
+            return begun
+        if self.num_free == 0 or self.upgraded[key]:
+            return False
+        begins = max(self.now, self._in_flight[-1][0] if self._in_flight else 0.0)
+        self._in_flight.append((begins + self.machine.slot_nbytes / self.machine.link, key))
+        self.upgraded[key] = True
+        return True
+
+    def settle(self) -> None:
+        """Publish what has arrived by now."""
+        while self._in_flight and self._in_flight[0][0] <= self.now:
+            self.published[self._in_flight.popleft()[1]] = True
+
+    def fill(self, promotions: list[Transition]) -> None:
+        """Publish the first upgrades, which a model waits for before it starts."""
+        for move in promotions:
+            self.upgraded[move.layer, move.expert] = self.published[move.layer, move.expert] = True
+
+
+def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings) -> Replay:
+    """Send `trace` through the control that `settings` ask for, one tick a window.
+
+    Args:
+        gain: `[L, E]`, the error that the upgrade removes from each expert.
+
+    Raises:
+        TraceError: the trace is empty.
+    """
+    if not trace.num_windows:
+        raise TraceError(f"{trace.path} holds no window: no tick fell into its recording; record for longer")
+    counts, slots = Counts(trace), Slots(machine, trace.header.shape)
+    limit = settings.traffic_limit
+    rate = limit * machine.link if isinstance(limit, float) else limit
+    assert not isinstance(rate, str), "settings have turned sizes into bytes"
+    control = Control(
+        HotnessTracker(counts, settings), gain, TrafficLimit(rate, machine.slot_nbytes, lambda: slots.now), settings
+    )
+    start = control.controller.fill(
+        control.tracker.hotness, slots.upgraded, slots.broken, machine.num_slots, machine.num_slots
+    )
+    slots.fill(start)
+    sets = _foreseen(trace, gain, machine.num_slots, settings) | {"start": slots.published.copy()}
+    routed, tracks = Track(), {name: Track() for name in ("policy", *YARDSTICKS)}
+    everyone, rows = np.ones(trace.header.shape, dtype=bool), []
+    phase_of = np.repeat(np.arange(len(trace.phases)), [phase.end - phase.first for phase in trace.phases])
+    for index, window in enumerate(trace.windows()):
+        sets["phase"] = sets[f"phase {phase_of[index]}"]
+        sets["window"] = _best(window.mass * gain, machine.num_slots, settings)
+        routed.add(window, gain, everyone)
+        for name in YARDSTICKS:
+            tracks[name].add(window, gain, sets[name])
+        tracks["policy"].add(window, gain, slots.published)
+        rows.append((int(window.tokens.max()), *_tick(control, counts, slots, window)))
+    tokens, promotions, paused = (np.array(column) for column in zip(*rows, strict=True))
+    verdict = control.verdict(slots.published)
+    return Replay(machine, trace.phases, tokens, routed, tracks, promotions, paused, verdict)
+
+
+def _tick(control: Control, counts: Counts, slots: Slots, window: Window) -> tuple[int, bool]:
+    """One tick after `window`, in the order of `Runtime._tick`; promotions begun, and whether moves are paused."""
+    counts.window = window
+    slots.now += float(window.tokens.max()) / slots.machine.tokens_per_second
+    met = slots.published.copy()
+    slots.settle()
+    control.observe(window.steps, met)
+    moves = control.decide(slots.upgraded, slots.broken, slots.machine.num_slots, slots.num_free)
+    begun = sum(slots.submit(move) and move.promote for move in moves)
+    control.limit.spend(begun)
+    slots.settle()
+    return begun, control.watch.paused
+
+
+def _foreseen(trace: Trace, gain: np.ndarray, num_slots: int, settings: Settings) -> dict[str, np.ndarray]:
+    """The best set for the trace as a whole, `average`, and for each phase, `phase 0` and so on."""
+    mass = np.zeros((len(trace.phases), *trace.header.shape))
+    ends = [phase.end for phase in trace.phases]
+    for index, window in enumerate(trace.windows()):
+        mass[np.searchsorted(ends, index, side="right")] += window.mass
+    sets = {f"phase {index}": _best(total * gain, num_slots, settings) for index, total in enumerate(mass)}
+    return sets | {"average": _best(mass.sum(0) * gain, num_slots, settings)}
+
+
+def _best(score: np.ndarray, num_slots: int, settings: Settings) -> np.ndarray:
+    slots = slots_per_row(settings.allocation, num_slots, len(score))
+    rows = score.reshape(len(slots), -1)
+    return top_n(rows, np.zeros(rows.shape, dtype=bool), slots, 0.0).reshape(score.shape)
+
+
+def _share(part: list[float], whole: list[float], windows: slice) -> float:
+    total = sum(whole[windows])
+    return sum(part[windows]) / total if total else 0.0

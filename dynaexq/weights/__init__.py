@@ -1,0 +1,1 @@
+"""Experts on their way: from 16 bit or a packed checkpoint to blocks, and back."""

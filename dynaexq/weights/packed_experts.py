@@ -1,0 +1,111 @@
+"""From a packed checkpoint to blocks in their places: base blocks are read, upgrades stay on disk until wanted."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dynaexq.checkpoint import PackedReader, PackedShape, PackedStore
+from dynaexq.memory import HostStore, RamStore, allocate_bytes
+from dynaexq.quantization import ExpertCodec, pieces, rebase
+from dynaexq.settings import Settings
+from dynaexq.types import BITS
+from dynaexq.weights.quantize_experts import Placed
+
+READERS = 4  # a disk answers several readers faster than one, and each checks what it has read
+PROGRESS_FROM = 2**31  # bytes of base; below that reading takes a few seconds
+
+
+def packed_shape(codec: ExpertCodec, layers: tuple[str, ...], num_experts: int) -> PackedShape:
+    """What a checkpoint holds whose experts are packed with `codec`; a segment is one part of an upgrade."""
+    segments = tuple((part.offset, part.nbytes) for part in codec.upgrade_layout.parts)
+    return PackedShape(
+        layers, num_experts, codec.base_layout.nbytes, codec.upgrade_layout.nbytes, segments, len(codec.tiers)
+    )
+
+
+class EarlyReading:
+    """A base slab in host memory that fills itself while others are still at work, for a CPU that it can stay on."""
+
+    def __init__(self, reader: PackedReader):
+        shape = reader.shape
+        nbytes = len(shape.layers) * shape.num_experts * shape.base_nbytes
+        self.base = allocate_bytes(nbytes, torch.device("cpu")).view(-1, shape.num_experts, shape.base_nbytes)
+        self._pool = ThreadPoolExecutor(READERS)
+        self._layers = [self._pool.submit(reader.read_base, i, layer) for i, layer in enumerate(self.base)]
+
+    def wait(self, layer: int) -> None:
+        """Return once the blocks of `layer` are there; a CheckpointError if they are not what was saved."""
+        self._layers[layer].result()
+        if layer == len(self._layers) - 1:
+            self._pool.shutdown()
+
+
+class PackedSupply:
+    """Experts of a packed checkpoint.
+
+    Args:
+        stored: the codec they were packed with; another one can be placed if `formats.offered` says so.
+        early: what has been reading into the very slab that is to be filled.
+    """
+
+    def __init__(self, reader: PackedReader, stored: ExpertCodec, early: EarlyReading | None = None):
+        self.reader, self.stored, self._early = reader, stored, early
+
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
+        """See `placement.Supply`. A block that does not match its checksum is a CheckpointError."""
+        layers = range(len(base))
+        quiet = base.numel() < PROGRESS_FROM
+        with (
+            tqdm(total=base.numel(), unit="B", unit_scale=True, desc="reading experts", disable=quiet) as progress,
+            ThreadPoolExecutor(READERS if base.is_cpu else 1) as pool,
+        ):
+            for _ in pool.map(lambda layer: self._place_layer(codec, layer, base[layer]), layers):
+                progress.update(base[0].numel())
+        errors = np.stack([self._errors(tier) for tier in codec.tiers], axis=-1)
+        return Placed(errors, self._open_store(codec, settings))
+
+    def _place_layer(self, codec: ExpertCodec, layer: int, base: Tensor) -> None:
+        if self._early is not None:
+            self._early.wait(layer)
+            return
+        if codec.tiers[0] == self.stored.tiers[0]:
+            if base.is_cpu:
+                self.reader.read_base(layer, base)
+            else:
+                base.copy_(self._stored_base(layer))
+            return
+        stored_base = self._stored_base(layer)
+        for expert in range(len(base)):
+            upgrade = torch.empty(1, self.stored.upgrade_layout.nbytes, dtype=torch.uint8)
+            for segment, (start, length) in enumerate(self.reader.shape.segments):
+                self.reader.read_segment(layer, expert, segment, upgrade[0, start : start + length])
+            base[expert : expert + 1].copy_(rebase(self.stored, codec, stored_base[expert : expert + 1], upgrade))
+
+    def _stored_base(self, layer: int) -> Tensor:
+        blocks = torch.empty(self.reader.shape.num_experts, self.reader.shape.base_nbytes, dtype=torch.uint8)
+        self.reader.read_base(layer, blocks)
+        return blocks
+
+    def _errors(self, tier: str) -> np.ndarray:
+        """Errors `[L, E]` at `tier`: as measured, or from those at the base, as every bit takes three quarters off."""
+        tiers, errors = self.stored.tiers, self.reader.errors
+        if tier in tiers:
+            return errors[:, :, tiers.index(tier)]
+        return errors[:, :, 0] / 4.0 ** (BITS[tier] - BITS[tiers[0]])
+
+    def _open_store(self, codec: ExpertCodec, settings: Settings) -> HostStore:
+        slot_nbytes = codec.upgrade_layout.nbytes
+        store = PackedStore(self.reader, pieces(self.stored, codec))
+        if settings.host_copy in ("auto", "disk") or not slot_nbytes:
+            return store
+        count = self.reader.shape.num_experts * len(self.reader.shape.layers)
+        copy = RamStore(count, slot_nbytes, pinned=settings.host_copy == "pinned")
+        block = torch.empty(1, slot_nbytes, dtype=torch.uint8)
+        for index in range(count):
+            store.read_into(index, block[0])
+            copy.write(index, block)
+        store.close()
+        return copy

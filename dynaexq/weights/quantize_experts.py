@@ -1,0 +1,194 @@
+"""From 16-bit weights to packed blocks in their places, a few experts at a time. It decides and frees nothing."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynaexq.errors import StoreError
+from dynaexq.memory import DiskStore, HostStore, RamStore
+from dynaexq.quantization import Encoded, ExpertCodec, ExpertWeights, Moments, check_representable
+from dynaexq.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_AT_ONCE = 2**22  # read together
+PROGRESS_FROM = 2**28  # weights; below that quantising takes a few seconds
+
+
+class ExpertSource(Protocol):
+    """Where the 16-bit experts come from.
+
+    Attributes:
+        host_nbytes: host memory that the weights take for as long as the source lives; 0 where they lie in files.
+        is_lasting: whether the weights can still be read after the model was patched, at no cost but that memory.
+    """
+
+    num_layers: int
+    num_experts: int
+    host_nbytes: int
+    is_lasting: bool
+
+    def name(self, layer: int) -> str:
+        """What to call a layer's experts in an error message."""
+
+    def read(self, layer: int, first: int, last: int) -> ExpertWeights:
+        """Weights of experts `first` to `last` (exclusive), as the family stores them."""
+
+
+class Placed(NamedTuple):
+    """What is known once all experts are in their places: errors `[L, E, tiers]`, and where the upgrades wait."""
+
+    errors: np.ndarray
+    store: HostStore
+
+
+class Supply(Protocol):
+    """Whatever can fill a base slab with experts."""
+
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
+        """Put the base block of every expert into `base`, uint8 `[L, E, nbytes]` on the device."""
+
+
+class QuantizedSupply:
+    """Experts quantised from their 16-bit weights.
+
+    Args:
+        moments: of their inputs, layer by layer and expert by expert as in `source`, where they are known.
+    """
+
+    def __init__(self, source: ExpertSource, moments: Moments | None = None):
+        self.source, self.moments = source, moments
+
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
+        """See `Supply`. A weight that no code represents is a QuantizationError."""
+        source = self.source
+        store = self._open_store(codec, settings)
+        errors = np.zeros((source.num_layers, source.num_experts, len(codec.tiers)))
+        try:
+            for layer, first, encoded in encode_all(source, codec, base.device, moments=self.moments):
+                last = first + len(encoded.base)
+                base[layer, first:last].copy_(encoded.base)
+                errors[layer, first:last] = encoded.errors
+                if encoded.upgrade is not None and not isinstance(store, SourceStore):
+                    store.write(layer * source.num_experts + first, encoded.upgrade)
+        except BaseException:
+            store.close()
+            raise
+        return Placed(errors, store)
+
+    def _open_store(self, codec: ExpertCodec, settings: Settings) -> HostStore:
+        """The store that `settings.host_copy` asks for, empty; or the source itself where it holds the very bytes."""
+        source, host_copy = self.source, settings.host_copy
+        where_source_is = ("auto", "ram") if source.host_nbytes else ("auto", "disk")
+        if codec.replaces and source.is_lasting and host_copy in where_source_is:
+            return SourceStore(source, codec)
+        return open_store(source.num_layers * source.num_experts, codec.upgrade_layout.nbytes, host_copy)
+
+
+class SourceStore:
+    """16-bit upgrades taken from the source weights themselves; see `memory.host.HostStore`."""
+
+    def __init__(self, source: ExpertSource, codec: ExpertCodec):
+        self._source: ExpertSource | None = source
+        self._codec = codec
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        raise StoreError("the source weights are read where they are and never written")
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        if self._source is None:
+            raise StoreError("the store was closed")
+        layer, expert = divmod(index, self._source.num_experts)
+        try:
+            weights = self._source.read(layer, expert, expert + 1)
+        except OSError as error:
+            raise StoreError(f"cannot read the upgrade of expert {expert}: {error}") from error
+        self._codec.write_dense(out[None], weights)
+
+    def page_locked(self, index: int) -> Tensor | None:
+        return None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._source is None else self._source.host_nbytes
+
+    def close(self) -> None:
+        self._source = None
+
+
+def open_store(count: int, slot_nbytes: int, host_copy: str) -> HostStore:
+    """An empty store for `count` upgrades. A disk that is full is replaced by RAM, and said so."""
+    if host_copy == "disk":
+        try:
+            return DiskStore(count, slot_nbytes)
+        except StoreError as error:
+            logger.warning("%s; the upgrades wait in RAM instead", error)
+    return RamStore(count, slot_nbytes, pinned=host_copy == "pinned")
+
+
+def encode_all(
+    source: ExpertSource,
+    codec: ExpertCodec,
+    device: torch.device,
+    first_layer: int = 0,
+    moments: Moments | None = None,
+) -> Iterator[tuple[int, int, Encoded]]:
+    """Encode the experts of `source` on `device`, from `first_layer` on: (layer, first expert, n experts as bytes).
+
+    Shows progress in source bytes once that takes more than a few seconds.
+
+    Raises:
+        QuantizationError: names the tensor and the expert whose weight cannot be coded.
+    """
+    num_layers, num_experts = source.num_layers - first_layer, source.num_experts
+    at_once = max(1, WEIGHTS_AT_ONCE // codec.shape.num_weights)
+    expert_nbytes = codec.shape.num_weights * codec.dtype.itemsize
+    quiet = num_layers * num_experts * codec.shape.num_weights < PROGRESS_FROM
+    total = num_layers * num_experts * expert_nbytes
+    with tqdm(total=total, unit="B", unit_scale=True, desc="quantising", disable=quiet) as progress, torch.no_grad():
+        for layer in range(first_layer, source.num_layers):
+            inputs = moments.of_layer(layer, codec.shape.intermediate_size, device) if moments else None
+            for first in range(0, num_experts, at_once):
+                weights = source.read(layer, first, min(first + at_once, num_experts))
+                if codec.planes:
+                    check_representable(weights.up, f"{source.name(layer)}, first matrix", first)
+                    check_representable(weights.down, f"{source.name(layer)}, second matrix", first)
+                known = None if inputs is None else list(islice(inputs, len(weights.up)))
+                yield layer, first, codec.encode(weights.map(lambda part: part.to(device)), known)
+                progress.update(len(weights.up) * expert_nbytes)
+
+
+def held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and what bitsandbytes keeps beside them once a layer has run."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        state = vars(module).get("state")
+        if type(state).__name__ == "MatmulLtState":
+            yield from _attached(state)
+
+
+def weight_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of `tensors` and of what hangs on them; those that share their memory, as tied weights do, count once.
+
+    Of a tensor that is spread over ranks only what this rank holds is counted.
+    """
+    # On the meta device there is no memory to share, and none to tell apart by.
+    here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+    found = (part for tensor in here for part in (tensor, *_attached(tensor)))
+    return sum({part.data_ptr() or id(part): part.nbytes for part in found}.values())
+
+
+def _attached(thing: Any) -> Iterator[Tensor]:
+    """Tensors among the attributes of a quantised weight, and of the states it keeps: scales, code books."""
+    for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value).__name__ == "QuantState":
+            yield from _attached(value)

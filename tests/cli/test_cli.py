@@ -1,0 +1,111 @@
+"""What the command line refuses, in a sentence and before any work: never a traceback, never a silent choice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from dynaexq.cli import app
+from dynaexq.cli.demo import embedded_model
+
+MADE_UP = ["simulate", "--generate", "flat", "--tokens", "64", "--phases", "1", "--ladder", "int2,int4"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny 16-bit checkpoint without a tokenizer."""
+    path = tmp_path_factory.mktemp("tiny")
+    tiny.tiny_qwen3_moe().save_pretrained(path)
+    return path
+
+
+def said(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
+    """What `dynaexq ...` writes to the terminal as it fails, on one line and without the frame."""
+    monkeypatch.setattr("sys.argv", ["dynaexq", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code in (1, 2)
+    found = capsys.readouterr()
+    assert "Traceback" not in found.err
+    return " ".join((found.out + found.err).replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["demo", "--json", "/nowhere/a.json"], "there is no directory /nowhere; make it first"),
+        (["plan", "{source}", "--json", "/nowhere/a.json"], "there is no directory /nowhere; make it first"),
+        (
+            [*MADE_UP, "--upgraded", "0.2", "--json", "/nowhere/a.json"],
+            "there is no directory /nowhere; make it first",
+        ),
+        ([*MADE_UP, "--upgraded", "0.2", "--seed", "-1"], "Invalid value for '--seed'"),
+        ([*MADE_UP, "--upgraded", "0.2", "--budget", "15GB"], "--budget and --upgraded both say"),
+        (["quantize", "{source}", "{target}", "--annotate", "--device", "cpu"], "with --annotate nothing is packed"),
+        (["quantize", "{source}", "{target}", "--annotate", "--max-shard-size", "1GB"], "nothing is packed"),
+        (["demo", "--model", "{empty}"], "error: expected a checkpoint directory with a config.json, found none in"),
+        (["demo", "--model", "{source}"], "error: cannot read the tokenizer of"),
+        (["plan", "{source}", "--gpu", "1MB"], "805,306,368 for the driver, 0 of reserve"),
+    ],
+)
+def test_it_refuses(
+    arguments: list[str],
+    sentence: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"source": checkpoint, "target": tmp_path / "target", "empty": tmp_path / "empty"}
+    assert sentence in said([argument.format(**places) for argument in arguments], monkeypatch, capsys)
+    assert not (tmp_path / "target").exists()
+
+
+def test_the_demo_takes_no_packed_model(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    packed = tmp_path / "packed"
+    assert (
+        CliRunner().invoke(app.app, ["quantize", str(embedded_model()), str(packed), "--tiers", "int2"]).exit_code == 0
+    )
+    assert "is quantised already" in said(["demo", "--model", str(packed)], monkeypatch, capsys)
+
+
+def test_a_recorded_trace_is_not_replaced_by_one_that_is_made_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trace = tmp_path / "mine.npz"
+    trace.write_bytes(b"weeks of traffic")
+    arguments = ["simulate", str(trace), *MADE_UP[1:], "--upgraded", "0.2"]
+    assert "what is made up would take its place" in said(arguments, monkeypatch, capsys)
+    assert trace.read_bytes() == b"weeks of traffic"
+
+
+def test_tiers_may_be_written_with_spaces(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", str(checkpoint), str(tmp_path / "packed"), "--tiers", "int2, int4", "--quantizer", "rtn"]
+    result = CliRunner().invoke(app.app, arguments)
+    assert result.exit_code == 0, result.output
+    kept = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert kept["tiers"] == ["int2", "int4"]
+
+
+def test_who_interrupts_packing_is_told_that_it_can_go_on(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*args: object, **dials: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynaexq.hf.convert.quantize_checkpoint", interrupted)
+    monkeypatch.setattr("sys.argv", ["dynaexq", "quantize", str(checkpoint), str(tmp_path / "a"), "--tiers", "int4"])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    assert ended.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_figures_are_still_printed_alone(checkpoint: Path) -> None:
+    result = CliRunner().invoke(app.app, ["plan", str(checkpoint), "--gpu", "24GiB", "--json", "-"])
+    assert json.loads(result.output)

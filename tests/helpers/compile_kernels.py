@@ -1,0 +1,194 @@
+"""Compile the Triton kernels ahead of time, for GPUs that are not here, and say what came out.
+
+    python tests/helpers/compile_kernels.py int2+int4/up/few/90 around/90 ...     -> one line of JSON a case
+
+A process of its own, because Triton decides at import whether it interprets. Cases are ladder/product/tiles/arch, at
+the shape of Qwen3-30B-A3B in bfloat16, exactly as `launch` would launch them there; around/arch are the kernels around
+the products.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dynaexq.kernels.triton import counting, graph_sync, reductions, routing, tuning
+from dynaexq.kernels.triton.grouped_gemm import expert_gemm
+from dynaexq.kernels.triton.launch import matrices
+from dynaexq.kernels.triton.specs import Matrix
+from dynaexq.quantization import ExpertCodec
+from dynaexq.types import EPOCH, FETCHED, FOUND, LARGEST_MASS, MASS_UNIT, SEEN, STEPS, WORDS_AHEAD, ExpertShape
+
+SHAPE = ExpertShape(hidden_size=2048, intermediate_size=768, up_rows=1536, has_bias=False, transposed=False)
+CHOICES, EXPERTS = 8, 128
+PAIRS = {"single": CHOICES, "few": 32 * CHOICES, "many": 4096 * CHOICES}
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)")
+LABEL = re.compile(r"\s*(\.L_[x\d]\w*):")
+
+
+def main(cases: list[str]) -> None:
+    for case in cases:
+        *what, arch = case.split("/")
+        found = around(int(arch)) if what == ["around"] else products(*what, int(arch))
+        print(json.dumps({"case": case, "kernels": found}), flush=True)  # noqa: T201 - it is read by a test
+
+
+def products(ladder: str, product: str, regime: str, arch: int) -> list[dict[str, Any]]:
+    """Facts of every launch of a product of a layer, up or down."""
+    found = []
+    matrix, launches = product_of(tuple(ladder.split("+")), product, PAIRS[regime])
+    for launch in launches:
+        kernel = compiled_product(matrix, launch, arch)
+        codes = launch.tiling.block_n * matrix.codes / (32 * launch.num_warps)  # of a block, for one thread
+        # Loops over 16-bit weights are far shorter than those over codes; a short one may be unrolled altogether.
+        longest = max(map(len, inner_loops(kernel)), default=None)
+        per_code = None if longest is None else round(longest / codes, 2)
+        found.append({"tiers": launch.tiling.tiers, "instructions_per_code": per_code, **facts(kernel)})
+    return found
+
+
+def around(arch: int) -> list[dict[str, Any]]:
+    """Facts of the kernels around the products."""
+    count = compiled(
+        routing._count,
+        {"ids": "*i64", "order": "*i32", "blocks": "*i32"}
+        | dict.fromkeys(("pairs", "slots", "num_experts", "block_m"), "i32"),
+        {"PROGRAM": routing.PAIRS_PER_PROGRAM},
+        arch,
+    )
+    sums = compiled(
+        reductions._group_sums,
+        {"rows": "*bf16", "sums": "*fp32", "columns": "i32", "num_groups": "i32"},
+        {"GROUP": 64, "GROUPS": reductions.GROUPS_PER_PROGRAM},
+        arch,
+    )
+    total = compiled(
+        reductions._weighted_sum,
+        {
+            "results": "*bf16",
+            "ids": "*i64",
+            "weights": "*bf16",
+            "output": "*bf16",
+            "hidden": "i32",
+            "num_experts": "i32",
+        },
+        {"CHOICES": CHOICES, "COLUMNS": reductions.COLUMNS_PER_PROGRAM},
+        arch,
+    )
+    mass = compiled(
+        counting._add_routing,
+        {"sums": "*i64", "ids": "*i64", "weights": "*bf16", "pairs": "i32", "tokens": "i32", "num_experts": "i32"},
+        {"UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": counting.PAIRS_PER_PROGRAM},
+        arch,
+    )
+    fetch = compiled(
+        graph_sync._fetch,
+        {"words": "*i64", "entries": "*i64", "count": "i32"},
+        {
+            "EPOCH": EPOCH,
+            "FOUND": FOUND,
+            "FETCHED": FETCHED,
+            "AHEAD": WORDS_AHEAD,
+            "PROGRAM": graph_sync.WORDS_PER_PROGRAM,
+        },
+        arch,
+    )
+    report = compiled(
+        graph_sync._report,
+        {"words": "*i64", "sums": "*i64", "count": "i32", "start": "i32", "steps": "i32"},
+        {"FETCHED": FETCHED, "SEEN": SEEN, "STEPS": STEPS, "PROGRAM": graph_sync.WORDS_PER_PROGRAM},
+        arch,
+    )
+    loads = re.findall(r"ld\S*\.volatile\S*\.(\w+)", fetch.asm["ptx"])
+    assert set(loads) == {"b64"}, f"the host's words are loaded whole and from the host, not {loads}"
+    return [facts(kernel) for kernel in (count, sums, total, mass, fetch, report)]
+
+
+def product_of(tiers: tuple[str, ...], product: str, pairs: int) -> tuple[Matrix, tuple[tuning.Launch, ...]]:
+    """The matrix and the launches of one product of a layer for `pairs` pairs."""
+    codec = ExpertCodec(SHAPE, torch.bfloat16, tiers)
+    up, down = matrices(codec)
+    plan = tuning.plan_for(pairs, EXPERTS, up, down, swiglu=True)
+    return (up, plan.up) if product == "up" else (down, plan.down)
+
+
+def compiled_product(matrix: Matrix, launch: tuning.Launch, arch: int) -> Any:
+    """The kernel of a launch."""
+    tiling = launch.tiling
+    constants = {"CHOICES": CHOICES if tiling.swiglu else 1, "matrix": matrix, "tiling": tiling}
+    constants |= {} if tiling.sum_width else {"sums": None}
+    constants |= {} if tiling.next_sum_width else {"output_sums": None}
+    types = {"x": "*bf16", "output": "*bf16", "base": "*u8", "blocks": "*i32", "order": "*i32", "entries": "*i64"}
+    types |= {"sums": "*fp32", "output_sums": "*fp32", "num_blocks": "i32"}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    return compiled(expert_gemm, types, constants, arch, options)
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, int] | None = None
+) -> Any:
+    """A kernel for `arch`, with the alignment that PyTorch's allocator gives its arguments."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **(options or {})})
+
+
+def facts(kernel: Any) -> dict[str, Any]:
+    """What limits a kernel: registers, bytes parked on the stack, accesses to it inside loops, shared memory."""
+    usage = of_cubin(kernel, "cuobjdump", "--dump-resource-usage")
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": registers,
+        "parked": stack + local,
+        "spills_in_loops": sum(name.startswith(("LDL", "STL")) for loop in inner_loops(kernel) for name in loop),
+        "shared": kernel.metadata.shared,
+        "wide_loads": len(re.findall(r"cp\.async[^;]*, (?:0x10|16)\b", ptx)),
+        "wgmma": "wgmma" in ptx,
+    }
+
+
+def of_cubin(kernel: Any, binary: str, option: str) -> str:
+    """What one of Triton's own binaries says of the compiled code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(BINARIES / binary), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def inner_loops(kernel: Any) -> list[list[str]]:
+    """Names of the instructions of each loop that has none inside."""
+    places, branches, names = {}, [], []
+    for line in of_cubin(kernel, "nvdisasm", "-c").splitlines():
+        if label := LABEL.match(line):
+            places[label[1]] = len(names)
+        elif instruction := INSTRUCTION.match(line):
+            if instruction[1].startswith("BRA") and (target := re.search(r"\.L_\w+", instruction[2])):
+                branches.append((target[0], len(names)))
+            names.append(instruction[1])
+    loops = [(places[target], end) for target, end in branches if places.get(target, end) < end]
+    return [
+        names[start : end + 1]
+        for start, end in loops
+        if not any((start, end) != other and start <= other[0] and other[1] <= end for other in loops)
+    ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,289 @@
+"""Calibration: what is gathered, what it is good for, and that every way of loading makes the same of it."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model, tokens
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import dynaexq
+from dynaexq.cli.app import app
+from dynaexq.cli.demo import embedded_model
+from dynaexq.cli.demo_corpus import documents
+from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
+from dynaexq.evaluate import evaluate, reference_logits, windows_of
+from dynaexq.hf.calibration import gather_moments, load_moments, save_moments
+from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.hf.ownwords import own_words
+from dynaexq.quantization import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
+from dynaexq.types import ExpertShape
+
+SHAPE = ExpertShape(hidden_size=96, intermediate_size=80, up_rows=160, has_bias=False, transposed=False)  # both padded
+TEXT = 60_000  # characters
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text"
+    parts = [
+        part for domain in ("code", "prose") for part, _ in zip(documents(domain, "train"), range(40), strict=False)
+    ]
+    path.write_text("".join(part[: TEXT // 80] for part in parts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Moments of the embedded model on text that training saw."""
+    model, path = original(), tmp_path_factory.mktemp("moments") / "moments.safetensors"
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    ids = [
+        i for _, part in zip(range(60), documents("code", "train"), strict=False) for i in tokenizer(part)["input_ids"]
+    ]
+    dynaexq.calibrate(model, path, torch.tensor(ids[: 16 * 256]).view(16, 256))
+    return path
+
+
+def original() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(embedded_model(), experts_implementation="eager").eval()
+
+
+def moments_of(columns: int, seed: int = 0) -> Inputs:
+    """Of inputs that go together, as those of real models do."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(4 * columns, 6, generator=generator) @ torch.randn(6, columns, generator=generator)
+    inputs += 0.5 * torch.randn(4 * columns, columns, generator=generator)
+    return Inputs(inputs.T @ inputs)
+
+
+def some_experts(count: int) -> tuple[ExpertWeights, list[ExpertInputs]]:
+    weights = ExpertWeights(torch.randn(count, 160, 96), torch.randn(count, 96, 80))
+    up = moments_of(96)
+    return weights, [ExpertInputs(up, moments_of(80, seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "granitemoe"])
+def test_what_is_gathered_is_what_the_matrices_meet(family):
+    model, met = tiny_model(family), []
+    layers = find_sparse_layers(model)
+    layer, shape = layers[-1], layers[-1].shape()
+    hook = layer.experts.register_forward_hook(lambda module, args, output: met.append((args, output)))
+    moments = gather_moments(model, tokens(3, 9))
+    hook.remove()
+    up, down = torch.zeros_like(moments.up[-1]), torch.zeros(layer.num_experts, *[shape.intermediate_size] * 2)
+    mass, seen = torch.zeros(layer.num_experts), torch.zeros(layer.num_experts)
+    for (rows, index, weights), output in met:
+        expected = torch.zeros_like(output)
+        for t in range(len(rows)):
+            for expert, weight in zip(index[t].tolist(), weights[t], strict=True):
+                units = units_of(layer, rows[t], expert)
+                expected[t] += weight * output_of(layer, units, expert)
+                units = units / units.square().mean().sqrt()
+                up += weight**2 * rows[t].outer(rows[t])
+                down[expert] += weight**2 * units.outer(units)
+                mass[expert] += weight**2
+                seen[expert] += 1
+        torch.testing.assert_close(expected, output, rtol=1e-3, atol=1e-5)  # the units are those of the model
+    torch.testing.assert_close(moments.up[-1], up / mass.sum(), rtol=1e-3, atol=1e-5)
+    found = moments.down[-1, :, 0, : shape.intermediate_size, : shape.intermediate_size]
+    torch.testing.assert_close(found, down / mass.clamp_min(1e-12)[:, None, None], rtol=1e-3, atol=1e-5)
+    assert torch.equal(moments.tokens[-1], seen.long())
+
+
+def units_of(layer, row: Tensor, expert: int) -> Tensor:
+    weights = layer.weights()
+    matrix = weights.up[expert].T if layer.shape().transposed else weights.up[expert]
+    product = F.linear(row[None], matrix, None if weights.up_bias is None else weights.up_bias[expert])
+    return (layer.experts._apply_gate(product) if layer.experts.has_gate else layer.experts.act_fn(product))[0]
+
+
+def output_of(layer, units: Tensor, expert: int) -> Tensor:
+    weights = layer.weights()
+    matrix = weights.down[expert].T if layer.shape().transposed else weights.down[expert]
+    return F.linear(units, matrix, None if weights.down_bias is None else weights.down_bias[expert])
+
+
+@pytest.mark.parametrize("tiers", [("int2",), ("int2", "int4"), ("int4", "fp16")], ids="+".join)
+def test_experts_that_are_coded_together_get_the_bits_they_get_alone(tiers):
+    weights, inputs = some_experts(3)
+    codec = ExpertCodec(SHAPE, torch.float32, tiers, 32)
+    together = codec.encode(weights, inputs)
+    for i in range(3):
+        alone = codec.encode(weights.map(lambda part, i=i: part[i : i + 1]), inputs[i : i + 1])
+        assert torch.equal(alone.base[0], together.base[i])
+        assert together.upgrade is None or torch.equal(alone.upgrade[0], together.upgrade[i])
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("tiers", [("int2",), ("int2", "int4"), ("int4",)], ids="+".join)
+def test_the_error_of_the_output_falls(tiers, group_size):
+    weights, inputs = some_experts(2)
+    codec = ExpertCodec(SHAPE, torch.float32, tiers, group_size)
+    errors = []
+    for known in (None, inputs):
+        encoded = codec.encode(weights, known)
+        readings = [codec.decode(encoded.base, None, torch.float32)]
+        if encoded.upgrade is not None:
+            readings.append(codec.decode(encoded.base, encoded.upgrade, torch.float32))
+        errors.append([[output_error(r, weights, inputs, name) for name in ("up", "down")] for r in readings])
+    for plain, aware in zip(*errors, strict=True):
+        assert (torch.tensor(aware) < 0.75 * torch.tensor(plain)).all()
+
+
+def output_error(reading: ExpertWeights, weights: ExpertWeights, inputs: list[ExpertInputs], name: str) -> float:
+    off = getattr(reading, name) - getattr(weights, name)
+    return sum(float((d @ getattr(known, name).moments * d).sum()) for d, known in zip(off, inputs, strict=True))
+
+
+def test_a_ladder_that_leads_to_int8_stays_as_it_is():
+    weights, inputs = some_experts(1)
+    codec = ExpertCodec(SHAPE, torch.float32, ("int4", "int8"))
+    plain, aware = codec.encode(weights), codec.encode(weights, inputs)
+    assert torch.equal(plain.base, aware.base)
+    assert torch.equal(plain.upgrade, aware.upgrade)
+
+
+@pytest.mark.parametrize("tokens_seen", [0, 5])
+def test_an_expert_that_was_hardly_ever_routed_is_quantised_nearly_as_if_nothing_were_known(tokens_seen):
+    units = torch.randn(max(1, tokens_seen), 64)
+    down = (units.T @ units / len(units) * (tokens_seen > 0))[None, None, None]
+    moments = Moments(("l",), torch.eye(96)[None], down, torch.tensor([[tokens_seen]]))
+    (known,) = moments.of_layer(0, 64, torch.device("cpu"))
+    weights = ExpertWeights(torch.randn(1, 128, 96), torch.randn(1, 96, 64))
+    shape = ExpertShape(96, 64, 128, has_bias=False, transposed=False)
+    codec = ExpertCodec(shape, torch.float32, ("int2",))
+    plain, aware = codec.encode(weights).errors, codec.encode(weights, [known]).errors
+    assert aware == pytest.approx(plain, rel=0.06)
+
+
+def test_a_calibrated_model_is_nearer_to_the_original_in_what_it_was_not_calibrated_on(calibrated):
+    model = original()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    windows = windows_of(tokenizer, documents("code"), 4, 128)
+    reference = reference_logits(model, windows)
+    kl = {}
+    for calibration in (None, calibrated):
+        patched = original()
+        dynaexq.patch(patched, "1GB", tiers=("int2",), calibration=calibration)
+        kl[calibration] = evaluate(patched, windows, reference).kl
+    assert kl[calibrated] < 0.95 * kl[None]
+
+
+def test_patch_the_loader_and_a_packed_checkpoint_give_the_same_bits(calibrated, tmp_path):
+    dials = {"hbm_budget": "1GB", "tiers": ("int2", "int4")}
+    ids = torch.arange(40)[None]
+    model = original()
+    dynaexq.patch(model, **dials, calibration=calibrated)
+    config = dynaexq.DynaExqConfig(**dials, calibration=str(calibrated))
+    loaded = AutoModelForCausalLM.from_pretrained(embedded_model(), quantization_config=config)
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2,int4"]
+    result = CliRunner().invoke(app, [*command, "--hbm-budget", "1GB", "--calibrate", str(calibrated)])
+    assert result.exit_code == 0, result.output
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert "calibration" not in (tmp_path / "packed" / "config.json").read_text()
+    with torch.no_grad():
+        answers = [m(ids).logits for m in (model, loaded, packed)]
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+def test_the_command_calibrates_on_a_text_and_keeps_what_it_found(text, tmp_path):
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2", "--hbm-budget", "1GB"]
+    result = CliRunner().invoke(app, [*command, "--calibrate", str(text)])
+    assert result.exit_code == 0, result.output
+    moments = load_moments(tmp_path / "packed.moments.safetensors")
+    assert int(moments.tokens.sum()) % (4 * 4 * 512) == 0  # layers, choices, windows
+    assert moments.tokens.sum() > 0
+
+
+def test_a_model_is_calibrated_on_its_own_words_where_there_are_no_others(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynaexq.hf.calibration.own_words", partial(own_words, count=12, length=256))
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2", "--hbm-budget", "1GB"]
+    result = CliRunner().invoke(app, [*command, "--calibrate", "self"])
+    assert result.exit_code == 0, result.output
+    tokenizer, model = AutoTokenizer.from_pretrained(embedded_model()), original()
+    windows = windows_of(tokenizer, documents("code"), 4, 128)
+    reference = reference_logits(model, windows)
+    dynaexq.patch(model, "1GB", tiers=("int2",))
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert evaluate(packed, windows, reference).kl < 0.95 * evaluate(model, windows, reference).kl
+
+
+def test_own_words_are_the_same_again_and_leave_the_random_state_alone():
+    model = tiny_model("qwen3_moe")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, again = own_words(model, count=3, length=20), own_words(model, count=3, length=20)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [window.tolist() for window in first] == [window.tolist() for window in again]
+    assert {len(window) for window in first} == {20}
+    assert first[0].tolist() != first[1].tolist()
+    with pytest.raises(UnsupportedModelError, match="pass windows of token ids"):
+        own_words(torch.nn.Linear(2, 2))
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    moments = Moments(("a.experts",), torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]]))
+    save_moments(moments, tmp_path / "m.safetensors")
+    found = load_moments(tmp_path / "m.safetensors")
+    assert found.layers == moments.layers
+    assert all(torch.equal(getattr(found, part), getattr(moments, part)) for part in ("up", "down", "tokens"))
+
+
+def test_moments_of_another_model_are_refused_by_name(calibrated):
+    model = tiny_model("qwen3_moe")
+    with pytest.raises(CheckpointError, match=r"belongs to another model.*mlp\.experts.*calibrate this model"):
+        dynaexq.patch(model, "1GB", tiers=("int2",), calibration=calibrated)
+    assert not hasattr(model, "dynaexq")
+
+
+def test_a_file_that_holds_no_moments_is_refused():
+    with pytest.raises(CheckpointError, match="expected moments as"):
+        load_moments(embedded_model() / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"there is no .*; dynaexq\.calibrate"):
+        load_moments(embedded_model() / "moments.safetensors")
+
+
+def test_moments_that_are_not_finite_are_refused(tmp_path):
+    moments = Moments(("a.experts",), torch.full((1, 8, 8), torch.nan), torch.rand(1, 3, 1, 64, 64), torch.ones(1, 3))
+    save_moments(moments, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_moments(tmp_path / "m.safetensors")
+
+
+def test_a_packed_checkpoint_cannot_be_calibrated_any_more(calibrated, tmp_path):
+    model = original()
+    dynaexq.patch(model, "1GB", tiers=("int2",))
+    model.save_pretrained(tmp_path / "packed")
+    config = dynaexq.DynaExqConfig(calibration=str(calibrated))
+    with pytest.raises(SettingsError, match="packed: its codes are fixed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed", quantization_config=config)
+
+
+def test_rounding_and_calibration_exclude_each_other():
+    with pytest.raises(SettingsError, match="heeds no calibration"):
+        dynaexq.Settings(quantizer="rtn", calibration="moments.safetensors")
+    with pytest.raises(SettingsError, match="path of a file"):
+        dynaexq.Settings(calibration=3)
+
+
+def test_a_text_of_a_few_words_is_refused(tmp_path):
+    (tmp_path / "short").write_text("a few words")
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2"]
+    result = CliRunner().invoke(app, [*command, "--calibrate", str(tmp_path / "short")])
+    assert isinstance(result.exception, CheckpointError)
+    assert "expected at least 512 tokens" in str(result.exception)
+
+
+def test_a_model_that_the_memory_cannot_hold_is_not_loaded(text, tmp_path, monkeypatch):
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr("dynaexq.hf.calibration.psutil.virtual_memory", lambda: memory)
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2"]
+    result = CliRunner().invoke(app, [*command, "--calibrate", str(text)])
+    assert isinstance(result.exception, CheckpointError)
+    assert "1,000 are free; calibrate on a machine that holds it" in str(result.exception)

@@ -1,0 +1,334 @@
+"""`dynaexq plan`: the figures of published models, agreement with `patch` to the byte, and sentences for the rest."""
+
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import models
+import psutil
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3NextConfig
+from typer.testing import CliRunner
+
+import dynaexq
+from dynaexq.cli import app
+from dynaexq.errors import BudgetError, CheckpointError, SettingsError, UnsupportedModelError
+from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.hf.meta_model import skeleton_of
+from dynaexq.hf.model_size import model_size
+from dynaexq.hf.planning import dense_bytes
+from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.estimate import Forecast, ModelSize, least_card, outlook, require_fit
+from dynaexq.planning.hardware import CARDS, DISK_RATE, DRIVER_BYTES, ENCODE_RATE
+
+GIB = 2**30
+QWEN3_30B = Qwen3MoeConfig(
+    architectures=["Qwen3MoeForCausalLM"],
+    dtype="bfloat16",
+    vocab_size=151936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+)
+QWEN3_NEXT_80B = Qwen3NextConfig(
+    architectures=["Qwen3NextForCausalLM"],
+    dtype="bfloat16",
+    vocab_size=151936,
+    hidden_size=2048,
+    num_hidden_layers=48,
+    num_experts=512,
+    num_experts_per_tok=10,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    head_dim=256,
+)
+SMALL = Qwen3MoeConfig.from_dict(QWEN3_30B.to_dict() | {"num_hidden_layers": 4, "vocab_size": 1000})
+PUBLISHED = {"30B": QWEN3_30B, "80B": QWEN3_NEXT_80B}
+
+
+def saved(config: PreTrainedConfig, directory: Path) -> Path:
+    """A directory with a config.json and nothing else."""
+    config.save_pretrained(directory)
+    return directory
+
+
+def saved_of(model: PreTrainedModel, directory: Path) -> Path:
+    """The same for a model in memory, in its own dtype."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    return saved(model.config, directory)
+
+
+def card_with(budget: int, size: ModelSize) -> int:
+    """The card on which `budget` bytes, or a few more, are left for weights."""
+    return DRIVER_BYTES + int((budget + size.context) / 0.9) + 1
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSize]:
+    root = tmp_path_factory.mktemp("published")
+    return {name: model_size(saved(config, root / name)) for name, config in PUBLISHED.items()}
+
+
+def by_ladder(size: ModelSize, card: int, host_ram: int | None = None) -> dict[tuple[str, ...], Forecast]:
+    return {forecast.plan.tiers: forecast for forecast in outlook(size, card, host_ram).forecasts}
+
+
+def test_qwen3_30b_has_the_published_figures(sizes: dict[str, ModelSize]) -> None:
+    size = sizes["30B"]
+    assert (size.num_layers, size.num_experts, size.dtype) == (48, 128, "bfloat16")
+    assert size.experts / GIB == pytest.approx(54.0, abs=0.05)
+    assert (size.experts + size.dense) / GIB == pytest.approx(56.9, abs=0.05)
+    assert size.experts / (48 * 128) / 1e6 == pytest.approx(9.44, abs=0.005)
+    assert size.cache == 48 * 2 * 4 * 128 * 2 * 4096
+
+
+def test_qwen3_next_80b_has_the_published_figures(sizes: dict[str, ModelSize], tmp_path: Path) -> None:
+    size = sizes["80B"]
+    assert (size.num_layers, size.num_experts) == (48, 512)
+    assert size.experts / (48 * 512) / 1e6 == pytest.approx(6.29, abs=0.005)
+    assert 0.955 < size.experts / (size.experts + size.dense) < 0.975
+    longer = model_size(saved(QWEN3_NEXT_80B, tmp_path), max_context=5096, max_batch=3)
+    state = size.cache - 12 * 2 * 2 * 256 * 2 * 4096  # only every fourth layer has keys and values
+    assert 0 < state < 10**8
+    assert longer.cache == 3 * (state + 12 * 2 * 2 * 256 * 2 * 5096)
+
+
+def test_the_30b_fits_a_24_gb_card_with_an_int8_upgrade_for_some(sizes: dict[str, ModelSize]) -> None:
+    found = outlook(sizes["30B"], CARDS["24 GB"])
+    best = found.auto
+    assert best is found.forecasts[0]
+    assert best.plan.tiers == ("int4", "int8")
+    assert 10 < best.hot_per_layer < 40
+    assert best.plan.base_bytes == 48 * 128 * 2048 * 3 * 768 * 4.5 / 8  # 4 bits, and 32 for each group of 64
+    assert best.waiting == 48 * 128 * 2048 * 3 * 768 // 2
+    losses = [forecast.loss for forecast in found.forecasts]
+    assert losses == sorted(losses)
+    assert ("fp16",) not in by_ladder(sizes["30B"], CARDS["24 GB"])
+    assert outlook(sizes["30B"], CARDS["80 GB"]).auto.plan.tiers == ("fp16",)
+
+
+def test_every_byte_of_a_card_is_accounted_for(sizes: dict[str, ModelSize]) -> None:
+    for card in CARDS.values():
+        found = outlook(sizes["30B"], card)
+        assert card == found.driver + found.reserve + found.cache + found.activations + found.budget
+        assert all(forecast.plan.total <= found.budget for forecast in found.forecasts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss"])
+def test_the_plan_is_the_one_that_patch_makes_to_the_byte(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    size = model_size(saved_of(models.tiny_model(family, dtype), tmp_path))
+    smallest = size.dense + size.workspace + size.num_layers * size.num_experts * size.ladders[0][0].nbytes
+    seen = set()
+    for share in (1.0, 1.3, 1.6, 2.2, 4.0):
+        found = outlook(size, card_with(int(share * smallest), size))
+        model = models.tiny_model(family, dtype)
+        runtime = dynaexq.patch(model, found.budget, device="cpu", quantizer="rtn")
+        assert runtime.plan == found.auto.plan
+        assert runtime.memory()["total"] == found.auto.plan.total
+        seen.add(runtime.plan.tiers)
+        runtime.close()
+    assert len(seen) >= 3
+
+
+def test_a_card_leaves_what_auto_finds_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.tiny_qwen3_moe()
+    size = model_size(saved_of(model, tmp_path), max_context=300, max_batch=2)
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    card = DRIVER_BYTES + 2**22
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**22 - held))
+    runtime = dynaexq.patch(model, "auto", tiers=("int4",), device="cpu", max_context=300, max_batch=2)
+    assert runtime.plan.budget == outlook(size, card).budget
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gemma4_text", "nemotron_h", "minimax", "qwen3_next"])
+def test_the_skeleton_weighs_what_the_model_does(family: str, tied: bool) -> None:
+    if not models.is_known(family):
+        pytest.skip(f"this Transformers has no {family} with the experts interface")
+    model = models.tiny_model(family, torch.bfloat16, tie_word_embeddings=tied)
+    skeleton = skeleton_of(model)
+    ours, theirs = find_sparse_layers(skeleton, on_meta=True), find_sparse_layers(model)
+    assert dense_bytes(skeleton, ours) == dense_bytes(model, theirs)
+    assert [layer.shape() for layer in ours] == [layer.shape() for layer in theirs]
+
+
+def test_neither_weights_nor_a_directory_are_needed(tmp_path: Path) -> None:
+    directory = saved(QWEN3_30B, tmp_path / "model")
+    (directory / "model-00001-of-00002.safetensors").write_bytes(b"not weights")
+    from_directory, from_file = model_size(directory), model_size(directory / "config.json")
+    assert from_directory.name == "model"
+    assert from_file.name == "Qwen3MoeForCausalLM"
+    assert (from_file.experts, from_file.dense, from_file.cache) == (
+        from_directory.experts,
+        from_directory.dense,
+        from_directory.cache,
+    )
+
+
+def test_a_packed_checkpoint_offers_what_its_planes_allow_and_starts_without_quantising(tmp_path: Path) -> None:
+    model = models.tiny_model("qwen3_moe", torch.bfloat16)
+    runtime = dynaexq.patch(model, "1MiB", tiers=("int2", "int8"), group_size=32, device="cpu", quantizer="rtn")
+    model.save_pretrained(tmp_path)
+    size = model_size(tmp_path)
+    found = by_ladder(size, DRIVER_BYTES + 2**30)
+    assert found.keys() == {("int2",), ("int4",), ("int8",), ("int2", "int4"), ("int2", "int8"), ("int4", "int8")}
+    stored = found["int2", "int8"]
+    assert [forecast.plan.tiers for forecast in found.values() if forecast.is_auto] == [("int2", "int8")]
+    assert (stored.plan.base, stored.plan.upgrade) == (runtime.plan.base, runtime.plan.upgrade)
+    assert stored.plan.total == runtime.plan.total
+    assert stored.waits_in == "checkpoint"
+    assert stored.start_packed == (size.dense + stored.plan.base_bytes) / DISK_RATE
+    assert stored.start_reading is stored.start_quantizing is None
+
+
+def test_start_and_waiting_place_follow_from_the_source(sizes: dict[str, ModelSize]) -> None:
+    size = sizes["30B"]
+    found = by_ladder(size, CARDS["96 GB"], host_ram=14 * GIB)
+    assert found["fp16",].start_quantizing == 0
+    assert found["fp16",].waits_in is None
+    assert found["int4", "int8"].start_quantizing == size.num_weights / ENCODE_RATE["als"]
+    assert found["int4", "int8"].start_reading == (size.experts + size.dense) / DISK_RATE
+    assert found["int4", "int8"].waits_in == "ram"
+    assert found["int2", "int8"].waits_in == "disk"
+    assert found["int4", "fp16"].waits_in == "checkpoint"
+    assert by_ladder(size, CARDS["96 GB"])["int2", "int8"].waits_in == "ram"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_does_not_fit_is_refused_with_the_least_card_that_does(sizes: dict[str, ModelSize], name: str) -> None:
+    size = sizes[name]
+    with pytest.raises(BudgetError, match="a GPU of at least") as caught:
+        require_fit(size, outlook(size, CARDS["8 GB"]))
+    least = caught.value.least
+    assert f"at least {least:,}" in str(caught.value)
+    assert least == least_card(size)[0]
+    assert outlook(size, least).forecasts
+    assert not outlook(size, least - 1).forecasts
+    require_fit(size, outlook(size, least))
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "sentence"),
+    [
+        ("no json", CheckpointError, "cannot read the configuration"),
+        ("{}", CheckpointError, "model_type"),
+        ('{"model_type": "qwen3_moe", "hidden_size": "wide"}', CheckpointError, "hidden_size"),
+        ('{"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}', CheckpointError, "cannot read"),
+        ('{"model_type": "qwen3_moe", "hidden_size": -4}', UnsupportedModelError, "cannot build a qwen3_moe"),
+        ('{"model_type": "qwen3_moe", "num_hidden_layers": 0}', UnsupportedModelError, "expected sparse layers"),
+        ('{"model_type": "llama", "num_hidden_layers": 1}', UnsupportedModelError, "dense models need no dynaexq"),
+        ('{"model_type": "clip"}', UnsupportedModelError, "cannot build a clip"),
+        ('{"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}', CheckpointError, "'gptq'"),
+        (
+            '{"model_type": "mixtral", "quantization_config": {"quant_method": "dynaexq", "dense": "bnb-4bit"}}',
+            CheckpointError,
+            "dense='bnb-4bit'",
+        ),
+    ],
+)
+def test_a_configuration_of_no_use_is_a_sentence(
+    text: str, error: type[Exception], sentence: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    for source in (config, tmp_path):
+        with pytest.raises(error, match=sentence) as caught:
+            model_size(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_missing_path_and_a_wrong_dial_are_sentences(tmp_path: Path) -> None:
+    for missing in (tmp_path / "none", tmp_path / "none.json", Path("none.json"), tmp_path):
+        with pytest.raises(CheckpointError, match=r"expected a checkpoint directory .*config\.json"):
+            model_size(missing)
+    with pytest.raises(CheckpointError, match="cannot read the configuration of nobody/nothing"):
+        model_size(Path("nobody/nothing"))
+    with pytest.raises(SettingsError, match="max_context"):
+        model_size(saved(QWEN3_30B, tmp_path), max_context=0)
+
+
+def run(*arguments: Any) -> str:
+    result = CliRunner().invoke(app.app, ["plan", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command_shows_all_ladders_of_one_card(tmp_path: Path) -> None:
+    source = saved(QWEN3_30B, tmp_path / "Qwen3-30B-A3B")
+    text = run(source, "--gpu", "24GiB", "--host-ram", "8GiB")
+    assert text.startswith("Qwen3-30B-A3B: 48 layers of 128 experts, 54.0 GiB of 56.9 GiB in bfloat16\n")
+    shown = [tuple(line[2:13].strip().split(" + ")) for line in text.splitlines()]
+    assert [ladder for ladder in shown if ladder in LADDERS] == list(by_ladder(model_size(source), 24 * GIB))
+    starred = next(line for line in text.splitlines() if line.startswith("* int"))
+    assert starred.split()[1:8] == ["int4", "+", "int8", "21.2", "of", "128", "17%"]
+    assert 'host_copy="disk"' in text
+
+
+def test_the_command_shows_known_cards_and_says_where_nothing_fits(tmp_path: Path) -> None:
+    text = run(saved(QWEN3_30B, tmp_path))
+    lines = {name: next(line for line in text.splitlines() if line.strip().startswith(name)) for name in CARDS}
+    assert "nothing fits" in lines["8 GB"]
+    assert "int4 + int8" in lines["24 GB"]
+    assert "The least card, with all experts at int2, has 14.0 GiB." in text
+
+
+def test_the_figures_are_there_for_programs(tmp_path: Path) -> None:
+    source = saved(SMALL, tmp_path / "model")
+    size, target = model_size(source), tmp_path / "plan.json"
+    printed = json.loads(run(source, "--json", "-"))
+    assert printed["cards"].keys() == CARDS.keys()
+    assert printed["model"]["least_card"] == least_card(size)[0]
+    assert run(source, "--gpu", "3GiB", "--json", target).startswith("model: 4 layers")
+    found = outlook(size, 3 * GIB)
+    card = json.loads(target.read_text())["cards"]["3GiB"]
+    assert card["budget"] == found.budget
+    assert [tuple(ladder["tiers"]) for ladder in card["forecasts"]] == [f.plan.tiers for f in found.forecasts]
+    for ladder, expected in zip(card["forecasts"], found.forecasts, strict=True):
+        assert ladder["weights"] == expected.plan.total
+        assert ladder["slots"] == expected.plan.num_slots
+        assert ladder["is_auto"] == expected.is_auto
+
+
+def test_an_index_that_counts_something_else_is_pointed_out(tmp_path: Path) -> None:
+    source = saved(SMALL, tmp_path)
+    size = model_size(source)
+    index = source / "model.safetensors.index.json"
+    for total, remark in ((size.experts + size.dense, False), (70 * GIB, True)):
+        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": {}}))
+        assert model_size(source / "config.json").index == total
+        assert ("The index counts 70.0 GiB of weights, the configuration" in run(source)) == remark
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("nowhere.json",), "found nothing at nowhere.json"),
+        (("{model}", "--gpu", "24"), "--gpu must be a positive number of bytes"),
+        (("{model}", "--gpu", "8GiB"), "is too small for"),
+        (("{model}", "--json", "/nowhere/plan.json"), "/nowhere/plan.json"),
+    ],
+)
+def test_errors_of_the_command_are_sentences(
+    arguments: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = str(saved(QWEN3_30B, tmp_path))
+    monkeypatch.setattr("sys.argv", ["dynaexq", "plan", *(word.format(model=model) for word in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert stopped.value.code == 1
+    assert sentence in capsys.readouterr().err

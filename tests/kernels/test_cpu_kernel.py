@@ -1,0 +1,308 @@
+"""The native CPU kernel: every instruction set of this machine against the reference, its threads, its compiler.
+
+What every kernel must do is in test_kernels.py; here is what only this one has.
+"""
+
+import ctypes
+import logging
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from numerics import assert_close
+from test_kernels import EXPERTS, GATED, TOLERANCE, UPGRADED, Case, case, distinct_choices
+from torch.nn import functional as F
+
+from dynaexq.hf.activations import activation_name
+from dynaexq.kernels import cpu, reference
+from dynaexq.kernels.cpu import build, native, threads, torch_path
+from dynaexq.memory import RoutingCounter
+from dynaexq.planning.budget import LADDERS
+from dynaexq.types import ExpertShape, split_entry
+
+CODED = [*(tiers for tiers in LADDERS if tiers != ("fp16",)), ("int2", "fp16")]
+HELPERS = Path(__file__).parent.parent / "helpers"
+AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
+
+# Columns of the two matrices: blocks of 256, 128 and 64, padding; rows that no tile, panel or vector divides.
+UGLY = {
+    "256 and 128": ExpertShape(256, 128, 256, has_bias=False, transposed=False),
+    "128 and 320, bias": ExpertShape(128, 320, 640, has_bias=True, transposed=False),
+    "704 and 72": ExpertShape(704, 72, 144, has_bias=False, transposed=False),
+    "200 and 90, transposed, bias": ExpertShape(200, 90, 180, has_bias=True, transposed=True),
+    "no gate, 80 and 130": ExpertShape(80, 130, 130, has_bias=True, transposed=False),
+}
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX2 on Linux")
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler() -> None:
+    try:
+        build.find_compiler()
+    except build.Unavailable as missing:
+        pytest.skip(str(missing))
+
+
+def fused(tiers: tuple[str, ...], dtype: torch.dtype, shape: ExpertShape, num_tokens: int, **dials) -> Case:
+    name = "silu" if shape.up_rows == 2 * shape.intermediate_size else "relu2"
+    return case(tiers, dtype, shape, distinct_choices(num_tokens, 3), activation_name=name, **dials)
+
+
+def check(name: str, got: Case, kernel: build.Kernel | None = None) -> None:
+    layer, dtype = got.layer, got.hidden_states.dtype
+    run = cpu.native_layer(layer, dtype) if kernel is None else native.NativeLayer(layer, dtype, kernel)
+    assert run is not None, "the native kernel takes every coded layer"
+    output = run(got.hidden_states, got.top_k_index, got.top_k_weights, got.upgrades.entries)
+    assert_close(name, got.run(reference.expert_mlp), output, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40], ids="{} tokens".format)
+@pytest.mark.parametrize("tiers", CODED, ids="+".join)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_few_rows_and_many_follow_the_reference_in_every_format(tiers, dtype, num_tokens):
+    for name, shape in UGLY.items():
+        check(f"{tiers} {dtype} {name}", fused(tiers, dtype, shape, num_tokens))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("tiers", CODED, ids="+".join)
+def test_every_group_size_follows_the_reference(tiers, group_size):
+    for num_tokens in (2, 30):
+        check(
+            f"{tiers} {group_size}",
+            fused(tiers, torch.bfloat16, UGLY["256 and 128"], num_tokens, group_size=group_size),
+        )
+
+
+@pytest.mark.parametrize("target", AVAILABLE[1:], ids=lambda target: target.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lesser_instruction_sets_follow_the_reference(target, dtype):
+    kernel = build.open_kernel(build.compiled(target, all_bfloat16=True))
+    for tiers in CODED:
+        for name, shape in UGLY.items():
+            for num_tokens in (3, 40):
+                check(f"{target.name} {tiers} {name}", fused(tiers, dtype, shape, num_tokens), kernel)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 60])
+def test_the_result_does_not_depend_on_the_number_of_threads(num_tokens):
+    shape = ExpertShape(512, 320, 640, has_bias=False, transposed=False)
+    got = fused(("int4", "fp16"), torch.bfloat16, shape, num_tokens)
+    alone = got.run(cpu.expert_mlp)
+    try:
+        for number in (2, 3, 4):
+            torch.set_num_threads(number)
+            assert_close(f"{number} threads", alone, got.run(cpu.expert_mlp), 0)
+    finally:
+        torch.set_num_threads(1)
+    assert threads.parallel(), "PyTorch's threads were found, else this test shows nothing"
+
+
+def test_a_forked_child_computes_the_same_on_one_thread():
+    got = fused(("int4",), torch.bfloat16, ExpertShape(512, 320, 640, False, False), 60)
+    program = "\n".join(
+        [
+            "import os, sys, torch",
+            f"sys.path[:0] = {[str(Path(__file__).parent), str(HELPERS)]!r}",
+            "from test_cpu_kernel import *",
+            "torch.set_num_threads(2)",
+            "got = fused(('int4',), torch.bfloat16, ExpertShape(512, 320, 640, False, False), 60)",
+            "before = got.run(cpu.expert_mlp)",
+            "child = os.fork()",
+            "if child == 0: os._exit(0 if torch.equal(got.run(cpu.expert_mlp), before) else 1)",
+            "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))",
+        ]
+    )
+    got.run(cpu.expert_mlp)  # compiled before the clock of the child runs
+    assert subprocess.run((sys.executable, "-W", "ignore", "-c", program), timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("silu", F.silu),
+        ("gelu", F.gelu),
+        ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ("relu", F.relu),
+        ("relu2", lambda x: F.relu(x).square()),
+    ],
+)
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+def test_a_named_activation_is_what_its_name_says(name, function, gated):
+    got = case(("int8",), torch.float32, GATED if gated else replace(GATED, up_rows=32), distinct_choices(40, 3))
+    activation = (lambda rows: function(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1]) if gated else function
+    layer = replace(got.layer, activation=activation, activation_name=name)
+    check(name, replace(got, layer=layer, hidden_states=got.hidden_states * 20))  # far into both tails
+
+
+def test_an_activation_without_a_name_runs_in_python_over_all_rows_at_once():
+    calls = []
+
+    def clamped(rows):
+        calls.append(len(rows))
+        gate, up = rows.chunk(2, -1)
+        return F.silu(gate.clamp(max=1)) * up
+
+    got = case(
+        ("int4", "int8"), torch.bfloat16, UGLY["128 and 320, bias"], torch.tensor([[0, -1], [EXPERTS, 3], [3, 7]])
+    )
+    got = replace(got, layer=replace(got.layer, activation=clamped))
+    fast = got.run(cpu.expert_mlp)
+    assert calls == [6]
+    assert_close("clamped", got.run(reference.expert_mlp), fast, TOLERANCE[torch.bfloat16])
+
+
+def test_rows_of_another_dtype_than_the_model_are_taken():
+    got = fused(("int4", "fp16"), torch.bfloat16, UGLY["256 and 128"], 12)
+    got = replace(got, hidden_states=got.hidden_states.float())
+    codec_in_float32 = got.run(reference.expert_mlp)
+    check_against = cpu.native_layer(got.layer, torch.float32)
+    output = check_against(got.hidden_states, got.top_k_index, got.top_k_weights, got.upgrades.entries)
+    assert_close("float32 rows", codec_in_float32, output, 2**-7)  # the reference multiplies bfloat16 experts as such
+
+
+def test_routing_is_counted_as_the_counter_of_the_device_counts_it():
+    index = torch.tensor([[0, 3, EXPERTS], [-1, 3, 7], [5, 0, 2]])
+    got = case(("int4",), torch.float32, top_k_index=index)
+    weights = torch.tensor([[0.3, 0.7, 1.0], [float("nan"), float("inf"), -1.0], [1e9, 2**-21, 1.5 * 2**-20]])
+    expected, found = (RoutingCounter(2, EXPERTS, torch.device("cpu")) for _ in range(2))
+    for _ in range(2):
+        expected.observe(1, index, weights)
+        layer = cpu.native_layer(got.layer, torch.float32)
+        layer(got.hidden_states, index, weights, got.upgrades.entries, found.row(1, index.shape[1]))
+    assert found.sums.tolist() == expected.sums.tolist()
+
+
+def test_what_the_kernel_does_not_do_goes_to_torch():
+    assert cpu.native_layer(case(("fp16",)).layer, torch.bfloat16) is None
+    assert cpu.native_layer(case(("int4",), post_norm=torch.nn.Identity()).layer, torch.bfloat16) is None
+    assert cpu.native_layer(case(("int4",)).layer, torch.float64) is None
+    assert cpu.native_layer(case(("int4",)).layer, torch.bfloat16) is not None
+
+
+@pytest.fixture
+def _fresh_loader(monkeypatch):
+    build.load.cache_clear()
+    yield
+    monkeypatch.undo()
+    build.load.cache_clear()
+
+
+@pytest.mark.usefixtures("_fresh_loader")
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"DYNAEXQ_CPU_KERNEL": "torch"}, "DYNAEXQ_CPU_KERNEL=torch"),
+        ({"DYNAEXQ_CPU_KERNEL": "neon"}, "expected a Linux machine with neon"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler found"),
+        ({"CXX": "false"}, "failed"),
+        ({"DYNAEXQ_CACHE_DIR": "/dev/null/nowhere"}, "set DYNAEXQ_CACHE_DIR"),
+    ],
+)
+def test_without_a_kernel_torch_takes_over_and_the_log_says_why_once(monkeypatch, caplog, tmp_path, variables, reason):
+    got = fused(("int4",), torch.bfloat16, GATED, 4)
+    for name, value in ({"DYNAEXQ_CACHE_DIR": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert_close("torch", got.run(torch_path.expert_mlp), got.run(cpu.expert_mlp), 0)
+            got.layer.prepared.clear()
+    assert len(caplog.messages) == 1
+    assert reason in caplog.messages[0]
+
+
+def test_a_kernel_is_compiled_once_and_kept_under_its_source_compiler_flags_and_cpu(monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho run >> "$0.runs"\nfor last; do :; done\n: > "$last"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DYNAEXQ_CACHE_DIR", str(tmp_path / "cache"))
+    libraries = {build.compiled(AVAILABLE[-1], False, flags) for flags in ((), (), ("-g",))}
+    assert len(libraries) == 2
+    assert len(Path(f"{compiler}.runs").read_text().splitlines()) == 2
+    assert set((tmp_path / "cache").iterdir()) == libraries, "nothing unfinished is left"
+    monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"another"}))
+    assert build.compiled(AVAILABLE[-1], False) not in libraries
+
+
+def test_only_the_standard_gate_has_a_name():
+    class Experts:
+        has_gate, is_concatenated, act_fn = True, True, torch.nn.SiLU()
+
+        def _apply_gate(self, rows):
+            return rows
+
+    experts = Experts()
+    assert activation_name(experts) is None
+    from transformers.integrations.moe import _default_apply_gate
+
+    Experts._apply_gate = _default_apply_gate
+    assert activation_name(experts) == "silu"
+    experts._apply_gate = lambda rows: rows
+    assert activation_name(experts) is None
+    del experts._apply_gate
+    Experts.is_concatenated = False
+    assert activation_name(experts) is None
+    Experts.is_concatenated, Experts.act_fn = True, torch.nn.Mish()
+    assert activation_name(experts) is None
+
+
+SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory) -> Path:
+    """The kernel under a driver of its own, compiled so that any byte read or written out of place ends it."""
+    target, driver = AVAILABLE[0], tmp_path_factory.mktemp("sanitized") / "driver"
+    flags = [flag for flag in (*build.FLAGS, *target.flags) if flag not in ("-O3", "-shared", "-fPIC")]
+    sources = [str(HELPERS / "cpu_kernel_driver.cpp"), f"-I{build.SOURCES}", "-lpthread"]
+    define = ["-DDYNAEXQ_BFLOAT16"] if target is build.AVX512_BF16 else []
+    command = [build.find_compiler(), *flags, *SANITIZED, *define, *sources, "-o", str(driver)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "cannot find -l" in done.stderr:
+        pytest.skip("the compiler comes without its sanitizers")
+    assert done.returncode == 0, done.stderr
+    return driver
+
+
+def pad(data: bytes) -> bytes:
+    return len(data).to_bytes(8, "little") + data
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize(
+    "tiers", [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16")], ids="+".join
+)
+def test_no_byte_is_read_or_written_out_of_place(sanitized, tmp_path, tiers):
+    for shape in UGLY.values():
+        for num_tokens in (1, 40):
+            got = fused(tiers, torch.bfloat16, shape, num_tokens)
+            layer, upgrades = native._describe(got.layer), got.upgrades
+            call = native._Call(0, 0, 0, 0, 0, *got.top_k_index.shape, 0, native.WHOLE, 3, 1)
+            kinds = upgrades.entries & 0xFF
+            parts = [bytes(layer), bytes(call), bits(got.layer.base), bits(kinds)]
+            parts += [bits(part) for part in (got.hidden_states, got.top_k_index, got.top_k_weights.float())]
+            parts += [bits(upgrades.bytes_at(split_entry(int(upgrades.entries[expert]))[0])) for expert in UPGRADED]
+            (tmp_path / "case").write_bytes(b"".join(map(pad, parts)))
+            done = subprocess.run((sanitized, tmp_path / "case", tmp_path / "output"), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            output = torch.frombuffer(bytearray((tmp_path / "output").read_bytes()), dtype=torch.bfloat16)
+            expected = got.run(reference.expert_mlp)
+            assert_close(f"{tiers} {shape}", expected, output.view_as(expected), TOLERANCE[torch.bfloat16])
+
+
+def test_structures_have_the_sizes_that_c_gives_them():
+    assert ctypes.sizeof(native._Part) == 16
+    assert ctypes.sizeof(native._Reading) == 8 * 11
+    assert ctypes.sizeof(native._Matrix) == 8 * (5 + 2 * 11)
+    assert ctypes.sizeof(native._Layer) == 8 * (2 * 27 + 7)
+    assert ctypes.sizeof(native._Call) == 8 * 14

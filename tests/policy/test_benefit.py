@@ -1,0 +1,182 @@
+"""Is it worth it here: the averages, when moves pause and resume, and what is said; in the abstract and on a model."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from shifting import AMPLE, EVENING, MORNING, patched, run, upgraded
+
+import dynaexq
+from dynaexq.policy import Average, Stance, Verdict, is_worth_it, lift
+from dynaexq.policy.auto_pause import LEAST_PATIENCE, Watch
+from dynaexq.policy.benefit import CHANCE_ERRORS, PAUSE_BELOW, RESUME_ABOVE
+from dynaexq.settings import Settings
+
+PATIENCE, WINDOW = 400, 8
+KEEP = 0.5 ** (WINDOW / 100)
+
+
+def history(advantages: list[float], variance: float = 0.0) -> list[bool]:
+    """Whether moves are paused after each of these windows."""
+    stance, paused = Stance(), []
+    for advantage in advantages:
+        stance = stance.observed(advantage, WINDOW, KEEP, variance).reviewed(PATIENCE)
+        paused.append(stance.paused)
+    return paused
+
+
+def changes(paused: list[bool]) -> list[int]:
+    """Windows at which the stance differs from the one before; it begins paused."""
+    return np.flatnonzero(np.diff([True, *paused])).tolist()
+
+
+advantages = st.lists(st.floats(-1, 1), min_size=1, max_size=400)
+
+
+@given(advantages)
+def test_however_the_traffic_behaves_it_pauses_only_after_patience(series):
+    at = changes(history(series))
+    resumed, paused_again = at[::2], at[1::2]
+    for begun, ended in zip(resumed, paused_again, strict=False):
+        assert (ended - begun) * WINDOW >= PATIENCE
+    assert len(at) <= 2 * (1 + len(series) * WINDOW // PATIENCE)
+
+
+@given(st.floats(-1, 1))
+def test_a_steady_advantage_changes_the_stance_at_most_once(advantage):
+    assert len(changes(history([advantage] * 300))) <= 1
+
+
+@given(st.lists(st.floats(PAUSE_BELOW, RESUME_ABOVE), min_size=1, max_size=300), st.booleans())
+def test_between_the_two_thresholds_nothing_changes(series, following):
+    stance = Stance(paused=not following)
+    for advantage in series:
+        stance = stance.observed(advantage, WINDOW, KEEP, 0.0).reviewed(PATIENCE)
+        assert stance.paused is not following
+
+
+def test_it_resumes_at_once_when_following_pays_and_pauses_when_it_has_stopped_to():
+    paused = history([0.0] * 100 + [0.3] * 100 + [0.0] * 300)
+    resumed, paused_again = changes(paused)
+    assert 100 <= resumed < 130
+    assert 200 < paused_again <= 200 + 2 * PATIENCE // WINDOW
+
+
+def test_what_chance_explains_ends_no_pause():
+    assert changes(history([0.3] * 50, variance=0.0)) != []
+    assert changes(history([0.3] * 50, variance=1e3)) == []
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.0, 0.99)), min_size=1, max_size=30))
+def test_an_average_is_the_weighted_mean_and_its_doubt_never_below_that_of_chance(windows):
+    average, weights = Average(), []
+    for value, keep in windows:
+        average = average.add(value, keep, variance=4.0)
+        weights = [weight * keep for weight in weights] + [1 - keep]
+    values = [value for value, _ in windows]
+    assert average.mean == pytest.approx(np.average(values, weights=weights), abs=1e-9)
+    chance = 2 * np.sqrt(np.square(weights).sum()) / np.sum(weights)
+    assert average.doubt >= CHANCE_ERRORS * chance * (1 - 1e-9)
+    assert chance <= 2 + 1e-9
+
+
+def test_an_empty_average_claims_nothing():
+    assert (Average().mean, Average().doubt) == (0.0, 0.0)
+
+
+@given(st.floats(0, 1), st.floats(0.01, 0.99))
+def test_lift_is_zero_without_skill_and_one_for_all(removed, even):
+    assert lift(even, even) == 0
+    assert lift(1.0, even) == pytest.approx(1.0)
+    assert is_worth_it(removed, even) == (removed - even >= 0.1 * (1 - even))
+
+
+def flat_windows(rng: np.random.Generator, shape: tuple[int, int], top_k: int) -> np.ndarray:
+    return rng.multinomial(WINDOW * top_k, np.full(shape[1], 1 / shape[1]), size=shape[0]) / top_k
+
+
+def test_flat_traffic_never_ends_the_pause_and_is_not_worth_it():
+    shape, top_k = (4, 32), 4
+    watch, rng = Watch(np.ones(shape), Settings()), np.random.default_rng(0)
+    held = np.arange(128).reshape(shape) % 5 == 0
+    seen = np.zeros(shape)
+    for _ in range(2 * LEAST_PATIENCE // WINDOW):
+        mass = flat_windows(rng, shape, top_k)
+        watch.observe(mass, np.full(4, WINDOW), held, top_k)
+        seen = 0.99 * seen + mass
+        watch.review(seen >= np.sort(seen.ravel())[-held.sum()], held, frozen=False)
+        assert watch.paused
+    verdict = watch.verdict(held, frozen=False)
+    assert verdict.worth_it is False
+    assert verdict.removed == pytest.approx(held.mean(), abs=0.02)
+    assert str(verdict).startswith("Not worth it here")
+
+
+@pytest.mark.parametrize(
+    ("dials", "may_pause"),
+    [({}, True), ({"auto_pause": False}, False), ({"policy": "frozen"}, False), ({"policy": max}, False)],
+)
+def test_only_topn_pauses_by_itself(dials: dict[str, Any], may_pause: bool):
+    assert Watch(np.ones((1, 4)), Settings(**dials)).paused is may_pause
+
+
+def verdict_of(**changed: Any) -> Verdict:
+    counts = {"worth_it": True, "following": True, "tokens": 5000, "needed": 4096}
+    shares = {"even": 0.2, "coverage": 0.6, "removed": 0.6, "removed_by_start": 0.2, "advantage": 0.1}
+    return Verdict(**counts | shares | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "Worth it: the upgraded 20% of the experts remove 60% of the error that upgrades can, the choice"),
+        ({"following": False}, "Worth it, and holding still serves as well for now: the upgraded 20%"),
+        ({"worth_it": False, "removed": 0.21}, "Not worth it here: the upgraded 20% of the experts remove 21%"),
+        ({"worth_it": None, "tokens": 10}, "Too early to tell: 10 of 4,096 tokens were seen."),
+        ({"even": 0.0}, "Nothing to decide: no expert can be upgraded."),
+        ({"even": 1.0}, "Nothing to decide: every expert is upgraded."),
+    ],
+)
+def test_the_verdict_is_a_sentence(changed: dict[str, Any], said: str):
+    assert str(verdict_of(**changed)).startswith(said)
+
+
+def test_a_model_says_whether_it_is_worth_it_and_pauses_and_follows_again():
+    model = patched(half_life=8)
+    rt = model.dynaexq
+    tiny.steer(model, MORNING)
+    run(model, 6)
+    assert rt.verdict().worth_it is None
+    assert rt.verdict().following
+    long = tiny.prompt(batch=8, length=64)
+    for _ in range(LEAST_PATIENCE // long.numel() + 2):
+        tiny.logits(model, long)
+    assert upgraded(model) == [[0, 1], [2, 3]]
+    verdict = rt.verdict()
+    assert verdict.worth_it
+    assert not verdict.following
+    assert verdict.removed > 0.9 > verdict.removed_by_start
+    assert "holding still serves as well" in " ".join(str(rt.report()).split())
+    tiny.steer(model, EVENING)
+    run(model, 12)
+    assert upgraded(model) == [[6, 7], [0, 5]]
+    assert rt.verdict().following
+
+
+def test_a_paused_model_still_fills_empty_slots():
+    model = patched(half_life=8)
+    rt = model.dynaexq
+    assert not rt.verdict().following
+    rt.set_budget(rt.memory()["total"] + 2 * rt.plan.upgrade.nbytes)
+    run(model, 2)
+    assert rt.stats()["upgraded"] == rt.stats()["slots"] == 6
+
+
+def test_one_tier_leaves_nothing_to_decide():
+    model = tiny.tiny_qwen3_moe()
+    rt = dynaexq.patch(model, AMPLE, tiers=("int4",), quantizer="rtn", tick_every=1)
+    run(model, 3)
+    assert str(rt.verdict()) == "Nothing to decide: no expert can be upgraded."
