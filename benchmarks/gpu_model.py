@@ -32,7 +32,8 @@ from dynaexq.hf.save import save_packed
 from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
-from dynaexq.weights.quantize_experts import Placed, open_store
+from dynaexq.weights.quantize_experts import open_store
+from dynaexq.weights.sources import Placed
 
 QWEN3_30B = {
     "vocab_size": 151936,

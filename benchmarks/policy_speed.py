@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dynaexq.policy.controller import Control, HotnessTracker
+from dynaexq.policy.controller import Control
+from dynaexq.policy.hotness import HotnessTracker
 from dynaexq.policy.rate_limit import TrafficLimit
 from dynaexq.settings import Settings
 

@@ -26,9 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import kl_divergence
-from dynaexq.hf.calibration import gather_moments
+from dynaexq.hf.calibration import gather_moments, own_words
 from dynaexq.hf.discovery import find_sparse_layers
-from dynaexq.hf.ownwords import own_words
 from dynaexq.quantization import ExpertCodec, ExpertWeights, Moments
 
 WINDOW = 128

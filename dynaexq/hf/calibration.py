@@ -17,17 +17,19 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynaexq.checkpoint import Shard, ShardWriter
-from dynaexq.errors import CheckpointError
+from dynaexq.errors import CheckpointError, UnsupportedModelError
 from dynaexq.hf.checkpoint_source import checkpoint_files
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.meta_model import read_config
-from dynaexq.hf.ownwords import own_words
 from dynaexq.quantization import BLOCK, Moments
 from dynaexq.settings import Settings
 
 WINDOW_TOKENS = 512
+
+
 MOST_TOKENS = 2**17
 """What is read of a text; the moments of an expert that gets a fiftieth of them have settled by then."""
+
 
 KIND = "dynaexq-moments"
 
@@ -200,3 +202,50 @@ class _Gathered:
         """Second moments `[H, H]` and `[E, B, 64, 64]`, and tokens `[E]`, on the CPU."""
         mass = self.mass.clamp_min(1e-12)
         return (self.up / mass[-1]).cpu(), (self.down / mass[:-1, None, None, None]).cpu(), self.tokens.cpu()
+
+
+WINDOWS, LENGTH, AT_ONCE = 64, 512, 16
+"""What `calibrate` asks for: 32,768 tokens, 16 windows at a time."""
+
+
+@torch.no_grad()
+def own_words(model: Any, count: int = WINDOWS, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
+    """`count` windows of `length` token ids, sampled from the model's own distribution, nothing cut off.
+
+    They start at the token that begins a text, or else at one that ends it. The random state of the caller stays as
+    it is.
+
+    Raises:
+        UnsupportedModelError: the model has no `generate`.
+    """
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"expected a model that generates text, so that it can write its own to be calibrated on, got a "
+            f"{type(model).__name__}; pass windows of token ids"
+        )
+    start = torch.full((1, 1), _first_token(model), device=next(model.parameters()).device)
+    windows: list[Tensor] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while len(windows) < count:
+            prompt = start.expand(min(AT_ONCE, count - len(windows)), 1)
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+            )
+            windows += written.cpu()
+    return windows
+
+
+def _first_token(model: Any) -> int:
+    config = model.config.get_text_config()
+    for token in (config.bos_token_id, config.eos_token_id):
+        if token is not None:
+            return token[0] if isinstance(token, list) else token
+    return 0

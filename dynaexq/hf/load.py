@@ -25,7 +25,8 @@ from dynaexq.runtime.multi_device import RuntimeGroup
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
 from dynaexq.weights.packed_experts import EarlyReading, PackedSupply, packed_shape
-from dynaexq.weights.quantize_experts import QuantizedSupply, Supply
+from dynaexq.weights.quantize_experts import QuantizedSupply
+from dynaexq.weights.sources import Supply
 
 GUARD = "dynaexq_must_be_imported"
 """A key in packed checkpoints that speaks to whoever loads one without dynaexq; see `saving`."""

@@ -6,22 +6,38 @@ runtime, a quantizer and guards (`attach`). It decides nothing, and both doors u
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from dynaexq.errors import UnpatchError
-from dynaexq.hf.activations import activation_name
-from dynaexq.hf.adoption import adopt, release
 from dynaexq.hf.compat import install_output_capturing, is_distributed
-from dynaexq.hf.discovery import SparseLayer
+from dynaexq.hf.discovery import SparseLayer, activation_name
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.moe import DynaExqMoE
 from dynaexq.runtime.runtime import Runtime
-from dynaexq.weights.quantize_experts import ExpertSource
+from dynaexq.weights.sources import ExpertSource
+
+
+def adopt(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Make `module` an instance of `mixin` as well, in place."""
+    module.__class__ = _adopted_class(mixin, type(module))  # type: ignore[arg-type]
+
+
+def release(module: nn.Module) -> None:
+    """Give an adopted module its own class back."""
+    module.__class__ = type(module).__bases__[1]
+
+
+@cache
+def _adopted_class(mixin: Any, family: Any) -> Any:
+    # The mixin's name stays in front, so that a printed model shows where it was patched.
+    name = f"{mixin.__name__}[{family.__name__}]"
+    return type(name, (mixin, family), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+
 
 RECORD = "_dynaexq_installation"
 """The attribute of a patched model that holds its `Installation`."""

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dynaexq.errors import CheckpointError
-from dynaexq.hf.capacity import context_bytes
 from dynaexq.hf.checkpoint_source import INDEX
 from dynaexq.hf.config import METHOD, DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.meta_model import build_skeleton, quantization_method, read_config
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec
+from dynaexq.hf.planning import choose_ladders, context_bytes, dense_bytes, make_codec
 from dynaexq.memory import DeviceMemory
 from dynaexq.planning.budget import LADDERS
 from dynaexq.planning.estimate import Ladder, ModelSize

@@ -21,9 +21,11 @@ from dynaexq.hf.model_patch import RECORD, Installation
 from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.save import save_packed
+from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
-from dynaexq.weights.quantize_experts import ExpertSource, QuantizedSupply, held_tensors, weight_bytes
+from dynaexq.weights.quantize_experts import QuantizedSupply
+from dynaexq.weights.sources import ExpertSource
 
 
 @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dynaexq.kernels import cpu, reference
-from dynaexq.kernels.exchange import PlainExchange
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
+from dynaexq.memory.graph_sync import PlainExchange
 
 logger = logging.getLogger(__name__)
 

@@ -2,10 +2,9 @@
 
 from dynaexq.memory.copy_engine import CudaCopier, EagerCopier, ManualCopier, copier_for, leave_captures_alone
 from dynaexq.memory.device_memory import DeviceMemory
-from dynaexq.memory.echo import EchoFence
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.fences import Fence, ManualFence, ReaderFence, StreamFence
-from dynaexq.memory.graph_sync import Exchange, HostWords
+from dynaexq.memory.graph_sync import EchoFence, Exchange, HostWords
 from dynaexq.memory.host_store import DiskStore, HostStore, RamStore
 from dynaexq.memory.pinned import on_device
 from dynaexq.memory.routing_counter import RoutingCounter

@@ -1,15 +1,15 @@
 """All that one runtime owns on the device: base slab, upgrade slots, expert table, routing counter, their fence."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dynaexq.memory.echo import EchoFence
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.fences import Fence, ReaderFence, StreamFence
-from dynaexq.memory.graph_sync import Exchange, HostWords
+from dynaexq.memory.graph_sync import EchoFence, Exchange, HostWords
 from dynaexq.memory.routing_counter import RoutingCounter
 from dynaexq.memory.slab_pool import SlabPool, allocate_bytes
 
@@ -94,3 +94,27 @@ class DeviceMemory:
         if device.type == "cuda":
             return partial(torch.cuda.synchronize, device)
         return lambda: order.wait(order.mark())
+
+
+_PROBE_BYTES = 32 * 2**20
+
+
+def bytes_per_second(limit: int | float | str | None, device: torch.device) -> float | None:
+    """What `Settings.traffic_limit` allows on `device`: a float is a share of the link, which is measured for it."""
+    if isinstance(limit, float):
+        return limit * measure_link(device)
+    return None if limit is None else float(limit)
+
+
+def measure_link(device: torch.device) -> float:
+    """Bytes a second from host memory to `device`, best of three copies of 32 MiB."""
+    source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = allocate_bytes(_PROBE_BYTES, device)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        best = min(best, time.perf_counter() - start)
+    return _PROBE_BYTES / best

@@ -18,16 +18,18 @@ This module knows neither what an entry means nor when memory may be used again;
 
 import threading
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dynaexq.memory.pinned import PageLocked, on_device
-from dynaexq.memory.release import release
+from dynaexq.memory.fences import Fence
+from dynaexq.memory.pinned import PageLocked, on_device, release
 from dynaexq.memory.slab_pool import allocate_bytes
-from dynaexq.types import EPOCH, SEEN, STEPS, WORDS_AHEAD
+from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
 
 
 class Exchange(Protocol):
@@ -89,3 +91,69 @@ class HostWords:
 def _unlock(locked: PageLocked, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # forwards that were queued when their model was forgotten
     locked.close()
+
+
+class PlainExchange:
+    """On tensors of one memory: what others must do. A CPU has no graphs and needs none; it serves as the truth."""
+
+    def fetch(self, words: Tensor, entries: Tensor) -> None:
+        """Copy the table in `words [*]` to `entries [L, E]`, `found` to `fetched`, the epoch to `found`."""
+        words[FETCHED] = words[FOUND]
+        words[FOUND] = words[EPOCH]
+        entries.view(-1).copy_(words[WORDS_AHEAD:][: entries.numel()])
+
+    def report(self, words: Tensor, sums: Tensor, steps: int) -> None:
+        """Copy `fetched` to `seen` and `sums [L, E + 2]` to the counts, and add `steps`."""
+        words[-sums.numel() :].copy_(sums.view(-1))
+        words[STEPS] += steps
+        words[SEEN] = words[FETCHED]
+
+
+class EchoFence:
+    """The fence of a device that fetches the table itself, forward by forward, eager or replayed.
+
+    A ticket is an epoch, begun after a slot was taken out of the host's table. It passes when the device reports it,
+    or a later one, in `seen`. Why nobody reads the slot from then on:
+
+    1. Forwards, eager or replayed, run on the device one after the other; so fetches, reads and reports have an order.
+    2. Let R be the report and F the last fetch before it. F took `fetched` from `found`, where the fetch before F had
+       left it. So that one had found the epoch, and with it the store that took the slot out; F, which came later,
+       fetched a table without the slot. So does every fetch after F.
+    3. What was read before F is over. What is read after F, in that forward or any later one, with a fetch of its own
+       or without (a backward pass), finds a table that F or a later fetch has left, and so not the slot.
+
+    No order is asked of what happens within a fetch, and no bound on how late a report becomes visible: that only
+    delays. Such a bound is what a bare count of ended forwards would need: counted from after the store, one more
+    would do for readers that fetch if reports were visible at once, n + 1 more where n may be on their way. The echo
+    comes with the second forward that begins after the store.
+
+    Args:
+        order: what keeps eager forwards one after the other when they change streams.
+        fetch: have the device fetch now.
+        synchronize: return when everything that was queued has ended, on whatever stream a replay runs.
+    """
+
+    def __init__(self, words: HostWords, order: Fence, fetch: Callable[[], None], synchronize: Callable[[], None]):
+        self._words, self._order, self._fetch, self._synchronize = words, order, fetch, synchronize
+        self._rested = 0
+
+    def reading(self) -> AbstractContextManager[None]:
+        return self._order.reading()
+
+    def writing(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the host's table is written by the host
+
+    def mark(self) -> int:
+        return self._words.begin_epoch()
+
+    def passed(self, ticket: int) -> bool:
+        return max(self._rested, self._words.seen) >= ticket
+
+    def wait(self, ticket: int) -> None:
+        if self.passed(ticket):
+            return
+        epoch = self._words.epoch
+        self._synchronize()  # no forward may ever come; and a fetch on its way may bring what it read long ago
+        self._fetch()
+        self._synchronize()
+        self._rested = epoch

@@ -8,6 +8,8 @@ some hundred megabytes of a card that the model may not even be on, and that may
 
 import contextlib
 import weakref
+from collections import deque
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -15,8 +17,16 @@ import torch
 from torch import Tensor
 
 from dynaexq.errors import StoreError
-from dynaexq.memory.release import release
 from dynaexq.memory.slab_pool import allocate_bytes
+
+_put_off: deque[Callable[[], object]] = deque()
+
+
+def release(act: Callable[[], object]) -> None:
+    """Call `act`, and what was put off before; put it off, until the next call, while this thread captures a graph."""
+    _put_off.append(act)
+    while _put_off and not torch.cuda.is_current_stream_capturing():
+        _put_off.popleft()()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -15,7 +15,7 @@ import numpy as np
 from dynaexq.memory.copy_engine import Copier, Copy
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.host_store import HostStore
-from dynaexq.memory.release import release
+from dynaexq.memory.pinned import release
 from dynaexq.memory.slab_pool import SlabPool, Slot
 from dynaexq.types import Transition
 

@@ -4,53 +4,18 @@
 pure functions of `policy`. `Control` joins them to the traffic limit and to the watch. None of them touches memory.
 """
 
-from typing import Protocol
-
 import numpy as np
 
 from dynaexq.errors import SettingsError
 from dynaexq.policy.auto_pause import Watch
 from dynaexq.policy.benefit import Verdict
-from dynaexq.policy.hotness import decay_by_tokens, prior_hotness, update_hotness
+from dynaexq.policy.hotness import HotnessTracker
 from dynaexq.policy.rate_limit import TrafficLimit
 from dynaexq.policy.selection import slots_per_row, threshold, top_n, transitions
 from dynaexq.settings import Settings
 from dynaexq.types import Transition
 
 _NEVER_BEATEN = 1e12  # a margin that lets no newcomer in, whatever its score
-
-
-class Counts(Protocol):
-    """Where routing counts come from: the device's `RoutingCounter`, or a trace."""
-
-    top_k: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(layers, experts)."""
-
-    def drain(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mass `[L, E]` and tokens `[L]` since the last drain."""
-
-
-class HotnessTracker:
-    """Counts and the moving average of them, `hotness [L, E]`."""
-
-    def __init__(self, counter: Counts, settings: Settings):
-        self.counter = counter
-        self.hotness = prior_hotness(*counter.shape)
-        self._settings = settings
-
-    def update(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Take in what was counted over the last `steps` forwards; returns that mass `[L, E]` and tokens `[L]`."""
-        mass, tokens = self.counter.drain()
-        if self._settings.alpha is not None:
-            keep = np.full(len(tokens), self._settings.alpha**steps)
-        else:
-            assert self._settings.half_life is not None, "settings fill in one of the two"
-            keep = decay_by_tokens(tokens, self._settings.half_life)
-        self.hotness = update_hotness(self.hotness, mass, tokens, keep)
-        return mass, tokens
 
 
 class PrecisionController:

@@ -4,7 +4,11 @@ Shapes: L layers, E experts a layer. An observation of N tokens in a layer is th
 `c[l, e] = (1 / N) * sum of p[l, t, e] over the tokens t that chose e`, zero for experts nobody chose.
 """
 
+from typing import Protocol
+
 import numpy as np
+
+from dynaexq.settings import Settings
 
 
 def prior_hotness(num_layers: int, num_experts: int) -> np.ndarray:
@@ -32,3 +36,36 @@ def update_hotness(hotness: np.ndarray, mass: np.ndarray, tokens: np.ndarray, ke
     observed = mass / np.maximum(tokens, 1)[:, None]
     keep = np.where(tokens > 0, keep, 1.0)[:, None]
     return keep * hotness + (1 - keep) * observed
+
+
+class Counts(Protocol):
+    """Where routing counts come from: the device's `RoutingCounter`, or a trace."""
+
+    top_k: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, experts)."""
+
+    def drain(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mass `[L, E]` and tokens `[L]` since the last drain."""
+
+
+class HotnessTracker:
+    """Counts and the moving average of them, `hotness [L, E]`."""
+
+    def __init__(self, counter: Counts, settings: Settings):
+        self.counter = counter
+        self.hotness = prior_hotness(*counter.shape)
+        self._settings = settings
+
+    def update(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Take in what was counted over the last `steps` forwards; returns that mass `[L, E]` and tokens `[L]`."""
+        mass, tokens = self.counter.drain()
+        if self._settings.alpha is not None:
+            keep = np.full(len(tokens), self._settings.alpha**steps)
+        else:
+            assert self._settings.half_life is not None, "settings fill in one of the two"
+            keep = decay_by_tokens(tokens, self._settings.half_life)
+        self.hotness = update_hotness(self.hotness, mass, tokens, keep)
+        return mass, tokens

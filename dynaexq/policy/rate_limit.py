@@ -3,12 +3,7 @@
 import time
 from collections.abc import Callable
 
-import torch
-
-from dynaexq.memory import allocate_bytes
-
 UNLIMITED_TICK_BYTES = 64 * 2**20
-_PROBE_BYTES = 32 * 2**20
 
 
 class TrafficLimit:
@@ -38,24 +33,3 @@ class TrafficLimit:
     def spend(self, promotions: int) -> None:
         """Take what was really started off the allowance."""
         self._allowance -= promotions * self._slot_nbytes
-
-
-def bytes_per_second(limit: int | float | str | None, device: torch.device) -> float | None:
-    """What `Settings.traffic_limit` allows on `device`: a float is a share of the link, which is measured for it."""
-    if isinstance(limit, float):
-        return limit * measure_link(device)
-    return None if limit is None else float(limit)
-
-
-def measure_link(device: torch.device) -> float:
-    """Bytes a second from host memory to `device`, best of three copies of 32 MiB."""
-    source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    target = allocate_bytes(_PROBE_BYTES, device)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-        best = min(best, time.perf_counter() - start)
-    return _PROBE_BYTES / best

@@ -8,7 +8,8 @@ from torch import nn
 
 if TYPE_CHECKING:
     from dynaexq.memory import SlabPool, SwapPipeline
-    from dynaexq.policy.controller import HotnessTracker, PrecisionController
+    from dynaexq.policy.controller import PrecisionController
+    from dynaexq.policy.hotness import HotnessTracker
 
 
 @dataclass(frozen=True)

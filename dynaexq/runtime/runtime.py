@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from dynaexq.errors import BudgetError, ClosedError, SettingsError
 from dynaexq.kernels import exchange_for
 from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for, on_device
+from dynaexq.memory.device_memory import bytes_per_second
+from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.policy import Verdict
-from dynaexq.policy.controller import Control, HotnessTracker
-from dynaexq.policy.rate_limit import TrafficLimit, bytes_per_second
+from dynaexq.policy.controller import Control
+from dynaexq.policy.hotness import HotnessTracker
+from dynaexq.policy.rate_limit import TrafficLimit
 from dynaexq.quantization import ExpertCodec
 from dynaexq.runtime.experts import LayerPorts
 from dynaexq.runtime.hotness_snapshot import is_hotness, read_profile, write_profile
@@ -30,10 +33,11 @@ from dynaexq.runtime.report import Report, Traffic
 from dynaexq.runtime.steering import Steering
 from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
 from dynaexq.settings import Settings, parse_bytes
-from dynaexq.traces.recorder import Recorder, Recording, header_of
+from dynaexq.traces import TraceHeader
+from dynaexq.traces.recorder import Recorder, Recording
 from dynaexq.types import BITS, MemoryPlan
 from dynaexq.weights.export import StoredExperts
-from dynaexq.weights.quantize_experts import Supply, held_tensors, weight_bytes
+from dynaexq.weights.sources import Supply
 
 logger = logging.getLogger(__name__)
 
@@ -328,3 +332,9 @@ class Runtime:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this runtime was closed; patch the model again to manage its precision")
+
+
+def header_of(layers: list[str], plan: MemoryPlan, codec: ExpertCodec, errors: np.ndarray, dense: int) -> TraceHeader:
+    """What a trace says about the model whose sparse blocks are called `layers`."""
+    dtype = str(codec.dtype).removeprefix("torch.")
+    return TraceHeader(tuple(layers), plan.num_experts, 0, plan.tiers, errors, codec.shape, dtype, dense)

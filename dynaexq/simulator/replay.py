@@ -11,7 +11,8 @@ import numpy as np
 
 from dynaexq.errors import TraceError
 from dynaexq.policy import Verdict, slots_per_row, top_n
-from dynaexq.policy.controller import Control, HotnessTracker
+from dynaexq.policy.controller import Control
+from dynaexq.policy.hotness import HotnessTracker
 from dynaexq.policy.rate_limit import TrafficLimit
 from dynaexq.settings import Settings
 from dynaexq.traces import Phase, Trace, Window

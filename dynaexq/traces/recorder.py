@@ -9,9 +9,7 @@ from types import TracebackType
 import numpy as np
 
 from dynaexq.errors import TraceError
-from dynaexq.quantization import ExpertCodec
 from dynaexq.traces import TraceHeader, TraceWriter, Window
-from dynaexq.types import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +83,3 @@ class Recorder:
         """End the recording that is running."""
         if self._current is not None:
             self._current.close()
-
-
-def header_of(layers: list[str], plan: MemoryPlan, codec: ExpertCodec, errors: np.ndarray, dense: int) -> TraceHeader:
-    """What a trace says about the model whose sparse blocks are called `layers`."""
-    dtype = str(codec.dtype).removeprefix("torch.")
-    return TraceHeader(tuple(layers), plan.num_experts, 0, plan.tiers, errors, codec.shape, dtype, dense)

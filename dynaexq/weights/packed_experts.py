@@ -12,7 +12,7 @@ from dynaexq.memory import HostStore, RamStore, allocate_bytes
 from dynaexq.quantization import ExpertCodec, pieces, rebase
 from dynaexq.settings import Settings
 from dynaexq.types import BITS
-from dynaexq.weights.quantize_experts import Placed
+from dynaexq.weights.sources import Placed
 
 READERS = 4  # a disk answers several readers faster than one, and each checks what it has read
 PROGRESS_FROM = 2**31  # bytes of base; below that reading takes a few seconds

@@ -1,58 +1,27 @@
 """From 16-bit weights to packed blocks in their places, a few experts at a time. It decides and frees nothing."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from dynaexq.errors import StoreError
 from dynaexq.memory import DiskStore, HostStore, RamStore
-from dynaexq.quantization import Encoded, ExpertCodec, ExpertWeights, Moments, check_representable
+from dynaexq.quantization import Encoded, ExpertCodec, Moments, check_representable
 from dynaexq.settings import Settings
+from dynaexq.weights.sources import ExpertSource, Placed
 
 logger = logging.getLogger(__name__)
 
+
 WEIGHTS_AT_ONCE = 2**22  # read together
+
+
 PROGRESS_FROM = 2**28  # weights; below that quantising takes a few seconds
-
-
-class ExpertSource(Protocol):
-    """Where the 16-bit experts come from.
-
-    Attributes:
-        host_nbytes: host memory that the weights take for as long as the source lives; 0 where they lie in files.
-        is_lasting: whether the weights can still be read after the model was patched, at no cost but that memory.
-    """
-
-    num_layers: int
-    num_experts: int
-    host_nbytes: int
-    is_lasting: bool
-
-    def name(self, layer: int) -> str:
-        """What to call a layer's experts in an error message."""
-
-    def read(self, layer: int, first: int, last: int) -> ExpertWeights:
-        """Weights of experts `first` to `last` (exclusive), as the family stores them."""
-
-
-class Placed(NamedTuple):
-    """What is known once all experts are in their places: errors `[L, E, tiers]`, and where the upgrades wait."""
-
-    errors: np.ndarray
-    store: HostStore
-
-
-class Supply(Protocol):
-    """Whatever can fill a base slab with experts."""
-
-    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
-        """Put the base block of every expert into `base`, uint8 `[L, E, nbytes]` on the device."""
 
 
 class QuantizedSupply:
@@ -162,33 +131,3 @@ def encode_all(
                 known = None if inputs is None else list(islice(inputs, len(weights.up)))
                 yield layer, first, codec.encode(weights.map(lambda part: part.to(device)), known)
                 progress.update(len(weights.up) * expert_nbytes)
-
-
-def held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, and what bitsandbytes keeps beside them once a layer has run."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        state = vars(module).get("state")
-        if type(state).__name__ == "MatmulLtState":
-            yield from _attached(state)
-
-
-def weight_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of `tensors` and of what hangs on them; those that share their memory, as tied weights do, count once.
-
-    Of a tensor that is spread over ranks only what this rank holds is counted.
-    """
-    # On the meta device there is no memory to share, and none to tell apart by.
-    here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
-    found = (part for tensor in here for part in (tensor, *_attached(tensor)))
-    return sum({part.data_ptr() or id(part): part.nbytes for part in found}.values())
-
-
-def _attached(thing: Any) -> Iterator[Tensor]:
-    """Tensors among the attributes of a quantised weight, and of the states it keeps: scales, code books."""
-    for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
-        if isinstance(value, Tensor):
-            yield value
-        elif type(value).__name__ == "QuantState":
-            yield from _attached(value)

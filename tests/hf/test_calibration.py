@@ -17,9 +17,8 @@ from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import documents
 from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
-from dynaexq.hf.calibration import gather_moments, load_moments, save_moments
+from dynaexq.hf.calibration import gather_moments, load_moments, own_words, save_moments
 from dynaexq.hf.discovery import find_sparse_layers
-from dynaexq.hf.ownwords import own_words
 from dynaexq.quantization import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
 from dynaexq.types import ExpertShape
 

@@ -16,7 +16,7 @@ from numerics import assert_close
 from test_kernels import EXPERTS, GATED, TOLERANCE, UPGRADED, Case, case, distinct_choices
 from torch.nn import functional as F
 
-from dynaexq.hf.activations import activation_name
+from dynaexq.hf.discovery import activation_name
 from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.cpu import build, native, threads, torch_path
 from dynaexq.memory import RoutingCounter

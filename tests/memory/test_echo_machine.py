@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from dynaexq.memory import DeviceMemory, ManualCopier, RamStore, SwapPipeline
-from dynaexq.memory.echo import EchoFence
+from dynaexq.memory.graph_sync import EchoFence
 from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD, Transition, split_entry
 
 LAYERS, EXPERTS, SLOT_NBYTES, KIND = 2, 4, 256, 8

@@ -31,7 +31,7 @@ from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
 from dynaexq.memory import HostWords
-from dynaexq.memory.arrivals import WORDS_PER_PAGE, Arrivals, last_word
+from dynaexq.memory.copy_engine import WORDS_PER_PAGE, Arrivals, last_word
 
 SECONDS = 20  # long enough for any thread on any machine
 PLAYED_BACK: ContextVar[bool] = ContextVar("PLAYED_BACK", default=False)

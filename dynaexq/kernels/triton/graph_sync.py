@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynaexq.kernels.exchange import PlainExchange
+from dynaexq.memory.graph_sync import PlainExchange
 from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
 
 WORDS_PER_PROGRAM = 256  # many small programs: a read of host memory takes a microsecond, however few they are

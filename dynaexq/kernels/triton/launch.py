@@ -15,10 +15,9 @@ from torch import Tensor
 
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.triton import tuning
-from dynaexq.kernels.triton.counting import add_routing
 from dynaexq.kernels.triton.grouped_gemm import expert_gemm
 from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
-from dynaexq.kernels.triton.routing import Routing, route
+from dynaexq.kernels.triton.routing import Routing, add_routing, route
 from dynaexq.kernels.triton.specs import Matrix
 from dynaexq.quantization import ExpertCodec
 
