@@ -51,7 +51,7 @@ def generate(directory: Path) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(directory, max_shard_size="500MB")
 
 
-def load(directory: str, dials: dict[str, Any] | None, warm: bool) -> dict[str, Any]:
+def load(directory: str, options: dict[str, Any] | None, warm: bool) -> dict[str, Any]:
     """What a measured process does: load, write one token, say what the model holds.
 
     Args:
@@ -65,7 +65,7 @@ def load(directory: str, dials: dict[str, Any] | None, warm: bool) -> dict[str, 
     from dynaexq.cli.demo import embedded_model
 
     torch.set_num_threads(THREADS)
-    config = None if dials is None else dynaexq.DynaExqConfig(**dials)
+    config = None if options is None else dynaexq.DynaExqConfig(**options)
     prompt = torch.ones(1, 1, dtype=torch.int64)
     if warm:
         small = dynaexq.DynaExqConfig(hbm_budget="1GiB", tiers=("int4",), quantizer="rtn")
@@ -78,7 +78,7 @@ def load(directory: str, dials: dict[str, Any] | None, warm: bool) -> dict[str, 
     loaded = time.perf_counter() - start
     model.generate(prompt, max_new_tokens=1, do_sample=False)
     first_token = time.perf_counter() - start
-    memory = {"dense": model.get_memory_footprint()} if dials is None else model.dynaexq.memory()
+    memory = {"dense": model.get_memory_footprint()} if options is None else model.dynaexq.memory()
     del kept  # until now, so that the memory it took was new, and that of the model is, too
     return {"load_s": loaded, "first_token_s": first_token, "read_s": read, "memory": memory}
 
@@ -91,8 +91,8 @@ def wait_for_turn(word: str) -> None:
 class Measured:
     """A process that is watched from outside while it loads."""
 
-    def __init__(self, directory: Path, dials: dict[str, Any] | None, warm: bool = False):
-        args = [sys.executable, str(Path(__file__)), "--load", str(directory), json.dumps(dials), json.dumps(warm)]
+    def __init__(self, directory: Path, options: dict[str, Any] | None, warm: bool = False):
+        args = [sys.executable, str(Path(__file__)), "--load", str(directory), json.dumps(options), json.dumps(warm)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(args, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
@@ -152,8 +152,8 @@ def measure_memory(source: Path, packed: Path, least: int) -> dict[str, Any]:
         "packed": (packed, {"hbm_budget": least}),
     }
     rows = {}
-    for name, (directory, dials) in ways.items():
-        report = Measured(directory, dials).run()
+    for name, (directory, options) in ways.items():
+        report = Measured(directory, options).run()
         memory = report["memory"]
         experts = memory.get("base", 0) + memory.get("upgrade", 0)
         if name.endswith("int8"):

@@ -41,7 +41,15 @@ UPGRADED_SHARE = 0.2
 ROUNDS = {1: 40, 16: 8, 512: 3}
 WAKING = 2**20
 PAUSE = 0.05  # seconds after onnxruntime, whose threads go on spinning for a while on the cores of the next
-LADDERS = (("int2",), ("int4",), ("int8",), ("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16"))
+TIER_CHOICES = (
+    ("int2",),
+    ("int4",),
+    ("int8",),
+    ("int2", "int4"),
+    ("int2", "int8"),
+    ("int4", "int8"),
+    ("int4", "fp16"),
+)
 
 Routing = tuple[Tensor, Tensor, Tensor]
 
@@ -229,7 +237,7 @@ def main(
     rows, load = [], os.getloadavg()[0]
     for model in MODELS:
         original = Original(model)
-        packed = {"+".join(tiers): Packed(model, tiers) for tiers in LADDERS}
+        packed = {"+".join(tiers): Packed(model, tiers) for tiers in TIER_CHOICES}
         for layer in packed.values():
             layer.check(routing_of(model, 3))
         for num_tokens in ROUNDS:

@@ -28,7 +28,7 @@ import dynaexq
 from dynaexq.cli.demo import embedded_model
 from dynaexq.runtime.experts import MixedPrecisionExperts
 
-LADDERS = (("int2",), ("int4",), ("int2", "int4"), ("int4", "int8"))
+TIER_CHOICES = (("int2",), ("int4",), ("int2", "int4"), ("int4", "int8"))
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 UPGRADED_SHARE = 0.2
 PROMPT, TURN, TURNS = 32, 16, 8
@@ -108,7 +108,7 @@ def patched(model: PreTrainedModel, tiers: tuple[str, ...]) -> PreTrainedModel:
 def measure(name: str, model: PreTrainedModel) -> list[dict]:
     """Tokens a second of every contestant, its ratio to the best unpatched one, and the share of control."""
     decoders, controls = {}, {}
-    for tiers in LADDERS:
+    for tiers in TIER_CHOICES:
         decoders["dynaexq " + "+".join(tiers)] = decoder = Decoder(patched(model, tiers))
         controls["dynaexq " + "+".join(tiers)] = Control(decoder.model)
     for implementation in IMPLEMENTATIONS:

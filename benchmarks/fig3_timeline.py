@@ -143,7 +143,7 @@ def main(
     batch: int = 4,
     prompt: int = 64,
     steps: int = 32,
-    tick_every: int = 4,
+    update_interval: int = 4,
     threads: figures.Threads = 1,
     out: figures.Out = figures.RESULTS,
 ) -> None:
@@ -151,15 +151,21 @@ def main(
     torch.set_num_threads(threads)
     texts = figures.workloads(model, text, batch, prompt + steps, device)
     ladder = tuple(tiers.split(","))
-    followed = figures.patched(model, device, ladder, upgraded, tick_every=tick_every, auto_pause=False)
+    followed = figures.patched(model, device, ladder, upgraded, update_interval=update_interval, auto_pause=False)
     before = figures.machine(device)
     followed(next(iter(texts.values()))[0][None])  # kernels are compiled when they are first needed
     timeline = Timeline(followed)
     serve(timeline, texts, prompt)
     spans, moves = timeline.finish()
     totals = summary(spans, moves, timeline.slot_nbytes)
-    dials = {"tiers": ladder, "upgraded": upgraded, "batch": batch, "prompt": prompt, "tick_every": tick_every}
-    results = {"machine": before, "model": model.name, **dials, "summary": totals, "spans": spans, "moves": moves}
+    options = {
+        "tiers": ladder,
+        "upgraded": upgraded,
+        "batch": batch,
+        "prompt": prompt,
+        "update_interval": update_interval,
+    }
+    results = {"machine": before, "model": model.name, **options, "summary": totals, "spans": spans, "moves": moves}
     figures.show(
         f"{model.name} on {before['device']}", [{"": name, "figure": value} for name, value in totals.items()]
     )

@@ -38,14 +38,14 @@ PANELS = {
 
 def enter(names: list[str], path: Path, device: str, tiers: tuple[str, ...], share: float) -> dict[str, Contestant]:
     """The contestants of these names."""
-    dials: dict[str, dict[str, Any]] = {"static": {"policy": "frozen"}, "dynamic": {"auto_pause": False}}
+    options: dict[str, dict[str, Any]] = {"static": {"policy": "frozen"}, "dynamic": {"auto_pause": False}}
     contestants = {}
     for name in names:
         if name == "16-bit":
             model = figures.original(path, device)
             contestants[name] = Contestant(model, FastestImplementation(model))
-        elif name in dials:
-            contestants[name] = Contestant(figures.patched(path, device, tiers, share, **dials[name]))
+        elif name in options:
+            contestants[name] = Contestant(figures.patched(path, device, tiers, share, **options[name]))
         else:
             raise typer.BadParameter(f"expected contestants of 16-bit, static, dynamic, got {name!r}")
     return contestants

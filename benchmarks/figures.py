@@ -58,10 +58,10 @@ def original(path: Path, device: str, implementation: str = "eager") -> PreTrain
     return model.eval()
 
 
-def patched(path: Path, device: str, tiers: Sequence[str], share: float, **dials: Any) -> PreTrainedModel:
+def patched(path: Path, device: str, tiers: Sequence[str], share: float, **options: Any) -> PreTrainedModel:
     """The model with a slot for `share` of its experts on the ladder `tiers`; the 16-bit experts are never held."""
     config = dynaexq.DynaExqConfig(
-        hbm_budget=budget(path, tiers, share), tiers=tuple(tiers), **{"device": device} | dials
+        hbm_budget=budget(path, tiers, share), tiers=tuple(tiers), **{"device": device} | options
     )
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto", quantization_config=config).eval()
 

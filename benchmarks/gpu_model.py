@@ -25,7 +25,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import find_sparse_layers
-from dynaexq.hf.model_patch import Installation
+from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.save import save_packed
@@ -33,7 +33,7 @@ from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
 from dynaexq.weights.quantize_experts import open_store
-from dynaexq.weights.sources import Placed
+from dynaexq.weights.sources import LoadResult
 
 QWEN3_30B = {
     "vocab_size": 151936,
@@ -67,8 +67,8 @@ class Workload:
 class RepeatedSupply:
     """A few random experts, quantised once, in the place of all."""
 
-    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
-        """See `placement.Supply`."""
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
+        """See `placement.ExpertLoader`."""
         shape, (num_layers, num_experts, _) = codec.shape, base.shape
         up, down = (
             torch.empty(DIFFERENT_EXPERTS, *size, dtype=codec.dtype, device=base.device).normal_(0, 0.02)
@@ -82,7 +82,7 @@ class RepeatedSupply:
         for layer in range(num_layers):
             base[layer] = encoded.base[which.to(base.device)]
             store.write(layer * num_experts, upgrades)
-        return Placed(np.broadcast_to(encoded.errors[which], (num_layers, num_experts, 2)).copy(), store)
+        return LoadResult(np.broadcast_to(encoded.errors[which], (num_layers, num_experts, 2)).copy(), store)
 
 
 class Rotation:
@@ -105,8 +105,8 @@ def build(workload: Workload, tiers: tuple[str, ...], policy: Rotation) -> PreTr
     shape = Qwen3MoeConfig(**workload.shape, num_hidden_layers=workload.num_layers)
     with torch.device(workload.device), patch.object(modeling_qwen3_moe, "Qwen3MoeExperts", _MetaExperts):
         model = Qwen3MoeForCausalLM._from_config(shape, dtype=torch.bfloat16).eval().requires_grad_(False)
-    dials = {"tiers": tiers, "device": str(workload.device), "policy": policy, "tick_every": TICK_EVERY}
-    config = DynaExqConfig(hbm_budget=2**50, quantizer="rtn", **dials)
+    options = {"tiers": tiers, "device": str(workload.device), "policy": policy, "update_interval": TICK_EVERY}
+    config = DynaExqConfig(hbm_budget=2**50, quantizer="rtn", **options)
     settings, layers = config.settings(stored=False), find_sparse_layers(model, on_meta=True)
     codecs, experts, device = make_codecs(layers[0], (tiers,), settings), layers[0].num_experts, workload.device
     plan = make_plan(model, layers, codecs, settings, device, dense_bytes(model, layers), experts)
@@ -114,8 +114,8 @@ def build(workload: Workload, tiers: tuple[str, ...], policy: Rotation) -> PreTr
     plan = replace(plan, budget=plan.total)
     runtime = Runtime(model, plan, codecs[tiers], settings, device)
     runtime.load(RepeatedSupply())
-    installation = Installation(model, layers)
-    installation.take_over()
+    installation = ModelPatch(model, layers)
+    installation.replace_modules()
     installation.connect(runtime, layers)
     installation.attach(runtime, DynaExqQuantizer(config), save_packed)
     return model

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dynaexq.policy.controller import Control
+from dynaexq.policy.controller import ControlLoop
 from dynaexq.policy.hotness import HotnessTracker
-from dynaexq.policy.rate_limit import TrafficLimit
+from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.settings import Settings
 
 SHAPES = {"Qwen3-30B-A3B": ((48, 128), 8), "Qwen3-Next-80B-A3B": ((48, 512), 10)}
@@ -44,7 +44,7 @@ class SteepCounts:
 def decision_times(shape: tuple[int, int], top_k: int, allocation: str) -> list[float]:
     """Milliseconds of each of `REPEATS` ticks in which a fifth of the experts is upgraded and many would move."""
     counts, settings = SteepCounts(shape, top_k), Settings(allocation=allocation, half_life=64.0)
-    control = Control(HotnessTracker(counts, settings), np.ones(shape), TrafficLimit(None, 2**20), settings)
+    control = ControlLoop(HotnessTracker(counts, settings), np.ones(shape), CopyRateLimiter(None, 2**20), settings)
     rng, broken, times = np.random.default_rng(1), np.zeros(shape, dtype=bool), []
     for _ in range(REPEATS):
         counts.draw()

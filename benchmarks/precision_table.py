@@ -23,9 +23,9 @@ UNIFORM = (("int2",), ("int2", "int4"), ("int2", "int8"), ("int4",), ("int4", "i
 SHARES = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 
 
-def kl(stream: Stream, share: float, **dials: Any) -> dict[str, float]:
+def kl(stream: Stream, share: float, **options: Any) -> dict[str, float]:
     """KL of each domain and their mean, with `share` of the experts upgraded; and the bytes of all experts."""
-    outcome = stream.send(*stream.patched(share, **dials))
+    outcome = stream.send(*stream.patched(share, **options))
     domains = {phase.domain: kl for phase, kl in zip(stream.phases, outcome.kl, strict=True)}
     return {"bytes": outcome.nbytes, **domains, "mean": outcome.mean_kl}
 

@@ -26,43 +26,43 @@ import dynaexq
 from dynaexq.cli.demo import embedded_model
 
 SHARES = (0.05, 0.1, 0.2, 0.3)
-LADDERS = (("int2", "int4"), ("int4", "int8"), ("int4", "fp16"), ("int2", "fp16"))
+TIER_CHOICES = (("int2", "int4"), ("int4", "int8"), ("int4", "fp16"), ("int2", "fp16"))
 PROMPT_AND_STEPS = (512, *[16] * 32)
 PARTS: dict[str, dict[str, Any]] = {
     "dynaexq": {},
     "layers get equal shares": {"allocation": "per_layer"},
     "half-life 32 tokens": {"half_life": 32},
     "half-life 64 tokens": {"half_life": 64},
-    "half-life 64 tokens, margin 1": {"half_life": 64, "margin": 1.0},
+    "half-life 64 tokens, hysteresis 1": {"half_life": 64, "hysteresis": 1.0},
     "half-life 256 tokens": {"half_life": 256},
-    "half-life 512 tokens, margin 0.1": {"half_life": 512, "margin": 0.1},
-    "margin 0": {"margin": 0.0},
-    "margin 0.2": {"margin": 0.2},
-    "margin 1": {"margin": 1.0},
+    "half-life 512 tokens, hysteresis 0.1": {"half_life": 512, "hysteresis": 0.1},
+    "hysteresis 0": {"hysteresis": 0.0},
+    "hysteresis 0.2": {"hysteresis": 0.2},
+    "hysteresis 1": {"hysteresis": 1.0},
     "never paused": {"auto_pause": False},
     "never paused, hotness alone": {"policy": HotnessAlone()},
     "no warm start": {"warm": False},
-    "decides every 4th window": {"tick_every": 4},
+    "decides every 4th window": {"update_interval": 4},
 }
 Row = dict[str, Any]
 
 
 def policies(stream: Stream, heat: Heat) -> list[Row]:
     """int4 over a fifth of int2: every policy, the paper's at many settings."""
-    contest = Contest(stream, LADDERS[0], 0.2, heat)
+    contest = Contest(stream, TIER_CHOICES[0], 0.2, heat)
     return compete(contest, *bounds(contest), sweep=True)
 
 
 def parts(stream: Stream, heat: Heat) -> list[Row]:
     """The same, with one part of dynaexq changed at a time."""
-    contest = Contest(stream, LADDERS[0], 0.2, heat)
-    return [contest.run(name, **dials) for name, dials in tqdm(PARTS.items(), desc="parts", unit="dial")]
+    contest = Contest(stream, TIER_CHOICES[0], 0.2, heat)
+    return [contest.run(name, **options) for name, options in tqdm(PARTS.items(), desc="parts", unit="option")]
 
 
 def ladders(stream: Stream, heat: Heat) -> list[Row]:
     """Every ladder and share of upgraded experts, over one cycle of the workloads."""
     rows, stream = [], stream.first_cycle()
-    for tiers in LADDERS:
+    for tiers in TIER_CHOICES:
         contest = Contest(stream, tiers, 0.0, heat)
         low, high = bounds(contest)
         for share in SHARES:
@@ -76,19 +76,19 @@ def calibrated(stream: Stream, heat: Heat) -> list[Row]:
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "moments.safetensors"
         dynaexq.calibrate(stream.model, path)
-        contest = Contest(stream, LADDERS[0], 0.2, heat, {"calibration": str(path)})
+        contest = Contest(stream, TIER_CHOICES[0], 0.2, heat, {"calibration": str(path)})
         return compete(contest, *bounds(contest))
 
 
 def prompts(path: Path, tokens: int) -> list[Row]:
     """Long prompts and short continuations: time counted in tokens against the paper's factor a step."""
     stream = Stream(path, tokens, lengths=PROMPT_AND_STEPS)
-    contest = Contest(stream, LADDERS[0], 0.2, stream.heat())
-    dials: list[Row] = [{}, *({"alpha": alpha} for alpha in (0.5, 0.8, 0.9, 0.95, 0.98))]
+    contest = Contest(stream, TIER_CHOICES[0], 0.2, stream.heat())
+    options: list[Row] = [{}, *({"alpha": alpha} for alpha in (0.5, 0.8, 0.9, 0.95, 0.98))]
     return [
-        contest.run(", ".join(f"{name} {value}" for name, value in dial.items()) or "half-life 128 tokens", **dial)
+        contest.run(", ".join(f"{name} {value}" for name, value in option.items()) or "half-life 128 tokens", **option)
         | {"tokens a phase": stream.tokens_a_phase}
-        for dial in tqdm(dials, desc="prompts", unit="dial")
+        for option in tqdm(options, desc="prompts", unit="option")
     ]
 
 

@@ -53,7 +53,7 @@ class PaperRule:
 class HotnessAlone:
     """dynaexq's own rule without the gain: who is hot, whatever error an upgrade removes."""
 
-    margin = Settings().margin
+    hysteresis = Settings().hysteresis
 
     def __init__(self) -> None:
         self.runtime: dynaexq.Runtime | None = None
@@ -61,7 +61,7 @@ class HotnessAlone:
     def __call__(self, score: np.ndarray, upgraded: np.ndarray, slots: int) -> np.ndarray:
         assert self.runtime is not None, "the runtime is made known before the first forward"
         hotness = self.runtime.hotness().reshape(1, -1)
-        return top_n(hotness, upgraded.reshape(1, -1), np.array([slots]), self.margin).reshape(score.shape)
+        return top_n(hotness, upgraded.reshape(1, -1), np.array([slots]), self.hysteresis).reshape(score.shape)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Contest:
     """One ladder and one share of upgraded experts. All start from the calibrated heat; only the oracle foresees.
 
     Attributes:
-        common: dials of every contestant.
+        common: options of every contestant.
     """
 
     stream: Stream
@@ -78,11 +78,11 @@ class Contest:
     heat: Heat
     common: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, name: str, warm: bool = True, **dials: Any) -> Row:
-        """Start from the calibrated heat, unless not `warm`, then let `dials` decide."""
-        model, runtime = self.stream.patched(self.share, tiers=self.tiers, **self.common | dials)
-        if isinstance(dials.get("policy"), PaperRule | HotnessAlone):
-            dials["policy"].runtime = runtime
+    def run(self, name: str, warm: bool = True, **options: Any) -> Row:
+        """Start from the calibrated heat, unless not `warm`, then let `options` decide."""
+        model, runtime = self.stream.patched(self.share, tiers=self.tiers, **self.common | options)
+        if isinstance(options.get("policy"), PaperRule | HotnessAlone):
+            options["policy"].runtime = runtime
         if warm:
             runtime.warm_start(self.heat.calibrated)
         return self._row(name, self.stream.send(model, runtime), runtime)
@@ -124,7 +124,7 @@ def bounds(contest: Contest) -> tuple[Row, Row]:
 
 
 def contestants(contest: Contest, sweep: bool) -> Iterator[Callable[[], Row]]:
-    """Everybody between the bounds; with `sweep`, the paper's rules at all dials, and not only where they do best."""
+    """Everybody between the bounds; with `sweep`, the paper's rules at all settings, not only at their best."""
     yield lambda: contest.run("frozen calibrated map", policy="frozen")
     alphas, deltas = (PAPER_ALPHAS, PAPER_DELTAS) if sweep else ((0.5,), (0.01,))
     for alpha in alphas:

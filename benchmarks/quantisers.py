@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import kl_divergence
-from dynaexq.hf.calibration import gather_moments, own_words
+from dynaexq.hf.calibration import gather_moments, generated_windows
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.quantization import ExpertCodec, ExpertWeights, Moments
 
@@ -34,7 +34,7 @@ WINDOW = 128
 BATCH = 8
 SHARE_UPGRADED = 0.2
 FORMATS = ((2, 64), (2, 32), (3, 64), (4, 64), (4, 32), (8, 64))
-LADDERS = (("int2",), ("int2", "int4"), ("int4",))
+TIER_CHOICES = (("int2",), ("int2", "int4"), ("int4",))
 
 Matrices = list[tuple[Tensor, Tensor]]
 """Of each layer the first and second matrices of all experts."""
@@ -130,7 +130,7 @@ class Study:
         self.calibrations: dict[str, Moments | None] = {
             "dynaexq": None,
             "dynaexq, on text": gather_moments(self.model, tqdm(seen, desc="calibrating")),
-            "dynaexq, on its own words": gather_moments(self.model, own_words(self.model)),
+            "dynaexq, on its own words": gather_moments(self.model, generated_windows(self.model)),
         }
         met = {d: gather_moments(self.model, tqdm(ws, desc=f"met by {d}")) for d, ws in self.windows.items()}
         self.met = Moments(
@@ -237,7 +237,7 @@ def baseline_rows(study: Study) -> list[dict]:
 
 def coded_rows(study: Study) -> list[dict]:
     rows = []
-    for tiers in tqdm(LADDERS, unit="ladder"):
+    for tiers in tqdm(TIER_CHOICES, unit="ladder"):
         for group_size in (64, 32) if len(tiers) == 1 else (64,):
             for method, moments in study.calibrations.items():
                 readings = study.coded(tiers, group_size, moments)

@@ -19,15 +19,15 @@ from dynaexq.settings import Settings
 from dynaexq.simulator.simulate import simulate
 from dynaexq.traces import WORKLOADS, Trace, generate
 
-LADDERS = (("int2", "int4"), ("int4", "int8"))
+TIER_CHOICES = (("int2", "int4"), ("int4", "int8"))
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("defaults", "qwen3-30b", {}),
     ("never paused", "qwen3-30b", {"auto_pause": False}),
-    ("margin 0", "qwen3-30b", {"margin": 0.0}),
-    ("margin 1", "qwen3-30b", {"margin": 1.0}),
+    ("hysteresis 0", "qwen3-30b", {"hysteresis": 0.0}),
+    ("hysteresis 1", "qwen3-30b", {"hysteresis": 1.0}),
     ("half-life 64", "qwen3-30b", {"half_life": 64}),
-    ("half-life 64, margin 2", "qwen3-30b", {"half_life": 64, "margin": 2.0}),
-    ("half-life 512, margin 0.1", "qwen3-30b", {"half_life": 512, "margin": 0.1}),
+    ("half-life 64, hysteresis 2", "qwen3-30b", {"half_life": 64, "hysteresis": 2.0}),
+    ("half-life 512, hysteresis 0.1", "qwen3-30b", {"half_life": 512, "hysteresis": 0.1}),
     ("per layer", "qwen3-30b", {"allocation": "per_layer"}),
     ("alpha 0.9", "qwen3-30b", {"alpha": 0.9}),
     ("frozen", "qwen3-30b", {"policy": "frozen"}),
@@ -68,9 +68,9 @@ def measured(tokens: int) -> list[dict[str, Any]]:
             generate(path, WORKLOADS[name], tokens, 4)
         traces["still"] = Path(scratch) / "still.npz"
         generate(traces["still"], STILL, 10_000, 2)
-        for case, workload, dials in CASES:
-            for tiers in LADDERS if not dials else LADDERS[:1]:
-                settings = Settings(tiers=tiers, traffic_limit=0.1, **dials)
+        for case, workload, options in CASES:
+            for tiers in TIER_CHOICES if not options else TIER_CHOICES[:1]:
+                settings = Settings(tiers=tiers, copy_rate_limit=0.1, **options)
                 figures = simulate(Trace(traces[workload]), settings, upgraded=0.2).figures()
                 rows.append(row_of(case, workload, figures))
     return rows
@@ -80,7 +80,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each of four phases.")] = 4000,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Replay made-up traffic through the policy, one dial changed at a time."""
+    """Replay made-up traffic through the policy, one option changed at a time."""
     rows = measured(tokens)
     table = Table(title=f"four phases of {tokens:,} tokens; still: two of 10,000")
     shown = [name for name in rows[0] if name not in ("bytes_moved", "coverage_start")]

@@ -116,10 +116,10 @@ class Stream:
             stats[name] -= start[name]
         return Outcome(kl, loss, stats, memory["base"] + memory["upgrade"])
 
-    def patched(self, share: float, **dials: Any) -> tuple[nn.Module, dynaexq.Runtime]:
+    def patched(self, share: float, **options: Any) -> tuple[nn.Module, dynaexq.Runtime]:
         """A copy of the model with room to upgrade `share` of its experts; it decides after every window."""
         model = copy.deepcopy(self.model)
-        runtime = dynaexq.patch(model, "1TiB", **{"tick_every": 1} | dials)
+        runtime = dynaexq.patch(model, "1TiB", **{"update_interval": 1} | options)
         leave_slots(runtime, share)
         return model, runtime
 

@@ -171,8 +171,8 @@ def main(
             rows.append({"contestant": name, "bytes": weights_bytes(contestant), **row})
             del contestant
     shares = recovered(rows)
-    dials = {"tiers": ladder, "upgraded": upgraded, "limit": limit}
-    results = {"machine": figures.machine(device), "model": model.name, **dials, "rows": rows, "recovered": shares}
+    options = {"tiers": ladder, "upgraded": upgraded, "limit": limit}
+    results = {"machine": figures.machine(device), "model": model.name, **options, "rows": rows, "recovered": shares}
     figures.show(f"{model.name}, {' + '.join(ladder)}, {upgraded:.0%} upgraded", rows)
     if shares:
         figures.show("share of the distance between low and high that is recovered", shares)

@@ -1,7 +1,7 @@
 """The exceptions dynaexq raises; every message names what was expected, what came and the remedy.
 
 DynaExqError
-├── SettingsError(ValueError)         a dial has a value it cannot take
+├── SettingsError(ValueError)         an option has a value it cannot take
 ├── BudgetError(ValueError)           nothing that was asked for fits the byte budget
 ├── UnsupportedModelError(TypeError)  this model, or the state it is in, cannot be patched
 ├── PatchError(RuntimeError)          an operation that a patched model cannot carry out
@@ -10,7 +10,7 @@ DynaExqError
 ├── StoreError(OSError)               upgrade bytes could not be read or written
 ├── CheckpointError(OSError)          a checkpoint that is incomplete, damaged, of another kind, or cannot be written
 ├── TraceError(ValueError)            a routing trace that cannot be read, or a recording that cannot begin
-├── ProfileError(ValueError)          a heat profile that cannot be read, or of another model
+├── HotnessError(ValueError)          a heat profile that cannot be read, or of another model
 └── ClosedError(RuntimeError)         the runtime was closed
 """
 
@@ -20,7 +20,7 @@ class DynaExqError(Exception):
 
 
 class SettingsError(DynaExqError, ValueError):
-    """A dial has a value it cannot take."""
+    """An option has a value it cannot take."""
 
 
 class BudgetError(DynaExqError, ValueError):
@@ -69,5 +69,5 @@ class TraceError(DynaExqError, ValueError):
     """A routing trace that cannot be read, or a recording that cannot begin."""
 
 
-class ProfileError(DynaExqError, ValueError):
+class HotnessError(DynaExqError, ValueError):
     """A heat profile that cannot be read, or that belongs to another model."""

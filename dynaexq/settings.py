@@ -1,4 +1,4 @@
-"""Every dial of dynaexq in one frozen object, validated once. It knows nothing of models, devices or tensors."""
+"""Every option of dynaexq in one frozen object, validated once. It knows nothing of models, devices or tensors."""
 
 import math
 import os
@@ -21,13 +21,13 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]+)")
 DEFAULT_HALF_LIFE = 128
 
 
-def parse_bytes(size: int | str, dial: str = "hbm_budget") -> int:
+def parse_bytes(size: int | str, option: str = "hbm_budget") -> int:
     """Bytes of `20 * 2**30`, `"20GiB"` (powers of 1024) or `"20GB"` (powers of 1000).
 
     Raises:
         SettingsError: not a positive whole number of bytes and not a number directly followed by a known unit.
     """
-    expected = f'{dial} must be a positive number of bytes or a size such as "20GiB" or "20GB"'
+    expected = f'{option} must be a positive number of bytes or a size such as "20GiB" or "20GB"'
     count = size
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
@@ -55,11 +55,11 @@ class Settings:
         tau_h, tau_c: hotness above which `"threshold"` promotes, and below which it demotes.
         half_life: tokens after which an observation weighs half in the hotness; 128 unless `alpha` is given.
         alpha: the paper's factor instead, kept share of the old hotness at every step; in [0, 1).
-        margin: relative hysteresis; a newcomer must beat an incumbent's score by this share.
+        hysteresis: relative hysteresis; a newcomer must beat an incumbent's score by this share.
         auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
             does (see `dynaexq.watch`).
-        tick_every: forward passes between two decisions; fewer where these see more than eight tokens each.
-        traffic_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
+        update_interval: forward passes between two decisions; fewer where these see more than eight tokens each.
+        copy_rate_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
             measured link (a float); None moves at most 64 MiB a tick.
         host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only), `"disk"`, or `"auto"`: in
             the checkpoint where that holds the very bytes, else in RAM.
@@ -81,10 +81,10 @@ class Settings:
     tau_c: float | None = None
     half_life: float | None = None
     alpha: float | None = None
-    margin: float = 0.5
+    hysteresis: float = 0.5
     auto_pause: bool = True
-    tick_every: int = 32
-    traffic_limit: int | float | str | None = None
+    update_interval: int = 32
+    copy_rate_limit: int | float | str | None = None
     host_copy: str = "auto"
     group_size: int = 64
     quantizer: str = "als"
@@ -113,21 +113,21 @@ class Settings:
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
         if not isinstance(self.auto_pause, bool):
             raise SettingsError(f"auto_pause must be True or False, got {self.auto_pause!r}")
-        for dial in ("tick_every", "max_context", "max_batch"):
-            _whole_number(dial, getattr(self, dial))
-        _number("margin", self.margin, low=0.0)
+        for option in ("update_interval", "max_context", "max_batch"):
+            _whole_number(option, getattr(self, option))
+        _number("hysteresis", self.hysteresis, low=0.0)
         self._check_thresholds()
         self._check_decay()
         self._check_traffic_limit()
 
     @classmethod
-    def from_dials(cls, dials: dict[str, Any]) -> "Settings":
+    def from_options(cls, options: dict[str, Any]) -> "Settings":
         """Settings from keyword arguments; an unknown name raises a SettingsError that lists the known ones."""
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(dials) - set(known))
+        unknown = sorted(set(options) - set(known))
         if unknown:
-            raise SettingsError(f"unknown dial {', '.join(unknown)}; the dials are {', '.join(known)}")
-        return cls(**dials)
+            raise SettingsError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+        return cls(**options)
 
     def _check_thresholds(self) -> None:
         if self.policy != "threshold":
@@ -161,12 +161,12 @@ class Settings:
         _number("half_life", self.half_life, low=0.0, exclusive=True)
 
     def _check_traffic_limit(self) -> None:
-        limit = self.traffic_limit
+        limit = self.copy_rate_limit
         if limit is None or (isinstance(limit, float) and 0 < limit <= 1):
             return
         if isinstance(limit, float):
-            raise SettingsError(f"traffic_limit as a share of the link must lie in (0, 1], got {limit!r}")
-        object.__setattr__(self, "traffic_limit", parse_bytes(limit, "traffic_limit"))
+            raise SettingsError(f"copy_rate_limit as a share of the link must lie in (0, 1], got {limit!r}")
+        object.__setattr__(self, "copy_rate_limit", parse_bytes(limit, "copy_rate_limit"))
 
 
 def _checked_tiers(tiers: Any) -> str | tuple[str, ...]:
@@ -190,19 +190,19 @@ def _sorted(tiers: Any) -> tuple[str, ...]:
     return tuple(sorted(set(tiers), key=BITS.__getitem__))
 
 
-def _one_of(dial: str, value: Any, choices: tuple[Any, ...]) -> None:
+def _one_of(option: str, value: Any, choices: tuple[Any, ...]) -> None:
     if isinstance(value, bool) or not isinstance(value, str | int) or value not in choices:
-        raise SettingsError(f"{dial} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise SettingsError(f"{option} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _whole_number(dial: str, value: Any) -> None:
+def _whole_number(option: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingsError(f"{dial} must be a whole number of at least 1, got {value!r}")
+        raise SettingsError(f"{option} must be a whole number of at least 1, got {value!r}")
 
 
-def _number(dial: str, value: Any, low: float, exclusive: bool = False) -> None:
+def _number(option: str, value: Any, low: float, exclusive: bool = False) -> None:
     number = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     if not number or value < low or (exclusive and value == low):
         raise SettingsError(
-            f"{dial} must be a number {'above' if exclusive else 'of at least'} {low:g}, got {value!r}"
+            f"{option} must be a number {'above' if exclusive else 'of at least'} {low:g}, got {value!r}"
         )

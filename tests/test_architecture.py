@@ -1,56 +1,37 @@
-"""The house: which room may import which. Imports go downward only; the rooms of floor 1 are blind to each other."""
+"""The house: imports go downward only, and rooms of one floor are blind to each other.
+
+The floors stand in one place, the table of docs/architecture.md, and so does the annotated tree of files. What is read
+there is held against the code.
+"""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "dynaexq"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dynaexq"
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
-ROOMS_OF_FLOOR = {
-    0: {"records", "settings", "errors", "corpus", "hardware"},
-    1: {"formats", "policy", "memory", "storage", "traces"},
-    2: {"kernels"},
-    3: {
-        "adoption",
-        "experts",
-        "moe",
-        "control",
-        "traffic",
-        "watch",
-        "pulse",
-        "replay",
-        "recording",
-        "placement",
-        "restoration",
-        "retrieval",
-        "telemetry",
-        "profiles",
-        "steering",
-        "runtime",
-        "group",
-        "evaluate",
-        "forecast",
-    },
-    4: {"hf"},
-    5: {"demo", "planview", "simulate", "cli", "__init__"},
-}
-FLOOR_OF = {room: floor for floor, rooms in ROOMS_OF_FLOOR.items() for room in rooms}
+GUARDED = {
+    "transformers", "accelerate", "bitsandbytes", "safetensors", "triton",
+    "typer", "rich", "psutil", "tqdm", "torch", "numpy",
+}  # fmt: skip
+"""Outside packages. The table's last column says which of them each floor's rooms may import."""
 
-ONLY_IN = {
-    "transformers": {"hf", "demo", "cli"},
-    "accelerate": {"hf"},
-    "triton": {"kernels"},
-    "typer": {"cli"},
-    "rich": {"telemetry", "demo", "planview", "simulate"},
-    "psutil": {"hf"},
-    "bitsandbytes": {"hf"},
-}
-"""Heavy or outside packages, and the rooms that may know them."""
 
-NUMPY_ONLY = {"policy", "traces", "watch", "control", "replay"}
-STANDARD_LIBRARY_ONLY = {"records", "settings", "errors", "corpus", "hardware"}
+def floor_table() -> dict[str, tuple[int, set[str]]]:
+    """Room -> (floor, outside packages), from the rows `| 3 | `kernels` | ... | torch, triton |`."""
+    rooms = {}
+    for floor, names, _, outside in re.findall(r"^\| (\d) \| (`[^|]*) \| ([^|]*)\|([^|]*)\|$", PAGE, re.M):
+        for room in re.findall(r"`(\w+)`", names):
+            rooms[room] = int(floor), {name for name in re.split(r"[,\s]+", outside) if name in GUARDED}
+    return rooms
+
+
+FLOORS = floor_table()
 
 
 def modules() -> list[Path]:
@@ -70,42 +51,39 @@ def imports(path: Path) -> Iterator[str]:
             yield node.module
 
 
-def typing_only(path: Path) -> set[str]:
-    """Names imported under `if TYPE_CHECKING`, which no running program sees."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
-            found |= {child.module for child in ast.walk(node) if isinstance(child, ast.ImportFrom)}
-    return found
+def rooms_imported(path: Path) -> set[str]:
+    """Other rooms of this package that a module imports."""
+    names = (name.split(".") for name in imports(path))
+    return {parts[1] for parts in names if parts[0] == "dynaexq" and len(parts) > 1} - {room_of(path)}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+each_module = pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+def test_every_room_stands_on_a_floor():
+    assert {room_of(path) for path in modules()} - {"__init__"} == set(FLOORS), (
+        "a new room needs its floor in the table of docs/architecture.md"
+    )
+
+
+@each_module
 def test_imports_go_downward_only(path):
     room = room_of(path)
-    for name in set(imports(path)) - typing_only(path):
-        parts = name.split(".")
-        if parts[0] != "dynaexq" or len(parts) == 1:
-            continue
-        other = parts[1]
-        if other == room:
-            continue
-        assert FLOOR_OF[other] <= FLOOR_OF[room], (
-            f"{room} (floor {FLOOR_OF[room]}) imports {other}, which lies above it"
+    if room == "__init__":  # the front door, above all floors
+        return
+    floor, _ = FLOORS[room]
+    for other in rooms_imported(path):
+        assert FLOORS[other][0] < floor, (
+            f"{room} (floor {floor}) imports {other} (floor {FLOORS[other][0]}); imports go downward only"
         )
-        if FLOOR_OF[room] == 1:
-            assert FLOOR_OF[other] == 0, f"{room} imports its neighbour {other}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+@each_module
 def test_outside_packages_enter_through_their_own_rooms(path):
     room = room_of(path)
-    outside = {name.split(".")[0] for name in imports(path)}
-    for package, rooms in ONLY_IN.items():
-        assert package not in outside or room in rooms, f"{room} imports {package}; only {sorted(rooms)} may"
-    if room in STANDARD_LIBRARY_ONLY | NUMPY_ONLY:
-        assert "torch" not in outside, f"{room} must not know torch"
-    if room in STANDARD_LIBRARY_ONLY:
-        assert "numpy" not in outside, f"{room} must not know numpy"
+    allowed = GUARDED if room == "__init__" else FLOORS[room][1]
+    outside = {name.split(".")[0] for name in imports(path)} & GUARDED
+    assert outside <= allowed, f"{room} imports {sorted(outside - allowed)}; the table allows {sorted(allowed)}"
 
 
 def test_triton_is_known_in_one_corner_of_the_kernels():
@@ -115,36 +93,32 @@ def test_triton_is_known_in_one_corner_of_the_kernels():
     assert knowing == {Path("kernels/triton")}
 
 
-def test_every_room_stands_on_a_floor():
-    rooms = {room_of(path) for path in modules()}
-    assert rooms == set(FLOOR_OF), "a new room needs its floor in the table above"
+@each_module
+def test_modules_open_with_what_they_do(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without saying what it does"
 
 
-def test_floor_three_has_no_import_cycle():
-    graph = {
-        room: {
-            name.split(".")[1]
-            for name in set(imports(PACKAGE / f"{room}.py")) - typing_only(PACKAGE / f"{room}.py")
-            if name.startswith("dynaexq.")
-        }
-        & ROOMS_OF_FLOOR[3]
-        for room in ROOMS_OF_FLOOR[3]
-    }
-    while graph:
-        leaves = {room for room, below in graph.items() if not below & set(graph)}
-        assert leaves, f"{sorted(graph)} import each other in a circle"
-        graph = {room: below for room, below in graph.items() if room not in leaves}
-
-
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_modules_open_with_what_they_do_and_stay_small(path):
-    source = path.read_text()
-    assert ast.get_docstring(ast.parse(source)), f"{path} opens without saying what it does"
-    assert len(source.splitlines()) <= 330, f"{path} has outgrown a page; cut it where it has two subjects"
+def test_the_tree_in_the_docs_is_the_tree_on_disk():
+    tree = re.search(r"```text\ndynaexq/\n(.*?)```", PAGE, re.S)
+    assert tree, "docs/architecture.md has no annotated tree"
+    documented, folder = set(), ""
+    for line in tree[1].splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = [*folder.split("/")[: depth - 1], name.rstrip("/")] if depth > 1 else [name.rstrip("/")]
+        if name.endswith("/"):
+            folder = "/".join(folders)
+        else:
+            documented.add("/".join(folders))
+        assert len(line.split()) > 1, f"{name} is not annotated"
+    sources = {".py", ".cpp", ".h"}
+    found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*") if p.suffix in sources}
+    found = {name for name in found if not name.endswith("__init__.py")} | {"__init__.py"}
+    assert documented == found, f"missing: {sorted(found - documented)}; gone: {sorted(documented - found)}"
 
 
 def test_the_forward_never_synchronises_with_the_device():
     for path in modules():
-        if room_of(path) in ("memory", "traffic", "runtime"):
+        if room_of(path) in ("memory", "runtime"):
             continue  # these may wait: at close, at a drain, on the staging thread
         assert "synchronize()" not in path.read_text(), f"{path} waits for the device"

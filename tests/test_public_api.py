@@ -8,12 +8,12 @@ import dynaexq
 
 PUBLIC = {
     "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "PatchError",
-    "ProfileError", "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError",
+    "HotnessError", "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError",
     "UnpatchError", "UnsupportedModelError", "__version__", "calibrate", "patch", "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",
-    "trace", "verdict", "close", "heat", "warm_start", "save_profile", "load_profile",
+    "trace", "verdict", "close", "heat", "warm_start", "save_hotness", "load_hotness",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Settings: each dial takes what it documents, and refuses the rest with a sentence that names what came."""
+"""Settings: each option takes what it documents, and refuses the rest with a sentence that names what came."""
 
 import dataclasses
 import math
@@ -45,11 +45,11 @@ BAD_DIALS = [
     ("group_size", 16),
     ("group_size", 64.0),
     ("group_size", "64"),
-    ("margin", -0.1),
-    ("margin", math.nan),
-    ("margin", math.inf),
-    ("margin", "0.1"),
-    ("margin", True),
+    ("hysteresis", -0.1),
+    ("hysteresis", math.nan),
+    ("hysteresis", math.inf),
+    ("hysteresis", "0.1"),
+    ("hysteresis", True),
     ("alpha", 1.0),
     ("alpha", 1.5),
     ("alpha", -0.1),
@@ -58,14 +58,18 @@ BAD_DIALS = [
     ("half_life", -512),
     ("half_life", math.inf),
     ("half_life", "512"),
-    *[(dial, value) for dial in ("tick_every", "max_context", "max_batch") for value in (0, -1, 1.5, True, "8", None)],
-    *[("traffic_limit", value) for value in (0, -1, 0.0, -0.5, 1.5, math.nan, True, "500 MB", "fast")],
+    *[
+        (option, value)
+        for option in ("update_interval", "max_context", "max_batch")
+        for value in (0, -1, 1.5, True, "8", None)
+    ],
+    *[("copy_rate_limit", value) for value in (0, -1, 0.0, -0.5, 1.5, math.nan, True, "500 MB", "fast")],
 ]
 
 
-def refused(match: str, **dials: object) -> None:
+def refused(match: str, **options: object) -> None:
     with pytest.raises(SettingsError, match=match):
-        Settings(**dials)
+        Settings(**options)
 
 
 def test_the_defaults_are_settings_and_hotness_forgets_by_tokens():
@@ -85,9 +89,9 @@ def test_a_budget_that_is_no_size_is_refused(size):
     refused(f"hbm_budget.*got {re.escape(repr(size))}", hbm_budget=size)
 
 
-@pytest.mark.parametrize(("dial", "value"), BAD_DIALS, ids=lambda value: repr(value).strip("'"))
-def test_a_bad_value_is_refused_by_dial_and_value(dial, value):
-    refused(f"{dial}.*got {re.escape(repr(value))}", **{dial: value})
+@pytest.mark.parametrize(("option", "value"), BAD_DIALS, ids=lambda value: repr(value).strip("'"))
+def test_a_bad_value_is_refused_by_dial_and_value(option, value):
+    refused(f"{option}.*got {re.escape(repr(value))}", **{option: value})
 
 
 @pytest.mark.parametrize(("tiers", "came"), BAD_TIERS.values(), ids=BAD_TIERS)
@@ -106,17 +110,21 @@ def test_half_life_and_alpha_exclude_each_other():
     refused("not both, got half_life=512 and alpha=0.9", half_life=512, alpha=0.9)
 
 
-@pytest.mark.parametrize("dials", [{"tau_h": 0.5}, {"tau_c": 0.1}, {"tau_h": 0.5, "tau_c": 0.1}], ids=str)
+@pytest.mark.parametrize("options", [{"tau_h": 0.5}, {"tau_c": 0.1}, {"tau_h": 0.5, "tau_c": 0.1}], ids=str)
 @pytest.mark.parametrize("policy", ["topn", "frozen"])
-def test_thresholds_need_the_threshold_policy(policy, dials):
+def test_thresholds_need_the_threshold_policy(policy, options):
     refused(
-        f"got policy='{policy}', tau_h={dials.get('tau_h')} and tau_c={dials.get('tau_c')}", policy=policy, **dials
+        f"got policy='{policy}', tau_h={options.get('tau_h')} and tau_c={options.get('tau_c')}",
+        policy=policy,
+        **options,
     )
 
 
-@pytest.mark.parametrize("dials", [{}, {"tau_h": 0.5}, {"tau_c": 0.1}], ids=str)
-def test_the_threshold_policy_needs_both_thresholds(dials):
-    refused(f"needs both.*got tau_h={dials.get('tau_h')} and tau_c={dials.get('tau_c')}", policy="threshold", **dials)
+@pytest.mark.parametrize("options", [{}, {"tau_h": 0.5}, {"tau_c": 0.1}], ids=str)
+def test_the_threshold_policy_needs_both_thresholds(options):
+    refused(
+        f"needs both.*got tau_h={options.get('tau_h')} and tau_c={options.get('tau_c')}", policy="threshold", **options
+    )
 
 
 def test_an_expert_is_never_demoted_above_the_threshold_that_promotes_it():
@@ -129,7 +137,7 @@ def test_an_expert_is_never_demoted_above_the_threshold_that_promotes_it():
     ("limit", "kept"), [(None, None), (0.25, 0.25), (1.0, 1.0), (10**8, 10**8), ("500MB", 5 * 10**8)], ids=repr
 )
 def test_a_traffic_limit_is_a_share_of_the_link_or_bytes_a_second(limit, kept):
-    assert Settings(traffic_limit=limit).traffic_limit == kept
+    assert Settings(copy_rate_limit=limit).copy_rate_limit == kept
 
 
 def test_a_policy_may_be_a_callable():
@@ -138,17 +146,19 @@ def test_a_policy_may_be_a_callable():
 
 
 def test_an_unknown_dial_is_named_beside_the_known_ones():
-    with pytest.raises(SettingsError, match="unknown dial budget, tier; the dials are hbm_budget, tiers,"):
-        Settings.from_dials({"tier": "int4", "budget": "20GiB", "margin": 0.2})
+    with pytest.raises(SettingsError, match="unknown option budget, tier; the options are hbm_budget, tiers,"):
+        Settings.from_options({"tier": "int4", "budget": "20GiB", "hysteresis": 0.2})
 
 
 def test_known_dials_become_settings():
-    assert Settings.from_dials({"margin": 0.2, "tick_every": 4}) == Settings(margin=0.2, tick_every=4)
+    assert Settings.from_options({"hysteresis": 0.2, "update_interval": 4}) == Settings(
+        hysteresis=0.2, update_interval=4
+    )
 
 
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().margin = 0.5
+        Settings().hysteresis = 0.5
 
 
 def test_a_settings_error_is_caught_as_ours_and_as_a_value_error():

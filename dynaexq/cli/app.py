@@ -64,7 +64,7 @@ def plan(
 
     from dynaexq.cli.plan_tables import show_card, show_cards, write_json
     from dynaexq.hf.model_size import model_size
-    from dynaexq.planning.estimate import outlook, require_fit
+    from dynaexq.planning.estimate import estimate_card, require_fit
     from dynaexq.planning.hardware import CARDS
     from dynaexq.settings import parse_bytes
 
@@ -72,17 +72,17 @@ def plan(
     cards = CARDS if gpu is None else {gpu: parse_bytes(gpu, "--gpu")}
     room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
     size = model_size(source, max_context=context, max_batch=batch)
-    outlooks = {name: outlook(size, card, room) for name, card in cards.items()}
+    estimates = {name: estimate_card(size, card, room) for name, card in cards.items()}
     if gpu is not None:
-        require_fit(size, outlooks[gpu])
+        require_fit(size, estimates[gpu])
     if json is not None:
-        write_json(size, outlooks, str(json))
+        write_json(size, estimates, str(json))
     if str(json) == "-":
         return
     if gpu is None:
-        show_cards(size, outlooks)
+        show_cards(size, estimates)
     else:
-        show_card(size, outlooks[gpu])
+        show_card(size, estimates[gpu])
 
 
 @app.command()
@@ -113,11 +113,11 @@ def quantize(
     """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
     from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
 
-    dials: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
+    options: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
     if tiers is not None:
-        dials["tiers"] = _tiers_of(tiers)
+        options["tiers"] = _tiers_of(tiers)
     if hbm_budget is not None:
-        dials["hbm_budget"] = hbm_budget
+        options["hbm_budget"] = hbm_budget
     if annotate:
         if calibrate is not None:
             raise typer.BadParameter("an annotated checkpoint is quantised when it is loaded; pass calibration= then")
@@ -125,13 +125,13 @@ def quantize(
             raise typer.BadParameter(
                 "--device and --max-shard-size are for packing; with --annotate nothing is packed"
             )
-        annotate_checkpoint(source, target, **dials)
+        annotate_checkpoint(source, target, **options)
     else:
         if calibrate is not None:
-            dials["calibration"] = _moments_of(source, calibrate, target, device)
+            options["calibration"] = _moments_of(source, calibrate, target, device)
         try:
             quantize_checkpoint(
-                source, target, max_shard_size or "5GB", **dials | ({"device": device} if device else {})
+                source, target, max_shard_size or "5GB", **options | ({"device": device} if device else {})
             )
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command goes on from here", err=True)
@@ -169,7 +169,7 @@ def simulate(
     upgraded: Annotated[float | None, typer.Option(help="Share of experts to upgrade, instead of a budget.")] = None,
     ladder: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
     policy: Annotated[str, typer.Option(help="topn, threshold or frozen.")] = "topn",
-    dial: Annotated[list[str] | None, typer.Option(help="Another setting, such as half_life=256.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Another setting, such as half_life=256.")] = None,
     link: Annotated[str, typer.Option(help="Bytes a second to the device, such as 25GB (PCIe 4).")] = "25GB",
     link_share: Annotated[float, typer.Option(help="Share of the link that moves may take.")] = 0.1,
     tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
@@ -179,16 +179,16 @@ def simulate(
 ) -> None:
     """Replay routing through the policy, without a model: coverage, moves, traffic, and whether it is worth it."""
     from dynaexq.settings import Settings, parse_bytes
-    from dynaexq.simulator.simulate import parse_dials, provided
+    from dynaexq.simulator.simulate import parse_options, provided
     from dynaexq.simulator.simulate import simulate as run
 
-    dials = {"policy": policy, "traffic_limit": float(link_share), **parse_dials(dial or [])}
-    dials |= {"hbm_budget": budget} if budget else {}
-    dials |= {"tiers": _tiers_of(ladder)} if ladder != "auto" else {}
+    options = {"policy": policy, "copy_rate_limit": float(link_share), **parse_options(option or [])}
+    options |= {"hbm_budget": budget} if budget else {}
+    options |= {"tiers": _tiers_of(ladder)} if ladder != "auto" else {}
     if budget and upgraded is not None:
         raise typer.BadParameter("--budget and --upgraded both say how many experts are upgraded; give one of them")
-    settings = Settings.from_dials(dials)
-    with provided(trace, generate, tokens, phases, settings.tick_every, seed) as opened:
+    settings = Settings.from_options(options)
+    with provided(trace, generate, tokens, phases, settings.update_interval, seed) as opened:
         simulation = run(
             opened, settings, upgraded, link=parse_bytes(link, "link"), tokens_per_second=tokens_per_second
         )

@@ -25,7 +25,7 @@ from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.errors import CheckpointError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
 from dynaexq.hf import patch
-from dynaexq.hf.meta_model import skeleton
+from dynaexq.hf.meta_model import meta_model
 from dynaexq.runtime.runtime import Runtime
 
 SHARE_UPGRADED = 0.2
@@ -89,7 +89,7 @@ def write_json(outcomes: list[Outcome], path: Path) -> None:
 
 
 def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console: Console) -> list[Outcome]:
-    skeleton(path)  # refuses in a sentence what is no 16-bit checkpoint
+    meta_model(path)  # refuses in a sentence what is no 16-bit checkpoint
     tokenizer = _tokenizer_of(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, experts_implementation="eager").eval()
     phases = {domain: windows_of(tokenizer, documents(domain), windows, length) for domain in DOMAINS}
@@ -107,7 +107,7 @@ def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console:
             copied = copy.deepcopy(model)
             policy = "frozen" if name == "frozen start" else "topn"
             budget = least + slot * round(share * experts)
-            runtime = patch(copied, budget, tiers=tiers, device="cpu", policy=policy, tick_every=1)
+            runtime = patch(copied, budget, tiers=tiers, device="cpu", policy=policy, update_interval=1)
             outcome = Outcome(name, runtime.memory()["total"], runtime.plan.budget)
             for domain, phase in phases.items():
                 _see(outcome, copied, runtime, phase, reference[domain], lambda _: progress.advance(task))

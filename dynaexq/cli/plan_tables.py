@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynaexq.planning.budget import RESERVED_SHARE
-from dynaexq.planning.estimate import Forecast, ModelSize, Outlook, least_card
+from dynaexq.planning.estimate import CardEstimate, ModelSize, TierEstimate, least_card
 from dynaexq.planning.hardware import DISK_RATE, DRIVER_BYTES, ENCODE_RATE
 from dynaexq.types import MemoryPlan
 
@@ -19,14 +19,14 @@ INDEX_TOLERANCE = 0.01  # of the weights; beyond it, the index and the configura
 PRICE = ("upgrades wait", "start: packed", "16 bit")
 
 
-def show_card(size: ModelSize, found: Outlook) -> None:
+def show_card(size: ModelSize, found: CardEstimate) -> None:
     """Print all ladders that fit on one card."""
     columns = ("", "ladder", "hot a layer", "share", "base", "upgrade", "weights", "loss", *PRICE)
     table = _table(columns, names=("", "ladder"))
-    for forecast in found.forecasts:
-        plan, mark = forecast.plan, "*" if forecast.is_auto else ""
+    for estimate in found.estimates:
+        plan, mark = estimate.plan, "*" if estimate.is_auto else ""
         parts = map(gib, (plan.base_bytes, plan.upgrade_bytes, plan.total))
-        table.add_row(mark, *_ladder(forecast), *parts, f"{forecast.loss:.4f}", *_price(forecast))
+        table.add_row(mark, *_ladder(estimate), *parts, f"{estimate.loss:.4f}", *_price(estimate))
     taken = (
         f"{amount(found.card)} less driver {amount(found.driver)}, reserve {amount(found.reserve)}, KV cache "
         f"{amount(found.cache)}, activations {amount(found.activations)}: hbm_budget {amount(found.budget)}, with "
@@ -35,16 +35,16 @@ def show_card(size: ModelSize, found: Outlook) -> None:
     _show(size, taken, table, ['* what tiers="auto" takes', *_notes(size, [found])])
 
 
-def show_cards(size: ModelSize, outlooks: Mapping[str, Outlook]) -> None:
+def show_cards(size: ModelSize, estimates: Mapping[str, CardEstimate]) -> None:
     """Print what `tiers="auto"` takes on each of several cards."""
     table = _table(("card", "hbm_budget", "ladder", "hot a layer", "share", "weights", "loss", *PRICE), ("ladder",))
-    for name, found in outlooks.items():
-        forecast, budget = found.auto, gib(max(found.budget, 0))
-        if forecast is None:
+    for name, found in estimates.items():
+        estimate, budget = found.auto, gib(max(found.budget, 0))
+        if estimate is None:
             table.add_row(name, budget, "nothing fits", style="dim")
             continue
-        figures = gib(forecast.plan.total), f"{forecast.loss:.4f}"
-        table.add_row(name, budget, *_ladder(forecast), *figures, *_price(forecast))
+        figures = gib(estimate.plan.total), f"{estimate.loss:.4f}"
+        table.add_row(name, budget, *_ladder(estimate), *figures, *_price(estimate))
     least, base = least_card(size)
     taken = (
         f"less driver {amount(DRIVER_BYTES)}, reserve {RESERVED_SHARE:.0%}, KV cache {amount(size.cache)}, "
@@ -52,18 +52,18 @@ def show_cards(size: ModelSize, outlooks: Mapping[str, Outlook]) -> None:
         f"{amount(size.workspace)}"
     )
     smallest = f"The least card, with all experts at {base}, has {amount(least)}."
-    _show(size, taken, table, [smallest, *_notes(size, outlooks.values())])
+    _show(size, taken, table, [smallest, *_notes(size, estimates.values())])
 
 
-def write_json(size: ModelSize, outlooks: Mapping[str, Outlook], target: str) -> None:
+def write_json(size: ModelSize, estimates: Mapping[str, CardEstimate], target: str) -> None:
     """Everything in the tables, in bytes and seconds and not rounded, to a file, or to the standard output for `-`."""
     model = {key: figure for key, figure in asdict(size).items() if key not in ("ladders", "eligible")}
     record = {
         "model": model | {"least_card": least_card(size)[0]},
         "rates": {"disk": DISK_RATE, "weights_quantized_per_core": ENCODE_RATE[size.quantizer]},
         "cards": {
-            name: asdict(found) | {"forecasts": list(map(_record, found.forecasts))}
-            for name, found in outlooks.items()
+            name: asdict(found) | {"estimates": list(map(_record, found.estimates))}
+            for name, found in estimates.items()
         },
     }
     text = json.dumps(record, indent=2) + "\n"
@@ -97,20 +97,20 @@ def _table(columns: tuple[str, ...], names: tuple[str, ...]) -> Table:
     return table
 
 
-def _ladder(forecast: Forecast) -> tuple[str, str, str]:
+def _ladder(estimate: TierEstimate) -> tuple[str, str, str]:
     """Ladder, upgraded experts a layer, their share."""
-    plan = forecast.plan
+    plan = estimate.plan
     if plan.upgrade is None:
         return plan.base.precision, "", ""
-    return " + ".join(plan.tiers), f"{forecast.hot_per_layer:.1f} of {plan.num_experts}", f"{plan.share_upgraded:.0%}"
+    return " + ".join(plan.tiers), f"{estimate.hot_per_layer:.1f} of {plan.num_experts}", f"{plan.share_upgraded:.0%}"
 
 
-def _price(forecast: Forecast) -> tuple[str, str, str]:
+def _price(estimate: TierEstimate) -> tuple[str, str, str]:
     """Where the upgrades wait, start from a packed checkpoint, start from 16 bit."""
-    waiting = f"{gib(forecast.waiting)} {forecast.waits_in}" if forecast.waits_in else ""
-    if forecast.start_reading is None or forecast.start_quantizing is None:
-        return waiting, duration(forecast.start_packed), ""
-    return waiting, duration(forecast.start_packed), duration(forecast.start_reading + forecast.start_quantizing)
+    waiting = f"{gib(estimate.waiting)} {estimate.waits_in}" if estimate.waits_in else ""
+    if estimate.start_reading is None or estimate.start_quantizing is None:
+        return waiting, duration(estimate.start_packed), ""
+    return waiting, duration(estimate.start_packed), duration(estimate.start_reading + estimate.start_quantizing)
 
 
 def _show(size: ModelSize, taken: str, table: Table, notes: list[str]) -> None:
@@ -126,8 +126,8 @@ def _show(size: ModelSize, taken: str, table: Table, notes: list[str]) -> None:
         console.print(note, style="dim")
 
 
-def _notes(size: ModelSize, outlooks: Iterable[Outlook]) -> list[str]:
-    waits_in = {forecast.waits_in for found in outlooks for forecast in found.forecasts}
+def _notes(size: ModelSize, estimates: Iterable[CardEstimate]) -> list[str]:
+    waits_in = {estimate.waits_in for found in estimates for estimate in found.estimates}
     whole, rate = size.experts + size.dense, ENCODE_RATE[size.quantizer] / 1e6
     start = f"Start: a disk of {DISK_RATE / 1e9:.0f} GB/s (assumed)"
     if not size.packed:
@@ -140,14 +140,14 @@ def _notes(size: ModelSize, outlooks: Iterable[Outlook]) -> list[str]:
     return notes
 
 
-def _record(forecast: Forecast) -> dict[str, Any]:
-    plan: MemoryPlan = forecast.plan
+def _record(estimate: TierEstimate) -> dict[str, Any]:
+    plan: MemoryPlan = estimate.plan
     return {
         "tiers": plan.tiers,
-        "hot_per_layer": forecast.hot_per_layer,
+        "hot_per_layer": estimate.hot_per_layer,
         "share_upgraded": plan.share_upgraded,
         "slots": plan.num_slots,
         "base_bytes": plan.base_bytes,
         "upgrade_bytes": plan.upgrade_bytes,
         "weights": plan.total,
-    } | {key: figure for key, figure in asdict(forecast).items() if key != "plan"}
+    } | {key: figure for key, figure in asdict(estimate).items() if key != "plan"}

@@ -47,7 +47,7 @@ def calibrate(model: nn.Module, path: str | Path, windows: Iterable[Tensor] | No
         CheckpointError: there is no space.
     """
     find_sparse_layers(model)
-    moments = gather_moments(model, own_words(model) if windows is None else windows)
+    moments = gather_moments(model, generated_windows(model) if windows is None else windows)
     save_moments(moments, Path(path))
     return moments
 
@@ -209,7 +209,7 @@ WINDOWS, LENGTH, AT_ONCE = 64, 512, 16
 
 
 @torch.no_grad()
-def own_words(model: Any, count: int = WINDOWS, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
+def generated_windows(model: Any, count: int = WINDOWS, length: int = LENGTH, seed: int = 0) -> list[Tensor]:
     """`count` windows of `length` token ids, sampled from the model's own distribution, nothing cut off.
 
     They start at the token that begins a text, or else at one that ends it. The random state of the caller stays as

@@ -1,4 +1,4 @@
-"""`DynaExqConfig`: the dials as Transformers passes them about, mutable and kept in config.json.
+"""`DynaExqConfig`: the options as Transformers passes them about, mutable and kept in config.json.
 
 `settings()` turns them into the frozen, validated `Settings` that everything else uses.
 """
@@ -24,6 +24,9 @@ BUDGET_VARIABLE = "DYNAEXQ_HBM_BUDGET"
 OF_THE_MACHINE = {"device", "host_copy", "calibration"}
 """Dials that say nothing about a model, and are not kept with it."""
 
+RENAMED = {"margin": "hysteresis", "tick_every": "update_interval", "traffic_limit": "copy_rate_limit"}
+"""Options of checkpoints that were written before these had their names."""
+
 _DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
 PACKED_FIELDS = {"format_version", "tiers", "group_size", "quantizer"}
@@ -41,30 +44,30 @@ class DynaExqConfig(QuantizationConfigMixin):
         packed: what the experts of a packed checkpoint are stored as; written by `save_pretrained`, not by hand.
 
     Raises:
-        SettingsError: an unknown dial, or a value that one cannot take.
+        SettingsError: an unknown option, or a value that one cannot take.
         CheckpointError: the checkpoint was written in a format of another version.
     """
 
-    def __init__(self, *, packed: dict[str, Any] | None = None, **dials: Any):
-        dials.pop("quant_method", None)
+    def __init__(self, *, packed: dict[str, Any] | None = None, **options: Any):
+        options.pop("quant_method", None)
         self.quant_method = METHOD
         self.packed = packed
-        self.dials = dials
+        self.options = options
         self.given: dict[str, Any] = {}
         if packed is not None:
             self._check_packed(packed)
         self.settings(stored=False)
 
     def settings(self, stored: bool) -> Settings:
-        """The dials, validated.
+        """The options, validated.
 
         Args:
             stored: whether they come from a checkpoint, so that those given now, and the environment, win over them.
         """
         variable = os.environ.get(BUDGET_VARIABLE)
         environment = {"hbm_budget": variable} if variable else {}
-        dials = self.dials | environment if stored else environment | self.dials
-        return Settings.from_dials(dials | self.given | self._fixed())
+        options = self.options | environment if stored else environment | self.options
+        return Settings.from_options(options | self.given | self._fixed())
 
     def _fixed(self) -> dict[str, Any]:
         """Dials that the codes of a packed checkpoint have settled."""
@@ -83,15 +86,15 @@ class DynaExqConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a configuration given to `from_pretrained` changes in a stored one: all that it sets."""
-        return self.dials | self.given
+        return self.options | self.given
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json keeps it. A policy that is a function cannot be kept there."""
-        dials = {name: dial for name, dial in (self.dials | self.given).items() if name not in OF_THE_MACHINE}
-        if callable(dials.get("policy")):
+        options = {name: option for name, option in (self.options | self.given).items() if name not in OF_THE_MACHINE}
+        if callable(options.get("policy")):
             logger.warning("policy is a function and is not saved; pass it again when the model is loaded")
-            dials = {name: value for name, value in dials.items() if name != "policy"}
-        stored = {name: list(value) if isinstance(value, tuple) else value for name, value in dials.items()}
+            options = {name: value for name, value in options.items() if name != "policy"}
+        stored = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         return {"quant_method": METHOD, **stored} | ({"packed": self.packed} if self.packed else {})
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -100,8 +103,8 @@ class DynaExqConfig(QuantizationConfigMixin):
 
     def __getattr__(self, name: str) -> Any:
         if name not in _DEFAULTS:
-            raise AttributeError(f"DynaExqConfig has no attribute {name!r}; the dials are {', '.join(_DEFAULTS)}")
-        return (self.dials | self.given).get(name, _DEFAULTS[name])
+            raise AttributeError(f"DynaExqConfig has no attribute {name!r}; the options are {', '.join(_DEFAULTS)}")
+        return (self.options | self.given).get(name, _DEFAULTS[name])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _DEFAULTS:
@@ -115,7 +118,7 @@ class DynaExqConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The configuration that `to_dict` gave, or that a user wrote as a plain dict."""
-        config = cls(**config_dict)
+        config = cls(**{RENAMED.get(name, name): value for name, value in config_dict.items()})
         return (config, kwargs) if return_unused_kwargs else config
 
     @staticmethod

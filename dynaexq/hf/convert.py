@@ -19,8 +19,8 @@ from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.meta_model import skeleton
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
+from dynaexq.hf.meta_model import meta_model
+from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan, resolve_device, tier_choices
 from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard, write_index
 from dynaexq.quantization import ExpertCodec, Moments
 from dynaexq.settings import Settings, parse_bytes
@@ -32,14 +32,14 @@ _JOURNAL = "dynaexq-source.json"
 
 
 def quantize_checkpoint(
-    source: str | Path, target: str | Path, max_shard_size: int | str = "5GB", **dials: Any
+    source: str | Path, target: str | Path, max_shard_size: int | str = "5GB", **options: Any
 ) -> Path:
     """Write the packed checkpoint of `source` to `target`; it appears there complete, or not at all.
 
     Args:
         source: a directory with config.json and safetensors shards in 16 (or 32) bit.
         max_shard_size: bytes of a shard, as in Transformers.
-        **dials: fields of `Settings`; `tiers`, or an `hbm_budget` to choose them by, must be among them.
+        **options: fields of `Settings`; `tiers`, or an `hbm_budget` to choose them by, must be among them.
 
     Returns:
         The target directory.
@@ -50,10 +50,10 @@ def quantize_checkpoint(
         QuantizationError: an expert holds NaN, infinity, or a weight beyond 32768.
     """
     source, target = Path(source), Path(target)
-    config = DynaExqConfig(**dials)
+    config = DynaExqConfig(**options)
     settings = config.settings(stored=False)
     refuse_foreign_weights(target)
-    model = skeleton(source)
+    model = meta_model(source)
     layers = find_sparse_layers(model, on_meta=True)
     shards = open_shards(checkpoint_files(source))
     experts = CheckpointSource(model, layers, shards)
@@ -79,15 +79,15 @@ def quantize_checkpoint(
     return target
 
 
-def annotate_checkpoint(source: str | Path, target: str | Path, **dials: Any) -> Path:
+def annotate_checkpoint(source: str | Path, target: str | Path, **options: Any) -> Path:
     """Link the 16-bit checkpoint `source` into `target`, with a configuration that has it quantised when it is loaded.
 
     Without dynaexq it loads as the 16-bit model it is. Raises as `quantize_checkpoint` does.
     """
     source, target = Path(source), Path(target)
-    config = DynaExqConfig(**dials)
+    config = DynaExqConfig(**options)
     refuse_foreign_weights(target)
-    model = skeleton(source)
+    model = meta_model(source)
     CheckpointSource(model, find_sparse_layers(model, on_meta=True), open_shards(checkpoint_files(source))).close()
     with replaced(target) as staging:
         for file in [*checkpoint_files(source), *source.glob("*.index.json")]:
@@ -97,7 +97,7 @@ def annotate_checkpoint(source: str | Path, target: str | Path, **dials: Any) ->
 
 
 def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> ExpertCodec:
-    codecs = make_codecs(layers[0], choose_ladders(settings), settings)
+    codecs = make_codecs(layers[0], tier_choices(settings), settings)
     if len(codecs) == 1:
         return next(iter(codecs.values()))
     if isinstance(settings.hbm_budget, str):

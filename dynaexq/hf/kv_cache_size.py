@@ -34,7 +34,7 @@ def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: 
     What grows is taken to grow by the same bytes a token, up to its window.
 
     Args:
-        model: a skeleton (`hf/skeleton`); as it was, afterwards.
+        model: a meta_model (`hf/meta_model`); as it was, afterwards.
         layers: its sparse layers.
 
     Raises:

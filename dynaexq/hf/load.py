@@ -18,15 +18,15 @@ from dynaexq.hf.checkpoint_source import CheckpointSource, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.distributed import check_distribution, edit_tensor_plan, share_of
-from dynaexq.hf.model_patch import Installation
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codec, make_codecs, make_plan
+from dynaexq.hf.model_patch import ModelPatch
+from dynaexq.hf.planning import dense_bytes, make_codec, make_codecs, make_plan, tier_choices
 from dynaexq.quantization import ExpertCodec
-from dynaexq.runtime.multi_device import RuntimeGroup
+from dynaexq.runtime.multi_device import MultiDeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
-from dynaexq.weights.packed_experts import EarlyReading, PackedSupply, packed_shape
-from dynaexq.weights.quantize_experts import QuantizedSupply
-from dynaexq.weights.sources import Supply
+from dynaexq.weights.packed_experts import PackedLoader, PrefetchedBase, packed_shape
+from dynaexq.weights.quantize_experts import QuantizingLoader
+from dynaexq.weights.sources import ExpertLoader
 
 GUARD = "dynaexq_must_be_imported"
 """A key in packed checkpoints that speaks to whoever loads one without dynaexq; see `saving`."""
@@ -56,15 +56,15 @@ class CheckpointLoad:
                 "leave it out, or quantise the 16-bit source again"
             )
         self._moments = moments_for(settings, self.layers)
-        self._codecs = make_codecs(self.layers[0], choose_ladders(settings, stored), settings)
+        self._codecs = make_codecs(self.layers[0], tier_choices(settings, stored), settings)
         self._stored_codec = make_codec(self.layers[0], stored, settings) if stored else None
         shards = open_shards(files)
         self._source = None if stored else CheckpointSource(model, self.layers, shards)
         self._reader = PackedReader(shards, self._packed_shape(self._stored_codec)) if self._stored_codec else None
         self._check_budget(device_map)
         self._early = self._read_early(device_map)
-        self._installation = Installation(model, self.layers)
-        self._installation.take_over(self._stand_ins(device_map))
+        self._installation = ModelPatch(model, self.layers)
+        self._installation.replace_modules(self._placeholders(device_map))
         for layer in self.layers:
             layer.experts._is_hf_initialized = True  # there is nothing that Transformers could initialise
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
@@ -73,7 +73,7 @@ class CheckpointLoad:
     def device_map_is_known(self) -> None:
         """The stand-ins that gave every layer its size have served, unless ranks are still to share them out."""
         if not self._is_distributed:
-            self._installation.dismiss_stand_ins()
+            self._installation.drop_placeholders()
 
     def edit_tensor_plan(self, plan: dict[str, str]) -> None:
         """Keep experts whole under tensor parallelism; see `parallel`."""
@@ -84,7 +84,7 @@ class CheckpointLoad:
     def finish(self, quantizer: Any, save: Any) -> None:
         """Read the experts onto the devices where their layers are, and join everything together."""
         rank, num_ranks = share_of(self.model, self.layers)
-        self._installation.dismiss_stand_ins()
+        self._installation.drop_placeholders()
         num_experts = self.layers[0].num_experts // num_ranks
         runtimes = []
         for device, indices in self._layers_by_device().items():
@@ -98,25 +98,25 @@ class CheckpointLoad:
             self._installation.connect(runtime, layers)
             runtimes.append((runtime, indices))
         self._installation.source = self._source
-        self._installation.attach(RuntimeGroup.of(runtimes), quantizer, save)
+        self._installation.attach(MultiDeviceRuntime.of(runtimes), quantizer, save)
 
-    def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> Supply:
+    def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> ExpertLoader:
         if self._source is not None:
             moments = self._moments and self._moments.select(indices, first_expert, num_experts)
-            return QuantizedSupply(self._source.select(indices, first_expert, num_experts), moments)
+            return QuantizingLoader(self._source.select(indices, first_expert, num_experts), moments)
         assert self._reader is not None, "experts are packed or they are not"
         assert self._stored_codec is not None, "likewise"
         reader = self._reader.select(indices, first_expert, num_experts)
-        return PackedSupply(reader, self._stored_codec, self._early)
+        return PackedLoader(reader, self._stored_codec, self._early)
 
     @torch.inference_mode(False)  # likewise
-    def _read_early(self, device_map: Any) -> EarlyReading | None:
+    def _read_early(self, device_map: Any) -> PrefetchedBase | None:
         """Begin to read the base while Transformers loads the dense weights, if it can be read to where it stays."""
         whole = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}
         if self._reader is None or self._stored_codec is None or not whole or self._is_distributed:
             return None
         same_base = all(ladder[0] == self._stored_codec.tiers[0] for ladder in self._codecs)
-        return EarlyReading(self._reader) if same_base else None
+        return PrefetchedBase(self._reader) if same_base else None
 
     def _packed_shape(self, codec: ExpertCodec) -> PackedShape:
         return packed_shape(codec, tuple(layer.name for layer in self.layers), self.layers[0].num_experts)
@@ -130,7 +130,7 @@ class CheckpointLoad:
         device = torch.device("cpu")  # any will do: the budget is given
         make_plan(self.model, self.layers, self._codecs, self.settings, device, dense, self.layers[0].num_experts)
 
-    def _stand_ins(self, device_map: Any) -> dict[str, dict[str, nn.Parameter]]:
+    def _placeholders(self, device_map: Any) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters that show an automatic device map what a layer weighs, or ranks what there is to share."""
         if self._is_distributed:
             return {layer.name: layer.parameters for layer in self.layers}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dynaexq.errors import CheckpointError, UnsupportedModelError
 
 
-def skeleton(source: Path) -> Any:
+def meta_model(source: Path) -> Any:
     """The model of a 16-bit checkpoint directory.
 
     Raises:
@@ -30,7 +30,7 @@ def skeleton(source: Path) -> Any:
             f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
             "give the 16-bit checkpoint it was made from"
         )
-    return build_skeleton(config)
+    return build_meta_model(config)
 
 
 def read_config(source: Path) -> Any:
@@ -58,7 +58,7 @@ def quantization_method(config: Any) -> str | None:
     return str(quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method)
 
 
-def build_skeleton(config: Any) -> Any:
+def build_meta_model(config: Any) -> Any:
     """The model that `config` describes, ready to infer.
 
     Raises:
@@ -78,7 +78,7 @@ def build_skeleton(config: Any) -> Any:
         ) from error
 
 
-def skeleton_of(model: PreTrainedModel) -> Any:
+def meta_twin(model: PreTrainedModel) -> Any:
     """A twin of a model that is loaded already; the model is left alone."""
     with torch.device("meta"):
         return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()

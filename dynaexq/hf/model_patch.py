@@ -1,6 +1,6 @@
 """What a patch changes in a model, step by step, and how every step is taken back.
 
-Experts lose their parameters and get a new class (`take_over`), then their bytes (`connect`); the model gets a
+Experts lose their parameters and get a new class (`replace_modules`), then their bytes (`connect`); the model gets a
 runtime, a quantizer and guards (`attach`). It decides nothing, and both doors use it: `patch`, and `from_pretrained`.
 """
 
@@ -22,28 +22,28 @@ from dynaexq.runtime.runtime import Runtime
 from dynaexq.weights.sources import ExpertSource
 
 
-def adopt(module: nn.Module, mixin: type[nn.Module]) -> None:
+def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
     """Make `module` an instance of `mixin` as well, in place."""
-    module.__class__ = _adopted_class(mixin, type(module))  # type: ignore[arg-type]
+    module.__class__ = _swapped_class(mixin, type(module))  # type: ignore[arg-type]
 
 
-def release(module: nn.Module) -> None:
+def restore_class(module: nn.Module) -> None:
     """Give an adopted module its own class back."""
     module.__class__ = type(module).__bases__[1]
 
 
 @cache
-def _adopted_class(mixin: Any, family: Any) -> Any:
+def _swapped_class(mixin: Any, family: Any) -> Any:
     # The mixin's name stays in front, so that a printed model shows where it was patched.
     name = f"{mixin.__name__}[{family.__name__}]"
     return type(name, (mixin, family), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 
 RECORD = "_dynaexq_installation"
-"""The attribute of a patched model that holds its `Installation`."""
+"""The attribute of a patched model that holds its `ModelPatch`."""
 
 
-class Installation:
+class ModelPatch:
     """The changes made to one model.
 
     Args:
@@ -61,23 +61,23 @@ class Installation:
         self._loaded_here = getattr(model, "is_quantized", False) and on_meta
         self._quantizer = getattr(model, "hf_quantizer", None)
 
-    def take_over(self, stand_ins: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
+    def replace_modules(self, placeholders: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
         """Take the parameters away from all experts and give experts and blocks their new classes.
 
         Args:
-            stand_ins: what to leave in the place of the parameters for a while, by layer and name.
+            placeholders: what to leave in the place of the parameters for a while, by layer and name.
         """
         for layer in self.layers:
             for name in layer.parameters:
                 del layer.experts._parameters[name]
-            layer.experts._parameters.update((stand_ins or {}).get(layer.name, {}))
+            layer.experts._parameters.update((placeholders or {}).get(layer.name, {}))
             with _detached_hook(layer.experts):
-                adopt(layer.experts, MixedPrecisionExperts)
+                swap_class(layer.experts, MixedPrecisionExperts)
             if layer.block is not None:
-                adopt(layer.block, DynaExqMoE)
+                swap_class(layer.block, DynaExqMoE)
 
-    def dismiss_stand_ins(self) -> None:
-        """Take away what `take_over` left in the place of the parameters."""
+    def drop_placeholders(self) -> None:
+        """Take away what `replace_modules` left in the place of the parameters."""
         for layer in self.layers:
             layer.experts._parameters.clear()
 
@@ -114,7 +114,7 @@ class Installation:
         setattr(self.model, RECORD, self)
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 
-    def let_go(self, keep_experts: bool) -> None:
+    def free_originals(self, keep_experts: bool) -> None:
         """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""
         self._lost_linears, self._linears = bool(self._linears), {}
         if not keep_experts:
@@ -147,11 +147,11 @@ class Installation:
             experts, block = layer.experts, layer.block
             if isinstance(block, DynaExqMoE):
                 block.__dict__.pop("_view", None)
-                release(block)
+                restore_class(block)
             if isinstance(experts, MixedPrecisionExperts):
                 experts.disconnect()
                 with _detached_hook(experts):
-                    release(experts)
+                    restore_class(experts)
             for name, parameter in layer.parameters.items():
                 experts._parameters[name] = parameter
         for path, linear in self._linears.items():

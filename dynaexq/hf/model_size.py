@@ -9,33 +9,33 @@ from dynaexq.errors import CheckpointError
 from dynaexq.hf.checkpoint_source import INDEX
 from dynaexq.hf.config import METHOD, DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.meta_model import build_skeleton, quantization_method, read_config
-from dynaexq.hf.planning import choose_ladders, context_bytes, dense_bytes, make_codec
+from dynaexq.hf.meta_model import build_meta_model, quantization_method, read_config
+from dynaexq.hf.planning import context_bytes, dense_bytes, make_codec, tier_choices
 from dynaexq.memory import DeviceMemory
-from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.budget import TIER_CHOICES
 from dynaexq.planning.estimate import Ladder, ModelSize
 from dynaexq.quantization import offered
 from dynaexq.settings import Settings
 
 
-def model_size(source: Path, **dials: Any) -> ModelSize:
+def model_size(source: Path, **options: Any) -> ModelSize:
     """The sizes of the model at `source`: a checkpoint directory, a config.json, or a repository on the Hub.
 
     Args:
-        **dials: fields of `Settings`; `max_context` and `max_batch` say what the cache must hold.
+        **options: fields of `Settings`; `max_context` and `max_batch` say what the cache must hold.
 
     Raises:
-        SettingsError: a dial has a value it cannot take.
+        SettingsError: an option has a value it cannot take.
         CheckpointError: there is no configuration, or the weights are quantised by somebody else.
         UnsupportedModelError: the model has no experts that dynaexq could take over.
     """
     config = read_config(source)
-    stored, settings = _stored(source, config, dials)
-    model = build_skeleton(config)
+    stored, settings = _stored(source, config, options)
+    model = build_meta_model(config)
     layers = find_sparse_layers(model, on_meta=True)
     first, num_layers = layers[0], len(layers)
     context = context_bytes(model, layers, settings.max_context, settings.max_batch)
-    eligible = choose_ladders(settings, stored)
+    eligible = tier_choices(settings, stored)
     return ModelSize(
         name=type(model).__name__ if source.is_file() else source.resolve().name,
         dtype=str(first.dtype).removeprefix("torch."),
@@ -47,7 +47,7 @@ def model_size(source: Path, **dials: Any) -> ModelSize:
         workspace=DeviceMemory.workspace_bytes(num_layers, first.num_experts),
         cache=context.cache,
         activations=context.activations,
-        ladders=_tiers(first, offered(stored) if stored else LADDERS, settings),
+        ladders=_tiers(first, offered(stored) if stored else TIER_CHOICES, settings),
         eligible=_tiers(first, eligible, settings),
         quantizer=settings.quantizer,
         packed=stored is not None,
@@ -55,18 +55,18 @@ def model_size(source: Path, **dials: Any) -> ModelSize:
     )
 
 
-def _stored(source: Path, config: Any, dials: dict[str, Any]) -> tuple[tuple[str, ...] | None, Settings]:
-    """The ladder of a packed checkpoint, None for 16-bit weights; and the dials, those kept with it among them."""
+def _stored(source: Path, config: Any, options: dict[str, Any]) -> tuple[tuple[str, ...] | None, Settings]:
+    """The ladder of a packed checkpoint, None for 16-bit weights; and the options, those kept with it among them."""
     method = quantization_method(config)
     if method is None:
-        return None, Settings.from_dials(dials)
+        return None, Settings.from_options(options)
     if method != METHOD:
         raise CheckpointError(
             f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
             "give the 16-bit checkpoint it was made from, or its config.json"
         )
     kept = DynaExqConfig.from_dict(config.quantization_config)
-    settings = replace(kept.settings(stored=True), **dials)
+    settings = replace(kept.settings(stored=True), **options)
     if settings.dense is not None:
         raise CheckpointError(
             f"the dense weights of {source} are kept with dense={settings.dense!r}, whose bytes no configuration "

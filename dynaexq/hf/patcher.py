@@ -17,20 +17,20 @@ from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, ope
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
 from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers
-from dynaexq.hf.model_patch import RECORD, Installation
-from dynaexq.hf.planning import choose_ladders, dense_bytes, make_codecs, make_plan, resolve_device
+from dynaexq.hf.model_patch import RECORD, ModelPatch
+from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan, resolve_device, tier_choices
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.save import save_packed
 from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
-from dynaexq.weights.quantize_experts import QuantizedSupply
+from dynaexq.weights.quantize_experts import QuantizingLoader
 from dynaexq.weights.sources import ExpertSource
 
 
 @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
 def patch(
-    model: nn.Module, hbm_budget: int | str = "auto", checkpoint: str | Path | None = None, **dials: Any
+    model: nn.Module, hbm_budget: int | str = "auto", checkpoint: str | Path | None = None, **options: Any
 ) -> Runtime:
     """Put the experts of `model` under a byte budget, in place; `model.generate()` and all else work as before.
 
@@ -42,13 +42,13 @@ def patch(
         hbm_budget: ceiling on the device bytes of all weights: `"20GiB"`, `"20GB"`, bytes, or `"auto"`.
         checkpoint: the directory of the 16-bit safetensors to read the experts from, where the model's own are on
             the meta device.
-        **dials: the other fields of `dynaexq.Settings`: `tiers`, `device`, `policy`, `half_life`, ...
+        **options: the other fields of `dynaexq.Settings`: `tiers`, `device`, `policy`, `half_life`, ...
 
     Returns:
         The runtime, also `model.dynaexq`.
 
     Raises:
-        SettingsError: a dial has a value it cannot take.
+        SettingsError: an option has a value it cannot take.
         BudgetError: nothing fits; the message names the least that does.
         UnsupportedModelError, PatchError: the model, or the state it is in; the message names the module.
         CheckpointError: the checkpoint is incomplete, damaged, or of another model.
@@ -59,7 +59,7 @@ def patch(
     budget: dict[str, Any] = (
         {} if hbm_budget == "auto" else {"hbm_budget": hbm_budget}
     )  # "auto" leaves it to the environment
-    config = DynaExqConfig(**budget, **dials)
+    config = DynaExqConfig(**budget, **options)
     settings = config.settings(stored=False)
     layers = find_sparse_layers(model, on_meta=checkpoint is not None)
     device = resolve_device(settings)
@@ -67,8 +67,8 @@ def patch(
     twins = quantized_linears(model, settings.dense, device) if settings.dense else {}
     moments = moments_for(settings, layers)
     runtime = _new_runtime(model, layers, twins, settings, device)
-    runtime.load(QuantizedSupply(source, moments))
-    _commit(Installation(model, layers), runtime, source, twins, config)
+    runtime.load(QuantizingLoader(source, moments))
+    _commit(ModelPatch(model, layers), runtime, source, twins, config)
     return runtime
 
 
@@ -109,7 +109,7 @@ def _new_runtime(
     device: torch.device,
 ) -> Runtime:
     """A runtime with memory for all experts, on the best ladder that fits beside the dense weights."""
-    codecs = make_codecs(layers[0], choose_ladders(settings), settings)
+    codecs = make_codecs(layers[0], tier_choices(settings), settings)
     replaced = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
     quantized = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
     dense = dense_bytes(model, layers) - replaced + quantized
@@ -118,7 +118,7 @@ def _new_runtime(
 
 
 def _commit(
-    installation: Installation,
+    installation: ModelPatch,
     runtime: Runtime,
     source: ExpertSource,
     twins: dict[str, nn.Module],
@@ -127,7 +127,7 @@ def _commit(
     """Change the model; whatever fails, everything is put back."""
     model, layers, dense = installation.model, installation.layers, runtime.settings.dense
     try:
-        installation.take_over()
+        installation.replace_modules()
         installation.connect(runtime, layers)
         installation.replace_linears(twins)
         if runtime.device != layers[0].device:
@@ -142,4 +142,4 @@ def _commit(
         raise
     if isinstance(source, CheckpointSource):
         installation.source = source
-    installation.let_go(keep_experts=runtime.stored.keeps_source)
+    installation.free_originals(keep_experts=runtime.stored.keeps_source)

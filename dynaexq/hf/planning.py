@@ -13,10 +13,10 @@ from dynaexq.errors import SettingsError
 from dynaexq.hf.compat import text_config
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.kv_cache_size import cache_bytes
-from dynaexq.hf.meta_model import skeleton_of
+from dynaexq.hf.meta_model import meta_twin
 from dynaexq.memory import DeviceMemory
 from dynaexq.memory.tensor_bytes import weight_bytes
-from dynaexq.planning.budget import LADDERS, plan_memory, weights_budget
+from dynaexq.planning.budget import TIER_CHOICES, plan_memory, weights_budget
 from dynaexq.quantization import ExpertCodec, offered
 from dynaexq.settings import Settings
 from dynaexq.types import MemoryPlan
@@ -46,14 +46,14 @@ def resolve_device(settings: Settings) -> torch.device:
     return device
 
 
-def choose_ladders(settings: Settings, stored: Ladder | None = None) -> tuple[Ladder, ...]:
+def tier_choices(settings: Settings, stored: Ladder | None = None) -> tuple[Ladder, ...]:
     """The ladders to choose from: the user's, all that there are, or what a packed checkpoint holds.
 
     Raises:
         SettingsError: the user's ladder is not among those that the `stored` planes allow.
     """
     if stored is None:
-        return LADDERS if isinstance(settings.tiers, str) else (settings.tiers,)
+        return TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
     if isinstance(settings.tiers, str):
         return (stored,)
     if settings.tiers not in offered(stored):
@@ -98,7 +98,7 @@ def make_plan(
         in_memory = settings.host_copy in ("ram", "pinned", "auto")
         largest = max(codec.upgrade_layout.nbytes for codec in codecs.values())
         budget = auto_budget(model, settings, device, in_memory * largest * len(layers) * num_experts)
-    others = {tiers: make_codec(layers[0], tiers, settings) for tiers in LADDERS}
+    others = {tiers: make_codec(layers[0], tiers, settings) for tiers in TIER_CHOICES}
     return plan_memory(
         [(codec.base, codec.upgrade) for codec in codecs.values()],
         len(layers),
@@ -159,7 +159,7 @@ def auto_budget(model: nn.Module, settings: Settings, device: torch.device, host
 
 
 def context_bytes(model: Any, layers: Sequence[SparseLayer], tokens: int, batch: int) -> Context:
-    """Bytes of cache and activations for `batch` sequences of `tokens` tokens, in a skeleton's own dtype."""
+    """Bytes of cache and activations for `batch` sequences of `tokens` tokens, in a meta_model's own dtype."""
     config, element_size = text_config(model), model.dtype.itemsize
     try:
         cache = cache_bytes(model, layers, tokens, batch)
@@ -175,7 +175,7 @@ def _context_of(model: nn.Module, settings: Settings) -> Context:
     """The context of a live model; nothing where it is none of Transformers', and nobody knows what it keeps."""
     if not isinstance(model, PreTrainedModel):
         return Context(0, 0)
-    twin = skeleton_of(model)
+    twin = meta_twin(model)
     layers = find_sparse_layers(twin, on_meta=True)
     return context_bytes(twin, layers, settings.max_context, settings.max_batch)
 

@@ -20,7 +20,7 @@ from dynaexq.hf.compat import is_distributed
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.load import GUARD
-from dynaexq.hf.model_patch import Installation
+from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.quantization import ExpertCodec
 from dynaexq.settings import parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
@@ -32,7 +32,7 @@ SHARD_METADATA = {"format": "pt", "dynaexq_format_version": str(FORMAT_VERSION)}
 
 
 def save_packed(
-    installation: Installation,
+    installation: ModelPatch,
     save_directory: str | Path,
     is_main_process: bool = True,
     push_to_hub: bool = False,
@@ -88,19 +88,19 @@ def packed_config(
     config: DynaExqConfig, codec: ExpertCodec, budget: int | None, dense: str | None = None
 ) -> DynaExqConfig:
     """`config` as a packed checkpoint keeps it: with the ladder and the dense format stored, and the last budget."""
-    dials = config.dials | config.given | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
-    group_size = dials.pop("group_size", 64)
-    quantizer = dials.pop("quantizer", "als")
+    options = config.options | config.given | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
+    group_size = options.pop("group_size", 64)
+    quantizer = options.pop("quantizer", "als")
     packed = {
         "format_version": FORMAT_VERSION,
         "tiers": list(codec.tiers),
         "group_size": group_size,
         "quantizer": quantizer,
     }
-    dials.pop("dense", None)
+    options.pop("dense", None)
     if dense is not None:
-        packed["dense"] = dials["dense"] = dense
-    return DynaExqConfig(packed=packed, **dials)
+        packed["dense"] = options["dense"] = dense
+    return DynaExqConfig(packed=packed, **options)
 
 
 def refuse_foreign_weights(directory: Path) -> None:

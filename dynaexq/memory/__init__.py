@@ -4,7 +4,7 @@ from dynaexq.memory.copy_engine import CudaCopier, EagerCopier, ManualCopier, co
 from dynaexq.memory.device_memory import DeviceMemory
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.fences import Fence, ManualFence, ReaderFence, StreamFence
-from dynaexq.memory.graph_sync import EchoFence, Exchange, HostWords
+from dynaexq.memory.graph_sync import EpochFence, Exchange, HostMailbox
 from dynaexq.memory.host_store import DiskStore, HostStore, RamStore
 from dynaexq.memory.pinned import on_device
 from dynaexq.memory.routing_counter import RoutingCounter
@@ -16,12 +16,12 @@ __all__ = [
     "DeviceMemory",
     "DiskStore",
     "EagerCopier",
-    "EchoFence",
+    "EpochFence",
     "Exchange",
     "ExpertTable",
     "Fence",
+    "HostMailbox",
     "HostStore",
-    "HostWords",
     "ManualCopier",
     "ManualFence",
     "RamStore",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.fences import Fence, ReaderFence, StreamFence
-from dynaexq.memory.graph_sync import EchoFence, Exchange, HostWords
+from dynaexq.memory.graph_sync import EpochFence, Exchange, HostMailbox
 from dynaexq.memory.routing_counter import RoutingCounter
 from dynaexq.memory.slab_pool import SlabPool, allocate_bytes
 
@@ -40,13 +40,13 @@ class DeviceMemory:
         exchange: Exchange | None = None,
     ):
         self._exchange, self._last_layer = exchange, num_layers - 1
-        self._words = HostWords(num_layers, num_experts, device) if exchange else None
+        self._words = HostMailbox(num_layers, num_experts, device) if exchange else None
         self.table = ExpertTable(num_layers, num_experts, device, self._words)
         self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
         self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
         if exchange is not None and self._words is not None:
             fetch = partial(exchange.fetch, self._words.words, self.table.entries)
-            self.fence = EchoFence(self._words, self.fence, fetch, self._synchronizer(device, self.fence))
+            self.fence = EpochFence(self._words, self.fence, fetch, self._synchronizer(device, self.fence))
         if base is None:
             base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
         self.base: Tensor = base.view(num_layers, num_experts, base_nbytes)
@@ -100,7 +100,7 @@ _PROBE_BYTES = 32 * 2**20
 
 
 def bytes_per_second(limit: int | float | str | None, device: torch.device) -> float | None:
-    """What `Settings.traffic_limit` allows on `device`: a float is a share of the link, which is measured for it."""
+    """What `Settings.copy_rate_limit` allows on `device`: a float is a share of the link, which is measured for it."""
     if isinstance(limit, float):
         return limit * measure_link(device)
     return None if limit is None else float(limit)

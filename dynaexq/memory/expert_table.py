@@ -8,14 +8,14 @@ store, so no reader ever sees half of it.
     layer 1:  [0, 0, 0, 0]
 
 The table is written where the host keeps it. From there it comes to the device at once, by a store in the order of the
-readers; or, where there are `HostWords`, with the next forward that fetches.
+readers; or, where there are `HostMailbox`, with the next forward that fetches.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynaexq.memory.graph_sync import HostWords
+from dynaexq.memory.graph_sync import HostMailbox
 from dynaexq.types import KIND_MASK
 
 
@@ -26,7 +26,7 @@ class ExpertTable:
         words: where the device fetches them from.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostWords | None = None):
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostMailbox | None = None):
         self.entries: Tensor = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self._is_fetched = words is not None
         self._published = np.zeros((num_layers, num_experts), dtype=np.int64) if words is None else words.table

@@ -13,7 +13,7 @@ forward did. The host only loads and stores.
     table       host         `[num_layers, num_experts]`, entries as in `memory.table`
     counts      report       `[num_layers, num_experts + 2]`, the sums of `memory.counter`
 
-This module knows neither what an entry means nor when memory may be used again; `echo.EchoFence` concludes that.
+This module knows neither what an entry means nor when memory may be used again; `echo.EpochFence` concludes that.
 """
 
 import threading
@@ -45,7 +45,7 @@ class Exchange(Protocol):
         """Copy `fetched` to `seen` and `sums [L, E + 2]` to the counts, and add `steps`, 0 or 1."""
 
 
-class HostWords:
+class HostMailbox:
     """The words of one runtime: int64, page-locked where the device is a GPU, which then addresses them as well.
 
     Raises:
@@ -109,7 +109,7 @@ class PlainExchange:
         words[SEEN] = words[FETCHED]
 
 
-class EchoFence:
+class EpochFence:
     """The fence of a device that fetches the table itself, forward by forward, eager or replayed.
 
     A ticket is an epoch, begun after a slot was taken out of the host's table. It passes when the device reports it,
@@ -133,7 +133,7 @@ class EchoFence:
         synchronize: return when everything that was queued has ended, on whatever stream a replay runs.
     """
 
-    def __init__(self, words: HostWords, order: Fence, fetch: Callable[[], None], synchronize: Callable[[], None]):
+    def __init__(self, words: HostMailbox, order: Fence, fetch: Callable[[], None], synchronize: Callable[[], None]):
         self._words, self._order, self._fetch, self._synchronize = words, order, fetch, synchronize
         self._rested = 0
 

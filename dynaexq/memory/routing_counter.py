@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaexq.memory.graph_sync import HostWords
+from dynaexq.memory.graph_sync import HostMailbox
 from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 
@@ -23,7 +23,7 @@ class RoutingCounter:
         words: where forwards report the sums to as they end.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostWords | None = None):
+    def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostMailbox | None = None):
         self.num_experts = num_experts
         self.top_k = 1
         """Experts a token is routed to, as last seen."""

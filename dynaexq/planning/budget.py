@@ -25,7 +25,7 @@ SHARED_LOSS = {("int2", "int4"): 0.162, ("int2", "int8"): 0.170}
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 _SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)
 
-LADDERS = (
+TIER_CHOICES = (
     ("int2",),
     ("int2", "int4"),
     ("int2", "int8"),

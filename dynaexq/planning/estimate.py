@@ -48,7 +48,7 @@ class ModelSize:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class TierEstimate:
     """One ladder on one card.
 
     Attributes:
@@ -78,7 +78,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class CardEstimate:
     """One card: where its bytes go before the weights come, and the ladders that fit then, the best first.
 
     Attributes:
@@ -92,26 +92,26 @@ class Outlook:
     cache: int
     activations: int
     budget: int
-    forecasts: tuple[Forecast, ...]
+    estimates: tuple[TierEstimate, ...]
 
     @property
-    def auto(self) -> Forecast | None:
+    def auto(self) -> TierEstimate | None:
         """What `tiers="auto"` takes, if that fits."""
-        return next((forecast for forecast in self.forecasts if forecast.is_auto), None)
+        return next((estimate for estimate in self.estimates if estimate.is_auto), None)
 
 
-def outlook(size: ModelSize, card: int, host_ram: int | None = None) -> Outlook:
+def estimate_card(size: ModelSize, card: int, host_ram: int | None = None) -> CardEstimate:
     """What fits on a card of `card` bytes beside `host_ram` bytes of host memory, None for any amount."""
     available = card - DRIVER_BYTES
     budget = weights_budget(available, size.context)
     reserve = available - budget - size.context
-    forecasts = tuple(_forecasts(size, budget, host_ram))
-    return Outlook(card, DRIVER_BYTES, reserve, size.cache, size.activations, budget, forecasts)
+    estimates = tuple(_forecasts(size, budget, host_ram))
+    return CardEstimate(card, DRIVER_BYTES, reserve, size.cache, size.activations, budget, estimates)
 
 
-def require_fit(size: ModelSize, found: Outlook) -> None:
+def require_fit(size: ModelSize, found: CardEstimate) -> None:
     """Raise a BudgetError that names the least card, if nothing fits on the one in `found`."""
-    if found.forecasts:
+    if found.estimates:
         return
     least, base = least_card(size)
     raise BudgetError(
@@ -131,14 +131,14 @@ def least_card(size: ModelSize) -> tuple[int, str]:
     return DRIVER_BYTES + least_available(weights, size.context), base.precision
 
 
-def _forecasts(size: ModelSize, budget: int, host_ram: int | None) -> Iterator[Forecast]:
+def _forecasts(size: ModelSize, budget: int, host_ram: int | None) -> Iterator[TierEstimate]:
     sizes = (size.num_layers, size.num_experts, size.dense, size.workspace, budget)
     chosen = next((plan.tiers for plan in fitting_plans(size.eligible, *sizes)), None)
     for plan in fitting_plans(size.ladders, *sizes):
         waiting = plan.num_layers * plan.num_experts * plan.upgrade.nbytes if plan.upgrade else 0
         reading = (size.experts + size.dense) / DISK_RATE
         quantizing = 0.0 if plan.tiers == ("fp16",) else size.num_weights / ENCODE_RATE[size.quantizer]
-        yield Forecast(
+        yield TierEstimate(
             plan,
             loss_of(plan),
             plan.tiers == chosen,

@@ -12,7 +12,7 @@ LEAST_PATIENCE = 4096
 """Tokens without an advantage before moves are paused; eight half-lives of the hotness, if that is more."""
 
 
-class Watch:
+class AutoPause:
     """Judges, by every drain, sets of experts chosen before it; pauses `policy="topn"` where following does not pay.
 
     Args:

@@ -1,16 +1,16 @@
 """Control: what the traffic looks like, and what to do about it. The same code serves a model and a replayed trace.
 
 `HotnessTracker` turns counts into a moving average. `PrecisionController` turns that average into moves, through the
-pure functions of `policy`. `Control` joins them to the traffic limit and to the watch. None of them touches memory.
+pure functions of `policy`. `ControlLoop` joins them to the rate limit and to auto-pause. None of them touches memory.
 """
 
 import numpy as np
 
 from dynaexq.errors import SettingsError
-from dynaexq.policy.auto_pause import Watch
+from dynaexq.policy.auto_pause import AutoPause
 from dynaexq.policy.benefit import Verdict
 from dynaexq.policy.hotness import HotnessTracker
-from dynaexq.policy.rate_limit import TrafficLimit
+from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.policy.selection import slots_per_row, threshold, top_n, transitions
 from dynaexq.settings import Settings
 from dynaexq.types import Transition
@@ -61,7 +61,7 @@ class PrecisionController:
         score = np.where(lost, -1.0, self.score(hotness))
         slots = slots_per_row(self._settings.allocation, num_slots, len(score))
         score_rows, upgraded_rows = (table.reshape(len(slots), -1) for table in (score, upgraded))
-        wanted = top_n(score_rows, upgraded_rows, slots, self._settings.margin)
+        wanted = top_n(score_rows, upgraded_rows, slots, self._settings.hysteresis)
         return wanted.reshape(score.shape) & ~lost
 
     def fill(
@@ -94,7 +94,7 @@ class PrecisionController:
         return wanted.reshape(score.shape)
 
 
-class Control:
+class ControlLoop:
     """All that decides: counts come in, moves go out. Whoever owns the slots carries them out.
 
     Args:
@@ -102,10 +102,10 @@ class Control:
         limit: how many promotions may start.
     """
 
-    def __init__(self, tracker: HotnessTracker, gain: np.ndarray, limit: TrafficLimit, settings: Settings):
+    def __init__(self, tracker: HotnessTracker, gain: np.ndarray, limit: CopyRateLimiter, settings: Settings):
         self.tracker, self.limit = tracker, limit
         self.controller = PrecisionController(gain, settings)
-        self.watch = Watch(gain, settings)
+        self.watch = AutoPause(gain, settings)
         self._policy = settings.policy
 
     def observe(self, steps: int, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

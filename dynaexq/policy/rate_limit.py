@@ -6,7 +6,7 @@ from collections.abc import Callable
 UNLIMITED_TICK_BYTES = 64 * 2**20
 
 
-class TrafficLimit:
+class CopyRateLimiter:
     """An allowance of bytes that grows with time and is spent a slot at a time.
 
     Args:

@@ -11,14 +11,14 @@ import numpy as np
 from dynaexq.types import Transition
 
 
-def top_n(score: np.ndarray, upgraded: np.ndarray, slots: np.ndarray, margin: float) -> np.ndarray:
-    """The `slots[r]` best of every row r; an incumbent counts for `1 + margin` times its score.
+def top_n(score: np.ndarray, upgraded: np.ndarray, slots: np.ndarray, hysteresis: float) -> np.ndarray:
+    """The `slots[r]` best of every row r; an incumbent counts for `1 + hysteresis` times its score.
 
     Args:
         score, upgraded: `[R, E]`. One row competes by itself: reshape to `[1, L * E]` for global allocation.
         slots: `[R]`, how many each row may choose.
     """
-    worth = np.where(upgraded, score * (1 + margin), score)
+    worth = np.where(upgraded, score * (1 + hysteresis), score)
     ascending = np.sort(worth, axis=1)
     num_experts = worth.shape[1]
     last = ascending[np.arange(len(worth)), np.clip(num_experts - slots, 0, num_experts - 1)][:, None]

@@ -11,38 +11,39 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dynaexq.errors import ProfileError
+from dynaexq.errors import HotnessError
 
 VERSION = "1"
-_KIND = "dynaexq heat profile"
+_KIND = "dynaexq hotness snapshot"
+_KINDS = (_KIND, "dynaexq heat profile")  # the second is what such files were called first
 
 
-def write_profile(path: str | Path, model: str, layers: dict[str, np.ndarray]) -> None:
+def write_snapshot(path: str | Path, model: str, layers: dict[str, np.ndarray]) -> None:
     """Write one row of hotness `[E]` for each of `layers`; `model` is the name of its class."""
     metadata = {"kind": _KIND, "version": VERSION, "model": model, "layers": json.dumps(list(layers))}
     save_file({"hotness": np.stack(list(layers.values()))}, path, metadata)
 
 
-def read_profile(path: str | Path, model: str, layers: list[str], num_experts: int) -> np.ndarray:
+def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: int) -> np.ndarray:
     """The hotness `[L, E]` of `layers`, in their order.
 
     Raises:
-        ProfileError: not a profile, damaged, or of another model.
+        HotnessError: not a profile, damaged, or of another model.
         FileNotFoundError: there is no such file.
     """
     metadata, hotness = _content(path)
     rows = {name: index for index, name in enumerate(json.loads(metadata["layers"]))}
     missing = [name for name in layers if name not in rows]
     if metadata["model"] != model or missing or hotness.shape != (len(rows), num_experts):
-        raise ProfileError(
+        raise HotnessError(
             f"{path} belongs to a {metadata['model']} with {len(rows)} layers of {hotness.shape[-1]} experts, "
             f"expected a {model} with {num_experts} experts in each of {len(layers)} layers"
             + (f", {missing[0]} among them" if missing else "")
-            + "; save a profile of this model with runtime.save_profile"
+            + "; save a profile of this model with runtime.save_hotness"
         )
     found = hotness[[rows[name] for name in layers]]
     if not is_hotness(found):
-        raise ProfileError(f"{path} holds values that are no hotness (finite and not negative); save it again")
+        raise HotnessError(f"{path} holds values that are no hotness (finite and not negative); save it again")
     return found
 
 
@@ -55,10 +56,10 @@ def _content(path: str | Path) -> tuple[dict[str, str], np.ndarray]:
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
-            if metadata.get("kind") != _KIND or metadata.get("version") != VERSION:
-                raise ProfileError(
-                    f"{path} is no heat profile of version {VERSION}; runtime.save_profile(path) writes one"
+            if metadata.get("kind") not in _KINDS or metadata.get("version") != VERSION:
+                raise HotnessError(
+                    f"{path} is no heat profile of version {VERSION}; runtime.save_hotness(path) writes one"
                 )
             return metadata, file.get_tensor("hotness")
     except SafetensorError as error:
-        raise ProfileError(f"{path} cannot be read as a heat profile: {error}; save it again") from error
+        raise HotnessError(f"{path} cannot be read as a heat profile: {error}; save it again") from error

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from dynaexq.policy import Verdict
-from dynaexq.runtime.hotness_snapshot import write_profile
+from dynaexq.runtime.hotness_snapshot import write_snapshot
 from dynaexq.runtime.report import Report
 from dynaexq.runtime.runtime import Runtime
 
 
-class RuntimeGroup:
+class MultiDeviceRuntime:
     """Several runtimes; arrays are `[num_layers, num_experts]` over all layers of the model in order.
 
     Args:
@@ -25,9 +25,9 @@ class RuntimeGroup:
         self._order = np.argsort(np.concatenate([layers for _, layers in parts]))
 
     @staticmethod
-    def of(parts: Sequence[tuple[Runtime, list[int]]]) -> "Runtime | RuntimeGroup":
+    def of(parts: Sequence[tuple[Runtime, list[int]]]) -> "Runtime | MultiDeviceRuntime":
         """The one runtime there is, or a group of several."""
-        return parts[0][0] if len(parts) == 1 else RuntimeGroup(parts)
+        return parts[0][0] if len(parts) == 1 else MultiDeviceRuntime(parts)
 
     @property
     def follows_replays(self) -> bool:
@@ -55,14 +55,14 @@ class RuntimeGroup:
         """A new ceiling for each device; a BudgetError leaves those before it changed and the others as they were."""
         self._each(lambda runtime: runtime.set_budget(hbm_budget))
 
-    def save_profile(self, path: str | Path) -> None:
-        """Write what is hot now, of all devices together; see `Runtime.save_profile`."""
+    def save_hotness(self, path: str | Path) -> None:
+        """Write what is hot now, of all devices together; see `Runtime.save_hotness`."""
         heat = {name: row for runtime in self.runtimes for name, row in runtime.heat().items()}
-        write_profile(path, self.runtimes[0].model_name, heat)
+        write_snapshot(path, self.runtimes[0].model_name, heat)
 
-    def load_profile(self, path: str | Path) -> None:
-        """Take what `save_profile` wrote and choose every device's upgrades anew; see `Runtime.load_profile`."""
-        self._each(lambda runtime: runtime.load_profile(path))
+    def load_hotness(self, path: str | Path) -> None:
+        """Take what `save_hotness` wrote and choose every device's upgrades anew; see `Runtime.load_hotness`."""
+        self._each(lambda runtime: runtime.load_hotness(path))
 
     def close(self) -> None:
         """Stop for good. The model goes on answering at its last precisions."""
@@ -101,7 +101,7 @@ class RuntimeGroup:
         """Is it worth it here? One answer a device, as each decides by itself; `trace` likewise is each one's own."""
         return tuple(runtime.verdict() for runtime in self.runtimes)
 
-    def __enter__(self) -> "RuntimeGroup":
+    def __enter__(self) -> "MultiDeviceRuntime":
         return self
 
     def __exit__(
@@ -110,7 +110,7 @@ class RuntimeGroup:
         self.close()
 
     def __repr__(self) -> str:
-        return f"RuntimeGroup({', '.join(f'{runtime.device}: {runtime!r}' for runtime in self.runtimes)})"
+        return f"MultiDeviceRuntime({', '.join(f'{runtime.device}: {runtime!r}' for runtime in self.runtimes)})"
 
     def _each(self, act: Callable[[Runtime], object]) -> None:
         for runtime in self.runtimes:

@@ -22,12 +22,12 @@ from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for, on_device
 from dynaexq.memory.device_memory import bytes_per_second
 from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.policy import Verdict
-from dynaexq.policy.controller import Control
+from dynaexq.policy.controller import ControlLoop
 from dynaexq.policy.hotness import HotnessTracker
-from dynaexq.policy.rate_limit import TrafficLimit
+from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.quantization import ExpertCodec
 from dynaexq.runtime.experts import LayerPorts
-from dynaexq.runtime.hotness_snapshot import is_hotness, read_profile, write_profile
+from dynaexq.runtime.hotness_snapshot import is_hotness, read_snapshot, write_snapshot
 from dynaexq.runtime.moe import LayerView, layer_names
 from dynaexq.runtime.report import Report, Traffic
 from dynaexq.runtime.steering import Steering
@@ -37,7 +37,7 @@ from dynaexq.traces import TraceHeader
 from dynaexq.traces.recorder import Recorder, Recording
 from dynaexq.types import BITS, MemoryPlan
 from dynaexq.weights.export import StoredExperts
-from dynaexq.weights.sources import Supply
+from dynaexq.weights.sources import ExpertLoader
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ class Runtime:
         self._tracker = HotnessTracker(self._memory.counter, settings)
         self._traffic, self._recorder = Traffic(), Recorder()
         self._ticking, self._ticks = threading.Lock(), 0
-        self._steps, self._poller = StepCount(self._memory, settings.tick_every), Poller(self._look)
+        self._steps, self._poller = StepCount(self._memory, settings.update_interval), Poller(self._look)
         self._frozen = self._closed = False
 
-    def load(self, supply: Supply) -> None:
+    def load(self, supply: ExpertLoader) -> None:
         """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
         with on_device(self.device):  # where memory is locked
             self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
@@ -86,8 +86,10 @@ class Runtime:
             store.close()
             raise
         gain = self._errors[..., 0] - self._errors[..., -1]
-        limit = TrafficLimit(bytes_per_second(self.settings.traffic_limit, self.device), self._memory.pool.slot_nbytes)
-        self._control = Control(self._tracker, gain, limit, self.settings)
+        limit = CopyRateLimiter(
+            bytes_per_second(self.settings.copy_rate_limit, self.device), self._memory.pool.slot_nbytes
+        )
+        self._control = ControlLoop(self._tracker, gain, limit, self.settings)
         self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, BITS[self.plan.tiers[-1]])
         weakref.finalize(self, SwapPipeline.forget, self._pipeline)
         weakref.finalize(self, Poller.stop, self._poller)  # the later one goes first
@@ -175,17 +177,17 @@ class Runtime:
         names = layer_names(self._model(), self._tracker)
         return dict(zip(names, self._tracker.hotness.copy(), strict=True))
 
-    def save_profile(self, path: str | Path) -> None:
-        """Write what is hot now to a safetensors file, as a warm start for `load_profile`."""
-        write_profile(path, self.model_name, self.heat())
+    def save_hotness(self, path: str | Path) -> None:
+        """Write what is hot now to a safetensors file, as a warm start for `load_hotness`."""
+        write_snapshot(path, self.model_name, self.heat())
 
-    def load_profile(self, path: str | Path) -> None:
-        """Take the hotness that `save_profile` wrote and choose the upgrades anew, frozen or not; waits for them.
+    def load_hotness(self, path: str | Path) -> None:
+        """Take the hotness that `save_hotness` wrote and choose the upgrades anew, frozen or not; waits for them.
 
         Raises:
-            ProfileError: not a profile, damaged, or of another model; nothing has changed then.
+            HotnessError: not a profile, damaged, or of another model; nothing has changed then.
         """
-        self.warm_start(read_profile(path, self.model_name, list(self.heat()), self.plan.num_experts))
+        self.warm_start(read_snapshot(path, self.model_name, list(self.heat()), self.plan.num_experts))
 
     @torch.inference_mode(False)  # likewise
     def warm_start(self, hotness: np.ndarray) -> None:

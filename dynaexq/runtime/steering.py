@@ -3,13 +3,13 @@
 import numpy as np
 
 from dynaexq.memory import SwapPipeline
-from dynaexq.policy.controller import Control
+from dynaexq.policy.controller import ControlLoop
 
 
 class Steering:
-    """Joins one runtime's `Control` to its pipeline and pool. One thread at a time steers: the caller sees to it."""
+    """Joins one runtime's `ControlLoop` to its pipeline and pool. One thread at a time steers."""
 
-    def __init__(self, control: Control, pipeline: SwapPipeline):
+    def __init__(self, control: ControlLoop, pipeline: SwapPipeline):
         self.control, self.pipeline, self.pool = control, pipeline, pipeline.pool
 
     def decide(self, frozen: bool) -> None:

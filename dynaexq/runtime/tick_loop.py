@@ -25,15 +25,15 @@ def is_capturing(device: torch.device) -> bool:
 
 
 TOKENS_A_STEP = 8
-"""A tick is due after `tick_every` forwards, or when they have seen this many times as many tokens: a prompt says at
-once what a hundred steps of decoding say."""
+"""A tick is due after `update_interval` forwards, or when they have seen this many times as many tokens: a prompt
+says at once what a hundred steps of decoding say."""
 
 
 class StepCount:
     """Forwards since the start, and since the last tick."""
 
-    def __init__(self, memory: DeviceMemory, tick_every: int):
-        self._memory, self._tick_every = memory, tick_every
+    def __init__(self, memory: DeviceMemory, update_interval: int):
+        self._memory, self._tick_every = memory, update_interval
         self._run_here = self._at_tick = self._tokens = 0
 
     @property

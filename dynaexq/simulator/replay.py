@@ -11,9 +11,9 @@ import numpy as np
 
 from dynaexq.errors import TraceError
 from dynaexq.policy import Verdict, slots_per_row, top_n
-from dynaexq.policy.controller import Control
+from dynaexq.policy.controller import ControlLoop
 from dynaexq.policy.hotness import HotnessTracker
-from dynaexq.policy.rate_limit import TrafficLimit
+from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.settings import Settings
 from dynaexq.traces import Phase, Trace, Window
 from dynaexq.types import Transition
@@ -159,11 +159,11 @@ def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings)
     if not trace.num_windows:
         raise TraceError(f"{trace.path} holds no window: no tick fell into its recording; record for longer")
     counts, slots = Counts(trace), Slots(machine, trace.header.shape)
-    limit = settings.traffic_limit
+    limit = settings.copy_rate_limit
     rate = limit * machine.link if isinstance(limit, float) else limit
     assert not isinstance(rate, str), "settings have turned sizes into bytes"
-    control = Control(
-        HotnessTracker(counts, settings), gain, TrafficLimit(rate, machine.slot_nbytes, lambda: slots.now), settings
+    control = ControlLoop(
+        HotnessTracker(counts, settings), gain, CopyRateLimiter(rate, machine.slot_nbytes, lambda: slots.now), settings
     )
     start = control.controller.fill(
         control.tracker.hotness, slots.upgraded, slots.broken, machine.num_slots, machine.num_slots
@@ -186,7 +186,7 @@ def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings)
     return Replay(machine, trace.phases, tokens, routed, tracks, promotions, paused, verdict)
 
 
-def _tick(control: Control, counts: Counts, slots: Slots, window: Window) -> tuple[int, bool]:
+def _tick(control: ControlLoop, counts: Counts, slots: Slots, window: Window) -> tuple[int, bool]:
     """One tick after `window`, in the order of `Runtime._tick`; promotions begun, and whether moves are paused."""
     counts.window = window
     slots.now += float(window.tokens.max()) / slots.machine.tokens_per_second

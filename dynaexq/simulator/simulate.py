@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dynaexq.errors import SettingsError
 from dynaexq.memory import DeviceMemory
-from dynaexq.planning.budget import LADDERS, plan_memory
+from dynaexq.planning.budget import TIER_CHOICES, plan_memory
 from dynaexq.quantization import ExpertCodec
 from dynaexq.settings import Settings
 from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, replay
@@ -157,7 +157,7 @@ def _sized(
     if header.expert is None:
         raise SettingsError("the trace does not say what shape an expert has, and so not how large it is")
     dtype = getattr(torch, header.dtype)
-    ladders = LADDERS if isinstance(settings.tiers, str) else (settings.tiers,)
+    ladders = TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
     codecs = [ExpertCodec(header.expert, dtype, tiers, settings.group_size) for tiers in ladders]
     if upgraded is not None:
         return _share_upgraded(header, codecs, upgraded)
@@ -213,15 +213,15 @@ def provided(
         yield Trace(target)
 
 
-def parse_dials(pairs: list[str]) -> dict[str, Any]:
+def parse_options(pairs: list[str]) -> dict[str, Any]:
     """`["half_life=256", "allocation=per_layer"]` as keyword arguments of `Settings`."""
-    dials: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise SettingsError(f"a dial is written name=value, got {pair!r}")
+            raise SettingsError(f"an option is written name=value, got {pair!r}")
         try:
-            dials[name] = json.loads(value)
+            options[name] = json.loads(value)
         except json.JSONDecodeError:
-            dials[name] = value
-    return dials
+            options[name] = value
+    return options

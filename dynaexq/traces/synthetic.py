@@ -79,7 +79,7 @@ def generate(
     """Write the trace of `num_phases` phases, which take turns among text, code and arithmetic.
 
     Args:
-        window: tokens between two ticks; at batch 1, the `tick_every` of the model that is imitated.
+        window: tokens between two ticks; at batch 1, the `update_interval` of the model that is imitated.
     """
     rng = np.random.default_rng(seed)
     traffic = _Traffic(workload, rng)

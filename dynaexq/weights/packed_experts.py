@@ -12,7 +12,7 @@ from dynaexq.memory import HostStore, RamStore, allocate_bytes
 from dynaexq.quantization import ExpertCodec, pieces, rebase
 from dynaexq.settings import Settings
 from dynaexq.types import BITS
-from dynaexq.weights.sources import Placed
+from dynaexq.weights.sources import LoadResult
 
 READERS = 4  # a disk answers several readers faster than one, and each checks what it has read
 PROGRESS_FROM = 2**31  # bytes of base; below that reading takes a few seconds
@@ -26,7 +26,7 @@ def packed_shape(codec: ExpertCodec, layers: tuple[str, ...], num_experts: int) 
     )
 
 
-class EarlyReading:
+class PrefetchedBase:
     """A base slab in host memory that fills itself while others are still at work, for a CPU that it can stay on."""
 
     def __init__(self, reader: PackedReader):
@@ -43,7 +43,7 @@ class EarlyReading:
             self._pool.shutdown()
 
 
-class PackedSupply:
+class PackedLoader:
     """Experts of a packed checkpoint.
 
     Args:
@@ -51,11 +51,11 @@ class PackedSupply:
         early: what has been reading into the very slab that is to be filled.
     """
 
-    def __init__(self, reader: PackedReader, stored: ExpertCodec, early: EarlyReading | None = None):
+    def __init__(self, reader: PackedReader, stored: ExpertCodec, early: PrefetchedBase | None = None):
         self.reader, self.stored, self._early = reader, stored, early
 
-    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
-        """See `placement.Supply`. A block that does not match its checksum is a CheckpointError."""
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
+        """See `placement.ExpertLoader`. A block that does not match its checksum is a CheckpointError."""
         layers = range(len(base))
         quiet = base.numel() < PROGRESS_FROM
         with (
@@ -65,7 +65,7 @@ class PackedSupply:
             for _ in pool.map(lambda layer: self._place_layer(codec, layer, base[layer]), layers):
                 progress.update(base[0].numel())
         errors = np.stack([self._errors(tier) for tier in codec.tiers], axis=-1)
-        return Placed(errors, self._open_store(codec, settings))
+        return LoadResult(errors, self._open_store(codec, settings))
 
     def _place_layer(self, codec: ExpertCodec, layer: int, base: Tensor) -> None:
         if self._early is not None:

@@ -13,7 +13,7 @@ from dynaexq.errors import StoreError
 from dynaexq.memory import DiskStore, HostStore, RamStore
 from dynaexq.quantization import Encoded, ExpertCodec, Moments, check_representable
 from dynaexq.settings import Settings
-from dynaexq.weights.sources import ExpertSource, Placed
+from dynaexq.weights.sources import ExpertSource, LoadResult
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ WEIGHTS_AT_ONCE = 2**22  # read together
 PROGRESS_FROM = 2**28  # weights; below that quantising takes a few seconds
 
 
-class QuantizedSupply:
+class QuantizingLoader:
     """Experts quantised from their 16-bit weights.
 
     Args:
@@ -34,8 +34,8 @@ class QuantizedSupply:
     def __init__(self, source: ExpertSource, moments: Moments | None = None):
         self.source, self.moments = source, moments
 
-    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
-        """See `Supply`. A weight that no code represents is a QuantizationError."""
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
+        """See `ExpertLoader`. A weight that no code represents is a QuantizationError."""
         source = self.source
         store = self._open_store(codec, settings)
         errors = np.zeros((source.num_layers, source.num_experts, len(codec.tiers)))
@@ -49,7 +49,7 @@ class QuantizedSupply:
         except BaseException:
             store.close()
             raise
-        return Placed(errors, store)
+        return LoadResult(errors, store)
 
     def _open_store(self, codec: ExpertCodec, settings: Settings) -> HostStore:
         """The store that `settings.host_copy` asks for, empty; or the source itself where it holds the very bytes."""

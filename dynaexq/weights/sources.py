@@ -30,15 +30,15 @@ class ExpertSource(Protocol):
         """Weights of experts `first` to `last` (exclusive), as the family stores them."""
 
 
-class Placed(NamedTuple):
+class LoadResult(NamedTuple):
     """What is known once all experts are in their places: errors `[L, E, tiers]`, and where the upgrades wait."""
 
     errors: np.ndarray
     store: HostStore
 
 
-class Supply(Protocol):
+class ExpertLoader(Protocol):
     """Whatever can fill a base slab with experts."""
 
-    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> Placed:
+    def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
         """Put the base block of every expert into `base`, uint8 `[L, E, nbytes]` on the device."""

@@ -81,7 +81,7 @@ def test_a_budget_from_the_configuration_is_what_the_model_takes():
 def test_timeline_on_a_cpu_has_every_copy_inside_a_tick_inside_the_first_layer(tmp_path, texts):
     import fig3_timeline
 
-    fig3_timeline.main(batch=2, prompt=64, steps=3, tick_every=1, text=texts, out=tmp_path, **TOY)
+    fig3_timeline.main(batch=2, prompt=64, steps=3, update_interval=1, text=texts, out=tmp_path, **TOY)
     results = written(tmp_path, "fig3_timeline")
     spans, promotions = results["spans"], [move for move in results["moves"] if move["promote"]]
     assert len(spans["forward"]) == len(spans["tick"]) == 3 * (1 + 3)

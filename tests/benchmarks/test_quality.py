@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dynaexq.planning.budget import LADDERS, plan_memory
+from dynaexq.planning.budget import TIER_CHOICES, plan_memory
 from dynaexq.quantization import ExpertCodec
 from dynaexq.types import ExpertShape
 
@@ -57,7 +57,7 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "qual
 @pytest.mark.parametrize("row", json.loads(RESULTS.read_text())["bytes"], ids=lambda row: str(row["bits a weight"]))
 def test_auto_takes_the_ladder_that_was_measured_best_of_these_bytes(row: dict[str, Any]) -> None:
     shape = ExpertShape(256, 64, 128, has_bias=False, transposed=False)  # the embedded model's
-    codecs = [ExpertCodec(shape, torch.bfloat16, tiers) for tiers in LADDERS]
+    codecs = [ExpertCodec(shape, torch.bfloat16, tiers) for tiers in TIER_CHOICES]
     budget = int(4 * 32 * shape.num_weights * row["bits a weight"] / 8)
     plan = plan_memory([(c.base, c.upgrade) for c in codecs], 4, 32, dense=0, workspace=0, budget=budget)
     assert " + ".join(plan.tiers) == row["best that is offered"]

@@ -95,7 +95,7 @@ def test_tiers_may_be_written_with_spaces(checkpoint: Path, tmp_path: Path) -> N
 def test_who_interrupts_packing_is_told_that_it_can_go_on(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def interrupted(*args: object, **dials: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynaexq.hf.convert.quantize_checkpoint", interrupted)

@@ -16,7 +16,7 @@ from transformers.generation import ContinuousBatchingConfig
 
 import dynaexq
 from dynaexq.kernels import PlainExchange, exchange_for
-from dynaexq.memory import HostWords
+from dynaexq.memory import HostMailbox
 
 pytestmark = pytest.mark.gpu
 
@@ -44,11 +44,11 @@ class Routes:
             ids.copy_(torch.tensor(pair).expand_as(ids))
 
 
-def patched(**dials: Any) -> nn.Module:
+def patched(**options: Any) -> nn.Module:
     """A tiny bfloat16 model with upgrade slots for four of its sixteen experts."""
     model = tiny.tiny_qwen3_moe(moe_intermediate_size=64)
-    common = {"tiers": ("int2", "int4"), "quantizer": "rtn", "tick_every": 2, "half_life": 8, "auto_pause": False}
-    runtime = dynaexq.patch(model, AMPLE, device="cuda", **common | dials)
+    common = {"tiers": ("int2", "int4"), "quantizer": "rtn", "update_interval": 2, "half_life": 8, "auto_pause": False}
+    runtime = dynaexq.patch(model, AMPLE, device="cuda", **common | options)
     if runtime.plan.upgrade is not None:
         runtime.set_budget(runtime.memory()["total"] - (16 - SLOTS) * runtime.plan.upgrade.nbytes)
     return model
@@ -97,7 +97,7 @@ def pollers() -> list[threading.Thread]:
 def test_words_are_exchanged_with_the_host_by_a_replay():
     exchange = exchange_for(DEVICE, torch.bfloat16)
     assert exchange is not None
-    words, twin = HostWords(3, 200, DEVICE), HostWords(3, 200, torch.device("cpu"))
+    words, twin = HostMailbox(3, 200, DEVICE), HostMailbox(3, 200, torch.device("cpu"))
     entries = torch.zeros(3, 200, dtype=torch.int64, device=DEVICE)
     sums = torch.randint(0, 2**62, (3, 202), device=DEVICE)
 
@@ -154,7 +154,7 @@ def test_a_captured_graph_goes_on_switching_precision_and_answers_as_eager_does(
 
 def test_several_graphs_and_eager_forwards_take_turns():
     """A prompt eager, tokens replayed: whoever comes after finds what was published before."""
-    model = patched(half_life=2, margin=0.0)
+    model = patched(half_life=2, hysteresis=0.0)
     long, short = prompt(), prompt()[:1, :4].contiguous()
     routes = Routes(model, long.numel())
     graphs = [captured(model, ids) for ids in (long, short)]
@@ -207,7 +207,7 @@ def test_a_forgotten_model_that_is_collected_during_a_capture_leaves_it_alone():
 @pytest.mark.parametrize("host_copy", ["ram", "pinned"])
 def test_moves_of_one_model_leave_the_capture_of_another_alone(host_copy: str):
     """In the mode that forbids most: no thread may make a call that might synchronise while any captures."""
-    moving, ids = patched(host_copy=host_copy, half_life=2, margin=0.0), prompt()
+    moving, ids = patched(host_copy=host_copy, half_life=2, hysteresis=0.0), prompt()
     routes = Routes(moving, ids.numel())
     graph, _ = captured(moving, ids)
     graph.replay()
@@ -252,7 +252,7 @@ def test_the_host_never_waits_for_the_device():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_static_cache_is_compiled_with_graphs_and_precision_goes_on_moving():
-    model, common = patched(tick_every=4), {"do_sample": False, "cache_implementation": "static"}
+    model, common = patched(update_interval=4), {"do_sample": False, "cache_implementation": "static"}
     assert model.hf_quantizer.is_compileable
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     model.generate(prompt(), max_new_tokens=16, **common)
@@ -274,7 +274,7 @@ def test_a_static_cache_is_compiled_with_graphs_and_precision_goes_on_moving():
 
 @pytest.mark.filterwarnings("ignore")
 def test_continuous_batching_replays_its_graphs_and_precision_goes_on_moving():
-    model = patched(tick_every=4)
+    model = patched(update_interval=4)
     inputs = [tiny.prompt(1, length, seed=length)[0].tolist() for length in (3, 9, 12)]
     config = GenerationConfig(max_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0)
 

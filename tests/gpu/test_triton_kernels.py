@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dynaexq.kernels import Upgrades, dispatch, reference
 from dynaexq.memory import RoutingCounter, allocate_bytes
-from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.budget import TIER_CHOICES
 from dynaexq.types import ExpertShape
 
 pytestmark = [
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda", 0)
 WIDE = ExpertShape(hidden_size=512, intermediate_size=384, up_rows=768, has_bias=False, transposed=False)
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # here bfloat16 is rounded, not cut off
 
-each_ladder = pytest.mark.parametrize("tiers", [*LADDERS, ("int2", "fp16")], ids="+".join)
+each_ladder = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
 
 

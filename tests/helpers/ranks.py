@@ -43,11 +43,11 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
 """The checkpoint and the ladder of each; with this budget every expert is upgraded."""
 
 
-def load(directory: Path, tiers: tuple[str, ...] | None, layout: dict[str, Any], **dials: Any) -> Any:
+def load(directory: Path, tiers: tuple[str, ...] | None, layout: dict[str, Any], **options: Any) -> Any:
     """A model from `directory`: stock without `tiers`, in one process with an empty `layout`."""
     kwargs: dict[str, Any] = {}
     if tiers is not None:
-        kwargs["quantization_config"] = dynaexq.DynaExqConfig(**{"hbm_budget": AMPLE, "tiers": tiers} | dials)
+        kwargs["quantization_config"] = dynaexq.DynaExqConfig(**{"hbm_budget": AMPLE, "tiers": tiers} | options)
     if layout:
         kwargs["distributed_config"] = DistributedConfig(**layout)
     return AutoModelForCausalLM.from_pretrained(directory, **kwargs)
@@ -111,7 +111,7 @@ def one_rank_idle(directory: Path) -> dict[str, Any]:
 
 def traffic_on_cold_experts(directory: Path) -> dict[str, Any]:
     """Room for half the upgrades on each rank, and all traffic on one expert a rank and layer that has none."""
-    model = load(directory / "source", ("int2", "int8"), SIZES, half_life=16, tick_every=4, auto_pause=False)
+    model = load(directory / "source", ("int2", "int8"), SIZES, half_life=16, update_interval=4, auto_pause=False)
     rt = model.dynaexq
     memory = rt.memory()
     budget = memory["total"] - memory["upgrade"] // 2

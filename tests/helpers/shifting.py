@@ -18,12 +18,14 @@ MORNING, EVENING = [[[0, 1]], [[2, 3]]], [[[6, 7]], [[0, 5]]]
 
 
 def patched(
-    tiers: tuple[str, ...] = ("int2", "int4"), slots: int = 4, model: nn.Module | None = None, **dials: Any
+    tiers: tuple[str, ...] = ("int2", "int4"), slots: int = 4, model: nn.Module | None = None, **options: Any
 ) -> nn.Module:
     """A tiny float32 model with upgrade slots for four of its sixteen experts; it decides after every forward."""
     # 64 columns in both matrices need no padding, which would not be quantised as the weights are by themselves.
     model = tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64) if model is None else model
-    rt = dynaexq.patch(model, AMPLE, **{"tiers": tiers, "quantizer": "rtn", "tick_every": 1, "half_life": 8} | dials)
+    rt = dynaexq.patch(
+        model, AMPLE, **{"tiers": tiers, "quantizer": "rtn", "update_interval": 1, "half_life": 8} | options
+    )
     rt.set_budget(rt.memory()["total"] - (16 - slots) * rt.plan.upgrade.nbytes)
     return model
 

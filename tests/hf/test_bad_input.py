@@ -56,18 +56,18 @@ DIALS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
     "descending tiers": ({"tiers": ("int8", "int4")}, SettingsError, r"did you mean \('int4', 'int8'\)"),
     "repeated tier": ({"tiers": ("int4", "int4")}, SettingsError, r"each once"),
     "alpha and half_life": ({"alpha": 0.9, "half_life": 512}, SettingsError, "not both"),
-    "unknown dial": ({"tier": ("int4",)}, SettingsError, "unknown dial tier; the dials are hbm_budget, tiers, "),
+    "unknown option": ({"tier": ("int4",)}, SettingsError, "unknown option tier; the options are hbm_budget, tiers, "),
     "a device without kernels": ({"device": "meta"}, SettingsError, "'meta': no kernels"),
     "a device unknown to torch": ({"device": "tpu"}, SettingsError, r'"cpu" or "cuda\[:index\]", got \'tpu\''),
     "page-locked memory on a CPU": ({"device": "cpu", "host_copy": "pinned"}, SettingsError, 'use host_copy="ram"'),
 }
 
 
-@pytest.mark.parametrize(("dials", "error", "match"), DIALS.values(), ids=DIALS)
-def test_a_bad_dial_is_refused(dials: dict[str, Any], error: type[DynaExqError], match: str) -> None:
+@pytest.mark.parametrize(("options", "error", "match"), DIALS.values(), ids=DIALS)
+def test_a_bad_dial_is_refused(options: dict[str, Any], error: type[DynaExqError], match: str) -> None:
     model = tiny.tiny_qwen3_moe()
     with refused(model, error, match):
-        dynaexq.patch(model, **{"hbm_budget": AMPLE} | dials)
+        dynaexq.patch(model, **{"hbm_budget": AMPLE} | options)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,10 +271,10 @@ def test_the_dtype_of_the_model_represents_any_weight(name: str, value: float, m
 STEPS = {  # what patch goes through, and how often for two layers
     "encode": (ExpertCodec, "encode", 2),
     "write": (RamStore, "write", 2),
-    "adopt": (dynaexq.hf.model_patch, "adopt", 4),
+    "swap_class": (dynaexq.hf.model_patch, "swap_class", 4),
     "connect": (MixedPrecisionExperts, "connect", 2),
     "show": (dynaexq.Runtime, "view", 2),
-    "guard": (dynaexq.hf.model_patch.Installation, "_guard_ancestors", 1),
+    "guard": (dynaexq.hf.model_patch.ModelPatch, "_guard_ancestors", 1),
     "attach": (dynaexq.hf.patcher, "DynaExqQuantizer", 1),
 }
 FAILURES = [

@@ -18,11 +18,11 @@ from torch import nn
 import dynaexq
 import dynaexq.memory.slab_pool
 from dynaexq.errors import BudgetError, SettingsError
-from dynaexq.hf.model_patch import Installation
+from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.memory import DiskStore, RamStore
 from dynaexq.weights.quantize_experts import SourceStore
 
-LADDERS = {
+TIER_CHOICES = {
     "-".join(tiers) if isinstance(tiers, tuple) else tiers: tiers
     for tiers in (
         "auto",
@@ -36,7 +36,7 @@ LADDERS = {
         ("int2", "fp16"),
     )
 }
-TWO_TIERS = [tiers for tiers in LADDERS.values() if len(tiers) == 2]
+TWO_TIERS = [tiers for tiers in TIER_CHOICES.values() if len(tiers) == 2]
 AMPLE = 10**6
 
 two_tiers = pytest.mark.parametrize("tiers", TWO_TIERS, ids="-".join)
@@ -44,7 +44,7 @@ two_tiers = pytest.mark.parametrize("tiers", TWO_TIERS, ids="-".join)
 
 def reachable_bytes(model: nn.Module) -> int:
     """Bytes of every storage that can be reached from `model`; the host's copy of the upgrades aside."""
-    elsewhere = (Installation, DiskStore, RamStore, SourceStore, type, types.ModuleType, types.FunctionType)
+    elsewhere = (ModelPatch, DiskStore, RamStore, SourceStore, type, types.ModuleType, types.FunctionType)
     storages, seen, queue = {}, set(), [model]
     while queue:
         thing = queue.pop()
@@ -88,7 +88,7 @@ def test_no_budget_is_ever_exceeded(build: Callable[[], nn.Module]) -> None:
     rng = np.random.default_rng(0)
     original = build()
     for budget in np.exp(rng.uniform(np.log(20_000), np.log(800_000), 200)).astype(int).tolist():
-        tiers = list(LADDERS.values())[rng.integers(len(LADDERS))]
+        tiers = list(TIER_CHOICES.values())[rng.integers(len(TIER_CHOICES))]
         model = copy.deepcopy(original)
         error = refusal(model, budget, tiers)
         if error is not None:
@@ -157,7 +157,7 @@ def keeps_generating(model: nn.Module) -> Iterator[None]:
 def test_the_budget_goes_up_and_down_while_the_model_runs(tiers: tuple[str, ...]) -> None:
     rng = np.random.default_rng(1)
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, tiers=tiers, quantizer="rtn", tick_every=1, half_life=4)
+    rt = dynaexq.patch(model, AMPLE, tiers=tiers, quantizer="rtn", update_interval=1, half_life=4)
     most, memory = tiny.logits(model), rt.memory()
     least = memory["total"] - memory["upgrade"]
     with keeps_generating(model):
@@ -235,7 +235,7 @@ def free_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=nbytes))
 
 
-@pytest.mark.parametrize("tiers", LADDERS.values(), ids=LADDERS)
+@pytest.mark.parametrize("tiers", TIER_CHOICES.values(), ids=TIER_CHOICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_auto_leaves_room_for_the_context(
     tiers: str | tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,7 @@ from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import documents
 from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
-from dynaexq.hf.calibration import gather_moments, load_moments, own_words, save_moments
+from dynaexq.hf.calibration import gather_moments, generated_windows, load_moments, save_moments
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.quantization import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
 from dynaexq.types import ExpertShape
@@ -174,11 +174,11 @@ def test_a_calibrated_model_is_nearer_to_the_original_in_what_it_was_not_calibra
 
 
 def test_patch_the_loader_and_a_packed_checkpoint_give_the_same_bits(calibrated, tmp_path):
-    dials = {"hbm_budget": "1GB", "tiers": ("int2", "int4")}
+    options = {"hbm_budget": "1GB", "tiers": ("int2", "int4")}
     ids = torch.arange(40)[None]
     model = original()
-    dynaexq.patch(model, **dials, calibration=calibrated)
-    config = dynaexq.DynaExqConfig(**dials, calibration=str(calibrated))
+    dynaexq.patch(model, **options, calibration=calibrated)
+    config = dynaexq.DynaExqConfig(**options, calibration=str(calibrated))
     loaded = AutoModelForCausalLM.from_pretrained(embedded_model(), quantization_config=config)
     command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2,int4"]
     result = CliRunner().invoke(app, [*command, "--hbm-budget", "1GB", "--calibrate", str(calibrated)])
@@ -201,7 +201,7 @@ def test_the_command_calibrates_on_a_text_and_keeps_what_it_found(text, tmp_path
 
 
 def test_a_model_is_calibrated_on_its_own_words_where_there_are_no_others(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynaexq.hf.calibration.own_words", partial(own_words, count=12, length=256))
+    monkeypatch.setattr("dynaexq.hf.calibration.generated_windows", partial(generated_windows, count=12, length=256))
     command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2", "--hbm-budget", "1GB"]
     result = CliRunner().invoke(app, [*command, "--calibrate", "self"])
     assert result.exit_code == 0, result.output
@@ -217,13 +217,13 @@ def test_own_words_are_the_same_again_and_leave_the_random_state_alone():
     model = tiny_model("qwen3_moe")
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first, again = own_words(model, count=3, length=20), own_words(model, count=3, length=20)
+    first, again = generated_windows(model, count=3, length=20), generated_windows(model, count=3, length=20)
     assert torch.equal(torch.get_rng_state(), before)
     assert [window.tolist() for window in first] == [window.tolist() for window in again]
     assert {len(window) for window in first} == {20}
     assert first[0].tolist() != first[1].tolist()
     with pytest.raises(UnsupportedModelError, match="pass windows of token ids"):
-        own_words(torch.nn.Linear(2, 2))
+        generated_windows(torch.nn.Linear(2, 2))
 
 
 def test_what_is_saved_comes_back(tmp_path):

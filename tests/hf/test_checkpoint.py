@@ -25,13 +25,21 @@ from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.memory import DiskStore, RamStore
 from dynaexq.quantization import ExpertCodec, offered
-from dynaexq.runtime.multi_device import RuntimeGroup
+from dynaexq.runtime.multi_device import MultiDeviceRuntime
 from dynaexq.weights.quantize_experts import SourceStore
 
 AMPLE = 10**6
-LADDERS = [("fp16",), ("int8",), ("int2",), ("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16")]
+TIER_CHOICES = [
+    ("fp16",),
+    ("int8",),
+    ("int2",),
+    ("int2", "int4"),
+    ("int2", "int8"),
+    ("int4", "int8"),
+    ("int4", "fp16"),
+]
 
-each_ladder = pytest.mark.parametrize("tiers", LADDERS, ids="-".join)
+each_ladder = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="-".join)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +62,8 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def load(directory: Path, device_map: Any = None, **dials: Any) -> nn.Module:
-    config = dynaexq.DynaExqConfig(**{"hbm_budget": AMPLE} | dials)
+def load(directory: Path, device_map: Any = None, **options: Any) -> nn.Module:
+    config = dynaexq.DynaExqConfig(**{"hbm_budget": AMPLE} | options)
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map=device_map)
 
 
@@ -63,9 +71,9 @@ def reload(directory: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(directory)
 
 
-def patched(directory: Path, **dials: Any) -> nn.Module:
+def patched(directory: Path, **options: Any) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(directory)
-    dynaexq.patch(model, **{"hbm_budget": AMPLE} | dials)
+    dynaexq.patch(model, **{"hbm_budget": AMPLE} | options)
     return model
 
 
@@ -114,7 +122,7 @@ def test_a_plain_dict_will_do(source: Path) -> None:
 
 
 def test_generation_works_on_a_loaded_model_and_precision_follows(packed: Path) -> None:
-    model = load(packed, hbm_budget=120_000, tick_every=1)
+    model = load(packed, hbm_budget=120_000, update_interval=1)
     assert len(tiny.generated(model, new_tokens=12)[0]) == 24
     assert model.dynaexq.stats()["ticks"] >= 12
 
@@ -165,21 +173,21 @@ def test_a_ladder_whose_planes_are_not_there_is_refused_by_name(packed: Path, ti
         load(packed, tiers=tiers)
 
 
-@pytest.mark.parametrize(("dial", "value"), [("group_size", 32), ("quantizer", "rtn")])
-def test_what_is_settled_by_the_codes_cannot_be_asked_for_otherwise(packed: Path, dial: str, value: Any) -> None:
-    with pytest.raises(SettingsError, match=f"{dial}={value!r} was asked for, and the checkpoint is packed with"):
-        load(packed, **{dial: value})
+@pytest.mark.parametrize(("option", "value"), [("group_size", 32), ("quantizer", "rtn")])
+def test_what_is_settled_by_the_codes_cannot_be_asked_for_otherwise(packed: Path, option: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"{option}={value!r} was asked for, and the checkpoint is packed with"):
+        load(packed, **{option: value})
 
 
 def test_a_configuration_shows_its_dials_and_refuses_others() -> None:
     config = dynaexq.DynaExqConfig(hbm_budget="1GiB")
-    assert (config.hbm_budget, config.margin) == ("1GiB", 0.5)
-    config.margin = 0.2
-    assert config.settings(stored=False).margin == 0.2
-    assert config.to_dict() == {"quant_method": "dynaexq", "hbm_budget": "1GiB", "margin": 0.2}
-    with pytest.raises(AttributeError, match="no attribute 'budget'; the dials are hbm_budget"):
+    assert (config.hbm_budget, config.hysteresis) == ("1GiB", 0.5)
+    config.hysteresis = 0.2
+    assert config.settings(stored=False).hysteresis == 0.2
+    assert config.to_dict() == {"quant_method": "dynaexq", "hbm_budget": "1GiB", "hysteresis": 0.2}
+    with pytest.raises(AttributeError, match="no attribute 'budget'; the options are hbm_budget"):
         _ = config.budget
-    with pytest.raises(SettingsError, match="unknown dial budget"):
+    with pytest.raises(SettingsError, match="unknown option budget"):
         dynaexq.DynaExqConfig(budget=1)
 
 
@@ -257,7 +265,7 @@ def test_saving_over_a_packed_checkpoint_keeps_the_tokenizer_and_serves_the_mode
 ) -> None:
     directory = copied(packed, tmp_path)
     (directory / "tokenizer.json").write_text("words")
-    model = load(directory, hbm_budget=120_000, tick_every=1)
+    model = load(directory, hbm_budget=120_000, update_interval=1)
     answer = tiny.logits(model)
     model.save_pretrained(directory)
     assert (directory / "tokenizer.json").read_text() == "words"
@@ -360,7 +368,7 @@ def test_a_model_from_a_packed_checkpoint_cannot_be_unpatched_and_works_on(packe
     assert torch.equal(tiny.logits(model), before)
 
 
-def skeleton(source: Path, load_dense: bool = True) -> nn.Module:
+def meta_model(source: Path, load_dense: bool = True) -> nn.Module:
     """The model of `source` with its experts on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16)
@@ -375,7 +383,7 @@ def skeleton(source: Path, load_dense: bool = True) -> nn.Module:
 
 
 def test_experts_on_the_meta_device_are_read_from_the_checkpoint_that_patch_is_told(source: Path) -> None:
-    model = skeleton(source)
+    model = meta_model(source)
     dynaexq.patch(model, AMPLE, checkpoint=source, tiers=("int2", "int4"))
     assert torch.equal(tiny.logits(model), tiny.logits(load(source, tiers=("int2", "int4"))))
     dynaexq.unpatch(model)
@@ -385,8 +393,13 @@ def test_experts_on_the_meta_device_are_read_from_the_checkpoint_that_patch_is_t
 @pytest.mark.parametrize(
     ("make", "checkpoint", "error", "match"),
     [
-        (lambda s: skeleton(s, load_dense=False), True, UnsupportedModelError, "on the meta device, and patch reads"),
-        (skeleton, False, UnsupportedModelError, "on the meta device; load the weights first, or say where"),
+        (
+            lambda s: meta_model(s, load_dense=False),
+            True,
+            UnsupportedModelError,
+            "on the meta device, and patch reads",
+        ),
+        (meta_model, False, UnsupportedModelError, "on the meta device; load the weights first, or say where"),
         (reload, True, UnsupportedModelError, "is loaded already, on cpu; leave out checkpoint"),
     ],
     ids=["nothing loaded", "no checkpoint", "everything loaded"],
@@ -431,7 +444,7 @@ def test_layers_on_two_devices_get_a_runtime_and_a_budget_each(source: Path, mon
     one = load(source, tiers=("int2", "int4"))
     monkeypatch.setattr(load, "_device_of", lambda model, layer: devices[layer.name])
     two = load(source, tiers=("int2", "int4"))
-    assert isinstance(two.dynaexq, RuntimeGroup)
+    assert isinstance(two.dynaexq, MultiDeviceRuntime)
     assert torch.equal(tiny.logits(two), tiny.logits(one))
     first, second = two.dynaexq.runtimes
     assert [runtime.plan.budget for runtime in (first, second)] == [AMPLE, AMPLE]

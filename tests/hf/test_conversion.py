@@ -30,9 +30,9 @@ def logits(directory: Path) -> torch.Tensor:
     return tiny.logits(AutoModelForCausalLM.from_pretrained(directory))
 
 
-def patched_logits(directory: Path, **dials: Any) -> torch.Tensor:
+def patched_logits(directory: Path, **options: Any) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory)
-    dynaexq.patch(model, "1MB", **dials)
+    dynaexq.patch(model, "1MB", **options)
     return tiny.logits(model)
 
 
@@ -86,14 +86,14 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_interrupted_conversion_goes_on_where_it_stopped(
     source: Path, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dials = {"tiers": ("int2", "int4"), "max_shard_size": "20KB"}
+    options = {"tiers": ("int2", "int4"), "max_shard_size": "20KB"}
     with monkeypatch.context() as patch:
         stop_after(done, patch)
         with pytest.raises(Stop):
-            quantize_checkpoint(source, tmp_path / "packed", **dials)
+            quantize_checkpoint(source, tmp_path / "packed", **options)
     assert not (tmp_path / "packed").exists()
     calls = stop_after(100, monkeypatch)
-    quantize_checkpoint(source, tmp_path / "packed", **dials)
+    quantize_checkpoint(source, tmp_path / "packed", **options)
     # A shard is complete once the next layer begins.
     assert len(calls) == 4 - max(0, done - 1)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]

@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def patch(model: PreTrainedModel) -> dynaexq.Runtime:
-    return dynaexq.patch(model, "1GiB", tiers=("fp16",), device="cpu", tick_every=1)
+    return dynaexq.patch(model, "1GiB", tiers=("fp16",), device="cpu", update_interval=1)
 
 
 def generated(model: PreTrainedModel, **kwargs: Any) -> list[list[int]]:

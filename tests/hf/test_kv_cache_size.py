@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dynaexq.hf import capacity
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.kv_cache_size import cache_bytes
-from dynaexq.hf.meta_model import skeleton_of
+from dynaexq.hf.meta_model import meta_twin
 
 BATCH = 2
 
@@ -55,8 +55,8 @@ def real_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def predicted_bytes(model: PreTrainedModel, tokens: int) -> int:
-    skeleton = skeleton_of(model)
-    return cache_bytes(skeleton, find_sparse_layers(skeleton, on_meta=True), tokens, BATCH)
+    meta_model = meta_twin(model)
+    return cache_bytes(meta_model, find_sparse_layers(meta_model, on_meta=True), tokens, BATCH)
 
 
 @kinds
@@ -70,11 +70,11 @@ def test_the_trial_tells_what_the_real_cache_takes(family: str, overrides: dict[
 
 
 def test_the_skeleton_is_as_it_was() -> None:
-    skeleton = skeleton_of(tiny.tiny_qwen3_moe())
-    before = tiny.anatomy(skeleton)
-    cache_bytes(skeleton, find_sparse_layers(skeleton, on_meta=True), 300, 1)
-    assert tiny.anatomy(skeleton) == before
-    find_sparse_layers(skeleton, on_meta=True)
+    meta_model = meta_twin(tiny.tiny_qwen3_moe())
+    before = tiny.anatomy(meta_model)
+    cache_bytes(meta_model, find_sparse_layers(meta_model, on_meta=True), 300, 1)
+    assert tiny.anatomy(meta_model) == before
+    find_sparse_layers(meta_model, on_meta=True)
 
 
 @pytest.mark.parametrize("build", [tiny.tiny_qwen3_moe, tiny.tiny_qwen3_next], ids=["qwen3_moe", "qwen3_next"])
@@ -82,15 +82,15 @@ def test_a_model_that_cannot_do_without_data_is_counted_in_full(
     build: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = build()
-    skeleton = skeleton_of(model)
-    layers = find_sparse_layers(skeleton, on_meta=True)
-    expected = capacity.context_bytes(skeleton, layers, 300, BATCH)
+    meta_model = meta_twin(model)
+    layers = find_sparse_layers(meta_model, on_meta=True)
+    expected = capacity.context_bytes(meta_model, layers, 300, BATCH)
 
     def needs_data(*args: Any) -> int:
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
     monkeypatch.setattr(capacity, "cache_bytes", needs_data)
-    fallback = capacity.context_bytes(skeleton, layers, 300, BATCH)
+    fallback = capacity.context_bytes(meta_model, layers, 300, BATCH)
     assert "cannot be called on meta tensors" in caplog.text
     assert fallback.activations == expected.activations
     growing = sum(kind == "full_attention" for kind in getattr(model.config, "layer_types", ["full_attention"] * 2))

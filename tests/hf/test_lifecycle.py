@@ -32,13 +32,13 @@ KEEPING = {  # ladders that keep the 16-bit experts, and where
     "int4-fp16-disk": {"tiers": ("int4", "fp16"), "host_copy": "disk"},
     "int2-fp16-no-slots": {"tiers": ("int2", "fp16"), "hbm_budget": 112_000},
 }
-keeping = pytest.mark.parametrize("dials", KEEPING.values(), ids=KEEPING)
+keeping = pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING)
 
 
-def patched(tiers: tuple[str, ...] = ("int2", "int4"), **dials: Any) -> nn.Module:
+def patched(tiers: tuple[str, ...] = ("int2", "int4"), **options: Any) -> nn.Module:
     """A tiny patched model with room for half the upgrades."""
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, **{"tiers": tiers, "quantizer": "rtn"} | dials)
+    rt = dynaexq.patch(model, AMPLE, **{"tiers": tiers, "quantizer": "rtn"} | options)
     memory = rt.memory()
     rt.set_budget(memory["total"] - memory["upgrade"] // 2)
     return model
@@ -136,13 +136,13 @@ def test_a_printed_model_shows_where_it_was_patched() -> None:
 
 
 @keeping
-def test_unpatch_is_exact(dials: dict[str, Any]) -> None:
+def test_unpatch_is_exact(options: dict[str, Any]) -> None:
     model = tiny.tiny_qwen3_moe()
     frozen = tiny.sparse_blocks(model)[0].experts.down_proj.requires_grad_(False)
     tiny.generated(model)
     answer = model(tiny.prompt(), output_router_logits=True)  # with this Transformers installs its hooks
     before = tiny.anatomy(model)
-    rt = dynaexq.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | dials)
+    rt = dynaexq.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | options)
     tiny.generated(model)
     dynaexq.unpatch(model)
 
@@ -184,10 +184,10 @@ def tiny_gpt_oss() -> nn.Module:
 
 
 @keeping
-def test_unpatch_is_exact_for_transposed_experts_with_biases(dials: dict[str, Any]) -> None:
+def test_unpatch_is_exact_for_transposed_experts_with_biases(options: dict[str, Any]) -> None:
     model = tiny_gpt_oss()
     answer, before = tiny.logits(model), model.state_dict()
-    dynaexq.patch(model, **dials | {"hbm_budget": AMPLE, "quantizer": "rtn"})
+    dynaexq.patch(model, **options | {"hbm_budget": AMPLE, "quantizer": "rtn"})
     dynaexq.unpatch(model)
     after = model.state_dict()
     assert list(after) == list(before)
@@ -205,11 +205,11 @@ def test_unpatch_gives_back_the_very_parameters_that_were_kept() -> None:
 
 
 @keeping
-def test_a_closed_runtime_can_be_unpatched_where_the_weights_are_still_there(dials: dict[str, Any]) -> None:
+def test_a_closed_runtime_can_be_unpatched_where_the_weights_are_still_there(options: dict[str, Any]) -> None:
     model = tiny.tiny_qwen3_moe()
     answer = tiny.logits(model)
-    dynaexq.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | dials).close()
-    if dials.get("host_copy") == "disk":
+    dynaexq.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | options).close()
+    if options.get("host_copy") == "disk":
         with pytest.raises(UnpatchError, match=r"are gone: .* or their copy by close; load the model again"):
             dynaexq.unpatch(model)
         assert tiny.generated(model)
@@ -327,7 +327,7 @@ def test_the_runtime_closes_at_the_end_of_its_block() -> None:
 
 @pytest.mark.parametrize("host_copy", ["ram", "disk"])
 def test_a_closed_runtime_refuses_and_its_model_answers_on(host_copy: str) -> None:
-    model = patched(host_copy=host_copy, tick_every=1)
+    model = patched(host_copy=host_copy, update_interval=1)
     rt = model.dynaexq
     answer, tiers = tiny.logits(model), rt.tiers()
     rt.close()
@@ -346,7 +346,7 @@ def test_a_closed_runtime_refuses_and_its_model_answers_on(host_copy: str) -> No
 
 
 def test_freeze_stops_every_change_and_thaw_lets_them_go_on() -> None:
-    model = patched(tick_every=1, half_life=8)
+    model = patched(update_interval=1, half_life=8)
     rt = model.dynaexq
     cold = tiny.cold_routes(model)
     rt.freeze()
@@ -365,7 +365,7 @@ def test_freeze_stops_every_change_and_thaw_lets_them_go_on() -> None:
 
 
 def test_drain_leaves_nothing_in_flight() -> None:
-    model = patched(tick_every=1)
+    model = patched(update_interval=1)
     tiny.generated(model)
     model.dynaexq.drain()
     assert model.dynaexq.stats()["in_flight"] == 0
@@ -395,7 +395,7 @@ def test_a_runtime_that_outlives_its_model_holds_no_dense_weights() -> None:
 
 
 def test_a_block_shows_its_row_of_the_runtime() -> None:
-    model = patched(tick_every=1)
+    model = patched(update_interval=1)
     rt = model.dynaexq
     tiny.generated(model)
     blocks = tiny.sparse_blocks(model)
@@ -413,7 +413,7 @@ def test_a_block_shows_its_row_of_the_runtime() -> None:
 
 
 def test_the_report_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
-    model = patched(tick_every=1)
+    model = patched(update_interval=1)
     tiny.generated(model)
     report = model.dynaexq.report()
     printed = str(report)
@@ -429,7 +429,7 @@ def test_the_report_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_two_threads_that_generate_at_once_get_what_each_gets_alone() -> None:
-    model = patched(tick_every=1)
+    model = patched(update_interval=1)
     model.dynaexq.freeze()
     prompts = [tiny.prompt(seed=seed) for seed in (1, 2)]
     alone = [model.generate(ids, max_new_tokens=8, do_sample=False).tolist() for ids in prompts]
@@ -451,7 +451,7 @@ def test_two_threads_that_generate_at_once_get_what_each_gets_alone() -> None:
 
 
 def test_a_runtime_may_be_closed_while_the_model_generates() -> None:
-    model, stop, answers = patched(tick_every=1), threading.Event(), queue.SimpleQueue()
+    model, stop, answers = patched(update_interval=1), threading.Event(), queue.SimpleQueue()
 
     def work() -> None:
         while not stop.is_set():
@@ -472,7 +472,7 @@ def test_a_runtime_may_be_closed_while_the_model_generates() -> None:
 def test_inference_mode_may_begin_and_end_anywhere(tiers: tuple[str, ...]) -> None:
     model = tiny.tiny_qwen3_moe()
     with torch.inference_mode():
-        rt = dynaexq.patch(model, 150_000, tiers=tiers, quantizer="rtn", tick_every=1, half_life=8)
+        rt = dynaexq.patch(model, 150_000, tiers=tiers, quantizer="rtn", update_interval=1, half_life=8)
         tiny.logits(model)
         rt.set_budget(200_000)
     tiny.steer(model, [[[0, 1]], [[2, 3]]])
@@ -488,7 +488,7 @@ def test_inference_mode_may_begin_and_end_anywhere(tiers: tuple[str, ...]) -> No
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_model_that_was_loaded_in_inference_mode_goes_on_outside(packed: bool, tmp_path: Path) -> None:
     tiny.tiny_qwen3_moe().save_pretrained(tmp_path)
-    config = DynaExqConfig(hbm_budget="1GiB", tiers=("int2", "int4"), quantizer="rtn", tick_every=1)
+    config = DynaExqConfig(hbm_budget="1GiB", tiers=("int2", "int4"), quantizer="rtn", update_interval=1)
     if packed:
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config).save_pretrained(tmp_path / "packed")
     with torch.inference_mode():

@@ -17,11 +17,11 @@ import dynaexq
 from dynaexq.cli import app
 from dynaexq.errors import BudgetError, CheckpointError, SettingsError, UnsupportedModelError
 from dynaexq.hf.discovery import find_sparse_layers
-from dynaexq.hf.meta_model import skeleton_of
+from dynaexq.hf.meta_model import meta_twin
 from dynaexq.hf.model_size import model_size
 from dynaexq.hf.planning import dense_bytes
-from dynaexq.planning.budget import LADDERS
-from dynaexq.planning.estimate import Forecast, ModelSize, least_card, outlook, require_fit
+from dynaexq.planning.budget import TIER_CHOICES
+from dynaexq.planning.estimate import ModelSize, TierEstimate, estimate_card, least_card, require_fit
 from dynaexq.planning.hardware import CARDS, DISK_RATE, DRIVER_BYTES, ENCODE_RATE
 
 GIB = 2**30
@@ -79,8 +79,8 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSize]:
     return {name: model_size(saved(config, root / name)) for name, config in PUBLISHED.items()}
 
 
-def by_ladder(size: ModelSize, card: int, host_ram: int | None = None) -> dict[tuple[str, ...], Forecast]:
-    return {forecast.plan.tiers: forecast for forecast in outlook(size, card, host_ram).forecasts}
+def by_ladder(size: ModelSize, card: int, host_ram: int | None = None) -> dict[tuple[str, ...], TierEstimate]:
+    return {estimate.plan.tiers: estimate for estimate in estimate_card(size, card, host_ram).estimates}
 
 
 def test_qwen3_30b_has_the_published_figures(sizes: dict[str, ModelSize]) -> None:
@@ -104,24 +104,24 @@ def test_qwen3_next_80b_has_the_published_figures(sizes: dict[str, ModelSize], t
 
 
 def test_the_30b_fits_a_24_gb_card_with_an_int8_upgrade_for_some(sizes: dict[str, ModelSize]) -> None:
-    found = outlook(sizes["30B"], CARDS["24 GB"])
+    found = estimate_card(sizes["30B"], CARDS["24 GB"])
     best = found.auto
-    assert best is found.forecasts[0]
+    assert best is found.estimates[0]
     assert best.plan.tiers == ("int4", "int8")
     assert 10 < best.hot_per_layer < 40
     assert best.plan.base_bytes == 48 * 128 * 2048 * 3 * 768 * 4.5 / 8  # 4 bits, and 32 for each group of 64
     assert best.waiting == 48 * 128 * 2048 * 3 * 768 // 2
-    losses = [forecast.loss for forecast in found.forecasts]
+    losses = [estimate.loss for estimate in found.estimates]
     assert losses == sorted(losses)
     assert ("fp16",) not in by_ladder(sizes["30B"], CARDS["24 GB"])
-    assert outlook(sizes["30B"], CARDS["80 GB"]).auto.plan.tiers == ("fp16",)
+    assert estimate_card(sizes["30B"], CARDS["80 GB"]).auto.plan.tiers == ("fp16",)
 
 
 def test_every_byte_of_a_card_is_accounted_for(sizes: dict[str, ModelSize]) -> None:
     for card in CARDS.values():
-        found = outlook(sizes["30B"], card)
+        found = estimate_card(sizes["30B"], card)
         assert card == found.driver + found.reserve + found.cache + found.activations + found.budget
-        assert all(forecast.plan.total <= found.budget for forecast in found.forecasts)
+        assert all(estimate.plan.total <= found.budget for estimate in found.estimates)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -131,7 +131,7 @@ def test_the_plan_is_the_one_that_patch_makes_to_the_byte(family: str, dtype: to
     smallest = size.dense + size.workspace + size.num_layers * size.num_experts * size.ladders[0][0].nbytes
     seen = set()
     for share in (1.0, 1.3, 1.6, 2.2, 4.0):
-        found = outlook(size, card_with(int(share * smallest), size))
+        found = estimate_card(size, card_with(int(share * smallest), size))
         model = models.tiny_model(family, dtype)
         runtime = dynaexq.patch(model, found.budget, device="cpu", quantizer="rtn")
         assert runtime.plan == found.auto.plan
@@ -148,7 +148,7 @@ def test_a_card_leaves_what_auto_finds_on_a_device(tmp_path: Path, monkeypatch: 
     card = DRIVER_BYTES + 2**22
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**22 - held))
     runtime = dynaexq.patch(model, "auto", tiers=("int4",), device="cpu", max_context=300, max_batch=2)
-    assert runtime.plan.budget == outlook(size, card).budget
+    assert runtime.plan.budget == estimate_card(size, card).budget
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -157,9 +157,9 @@ def test_the_skeleton_weighs_what_the_model_does(family: str, tied: bool) -> Non
     if not models.is_known(family):
         pytest.skip(f"this Transformers has no {family} with the experts interface")
     model = models.tiny_model(family, torch.bfloat16, tie_word_embeddings=tied)
-    skeleton = skeleton_of(model)
-    ours, theirs = find_sparse_layers(skeleton, on_meta=True), find_sparse_layers(model)
-    assert dense_bytes(skeleton, ours) == dense_bytes(model, theirs)
+    meta_model = meta_twin(model)
+    ours, theirs = find_sparse_layers(meta_model, on_meta=True), find_sparse_layers(model)
+    assert dense_bytes(meta_model, ours) == dense_bytes(model, theirs)
     assert [layer.shape() for layer in ours] == [layer.shape() for layer in theirs]
 
 
@@ -184,7 +184,7 @@ def test_a_packed_checkpoint_offers_what_its_planes_allow_and_starts_without_qua
     found = by_ladder(size, DRIVER_BYTES + 2**30)
     assert found.keys() == {("int2",), ("int4",), ("int8",), ("int2", "int4"), ("int2", "int8"), ("int4", "int8")}
     stored = found["int2", "int8"]
-    assert [forecast.plan.tiers for forecast in found.values() if forecast.is_auto] == [("int2", "int8")]
+    assert [estimate.plan.tiers for estimate in found.values() if estimate.is_auto] == [("int2", "int8")]
     assert (stored.plan.base, stored.plan.upgrade) == (runtime.plan.base, runtime.plan.upgrade)
     assert stored.plan.total == runtime.plan.total
     assert stored.waits_in == "checkpoint"
@@ -209,13 +209,13 @@ def test_start_and_waiting_place_follow_from_the_source(sizes: dict[str, ModelSi
 def test_what_does_not_fit_is_refused_with_the_least_card_that_does(sizes: dict[str, ModelSize], name: str) -> None:
     size = sizes[name]
     with pytest.raises(BudgetError, match="a GPU of at least") as caught:
-        require_fit(size, outlook(size, CARDS["8 GB"]))
+        require_fit(size, estimate_card(size, CARDS["8 GB"]))
     least = caught.value.least
     assert f"at least {least:,}" in str(caught.value)
     assert least == least_card(size)[0]
-    assert outlook(size, least).forecasts
-    assert not outlook(size, least - 1).forecasts
-    require_fit(size, outlook(size, least))
+    assert estimate_card(size, least).estimates
+    assert not estimate_card(size, least - 1).estimates
+    require_fit(size, estimate_card(size, least))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_the_command_shows_all_ladders_of_one_card(tmp_path: Path) -> None:
     text = run(source, "--gpu", "24GiB", "--host-ram", "8GiB")
     assert text.startswith("Qwen3-30B-A3B: 48 layers of 128 experts, 54.0 GiB of 56.9 GiB in bfloat16\n")
     shown = [tuple(line[2:13].strip().split(" + ")) for line in text.splitlines()]
-    assert [ladder for ladder in shown if ladder in LADDERS] == list(by_ladder(model_size(source), 24 * GIB))
+    assert [ladder for ladder in shown if ladder in TIER_CHOICES] == list(by_ladder(model_size(source), 24 * GIB))
     starred = next(line for line in text.splitlines() if line.startswith("* int"))
     assert starred.split()[1:8] == ["int4", "+", "int8", "21.2", "of", "128", "17%"]
     assert 'host_copy="disk"' in text
@@ -290,11 +290,11 @@ def test_the_figures_are_there_for_programs(tmp_path: Path) -> None:
     assert printed["cards"].keys() == CARDS.keys()
     assert printed["model"]["least_card"] == least_card(size)[0]
     assert run(source, "--gpu", "3GiB", "--json", target).startswith("model: 4 layers")
-    found = outlook(size, 3 * GIB)
+    found = estimate_card(size, 3 * GIB)
     card = json.loads(target.read_text())["cards"]["3GiB"]
     assert card["budget"] == found.budget
-    assert [tuple(ladder["tiers"]) for ladder in card["forecasts"]] == [f.plan.tiers for f in found.forecasts]
-    for ladder, expected in zip(card["forecasts"], found.forecasts, strict=True):
+    assert [tuple(ladder["tiers"]) for ladder in card["estimates"]] == [f.plan.tiers for f in found.estimates]
+    for ladder, expected in zip(card["estimates"], found.estimates, strict=True):
         assert ladder["weights"] == expected.plan.total
         assert ladder["slots"] == expected.plan.num_slots
         assert ladder["is_auto"] == expected.is_auto

@@ -20,10 +20,10 @@ from dynaexq.hf.discovery import activation_name
 from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.cpu import build, native, threads, torch_path
 from dynaexq.memory import RoutingCounter
-from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.budget import TIER_CHOICES
 from dynaexq.types import ExpertShape, split_entry
 
-CODED = [*(tiers for tiers in LADDERS if tiers != ("fp16",)), ("int2", "fp16")]
+CODED = [*(tiers for tiers in TIER_CHOICES if tiers != ("fp16",)), ("int2", "fp16")]
 HELPERS = Path(__file__).parent.parent / "helpers"
 AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
 
@@ -47,9 +47,9 @@ def _needs_a_compiler() -> None:
         pytest.skip(str(missing))
 
 
-def fused(tiers: tuple[str, ...], dtype: torch.dtype, shape: ExpertShape, num_tokens: int, **dials) -> Case:
+def fused(tiers: tuple[str, ...], dtype: torch.dtype, shape: ExpertShape, num_tokens: int, **options) -> Case:
     name = "silu" if shape.up_rows == 2 * shape.intermediate_size else "relu2"
-    return case(tiers, dtype, shape, distinct_choices(num_tokens, 3), activation_name=name, **dials)
+    return case(tiers, dtype, shape, distinct_choices(num_tokens, 3), activation_name=name, **options)
 
 
 def check(name: str, got: Case, kernel: build.Kernel | None = None) -> None:

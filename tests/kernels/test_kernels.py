@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dynaexq.kernels import ExpertLayer, Upgrades, cpu, reference
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.memory import allocate_bytes
-from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.budget import TIER_CHOICES
 from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.types import ExpertShape
 
@@ -36,7 +36,7 @@ SHAPES = {
 # bits some ten roundings of 0.3 eps each; in float32 what is left is the order of the sums.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.5 * 2**-7, torch.float16: 1.5 * 2**-10}
 
-each_ladder = pytest.mark.parametrize("tiers", [*LADDERS, ("int2", "fp16")], ids="+".join)
+each_ladder = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_fast_kernel = pytest.mark.parametrize("kernel", [torch_path, cpu], ids=["torch_cpu", "cpu"])
 each_kernel = pytest.mark.parametrize("kernel", [reference, torch_path, cpu], ids=["reference", "torch_cpu", "cpu"])

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from dynaexq.memory import DeviceMemory, ManualCopier, RamStore, SwapPipeline
-from dynaexq.memory.graph_sync import EchoFence
+from dynaexq.memory.graph_sync import EpochFence
 from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD, Transition, split_entry
 
 LAYERS, EXPERTS, SLOT_NBYTES, KIND = 2, 4, 256, 8
@@ -296,11 +296,11 @@ def test_an_epoch_found_in_the_middle_of_a_fetch_is_not_echoed_by_that_forward()
     assert memory.pool.allocate() is slot
 
 
-def passes_always(fence: EchoFence, ticket: int) -> bool:
+def passes_always(fence: EpochFence, ticket: int) -> bool:
     return True
 
 
-def passes_after_the_forward_that_ran(fence: EchoFence, ticket: int) -> bool:
+def passes_after_the_forward_that_ran(fence: EpochFence, ticket: int) -> bool:
     """One more forward has ended than when this was first asked."""
     asked = fence.__dict__.setdefault("asked", {})
     return fence._words.steps > asked.setdefault(ticket, fence._words.steps)
@@ -308,7 +308,7 @@ def passes_after_the_forward_that_ran(fence: EchoFence, ticket: int) -> bool:
 
 @pytest.mark.parametrize("passed", [passes_always, passes_after_the_forward_that_ran])
 def test_the_machine_finds_weaker_rules_out(monkeypatch: pytest.MonkeyPatch, passed: Callable) -> None:
-    monkeypatch.setattr(EchoFence, "passed", passed)
+    monkeypatch.setattr(EpochFence, "passed", passed)
     with pytest.raises((AssertionError, KeyError)):  # wrong bytes, or bytes that are gone
         run_state_machine_as_test(
             EchoMachine, settings=settings(max_examples=500, stateful_step_count=50, phases=[Phase.generate])

@@ -14,7 +14,7 @@ import torch
 
 import dynaexq
 from dynaexq.errors import StoreError
-from dynaexq.memory import CudaCopier, HostWords, RamStore
+from dynaexq.memory import CudaCopier, HostMailbox, RamStore
 from dynaexq.memory.pinned import PageLocked
 from dynaexq.types import Transition
 
@@ -90,7 +90,7 @@ def test_memory_is_unlocked_once_closed_or_forgotten(cuda):
 
 
 def test_what_is_collected_while_a_graph_is_captured_is_given_back_later(cuda, monkeypatch):
-    forgotten = [PageLocked(256), HostWords(2, 4, torch.device("cuda"))]
+    forgotten = [PageLocked(256), HostMailbox(2, 4, torch.device("cuda"))]
     synchronized = []
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -158,7 +158,7 @@ def test_a_copier_sets_up_no_other_device(cuda, pinned):
 
 def test_words_set_up_no_other_device(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    words = HostWords(2, 4, torch.device("cuda", 1))
+    words = HostMailbox(2, 4, torch.device("cuda", 1))
     assert len(cuda.locked) == 1
     del words
     gc.collect()

@@ -11,7 +11,7 @@ from shifting import AMPLE, EVENING, MORNING, patched, run, upgraded
 
 import dynaexq
 from dynaexq.policy import Average, Stance, Verdict, is_worth_it, lift
-from dynaexq.policy.auto_pause import LEAST_PATIENCE, Watch
+from dynaexq.policy.auto_pause import LEAST_PATIENCE, AutoPause
 from dynaexq.policy.benefit import CHANCE_ERRORS, PAUSE_BELOW, RESUME_ABOVE
 from dynaexq.settings import Settings
 
@@ -100,7 +100,7 @@ def flat_windows(rng: np.random.Generator, shape: tuple[int, int], top_k: int) -
 
 def test_flat_traffic_never_ends_the_pause_and_is_not_worth_it():
     shape, top_k = (4, 32), 4
-    watch, rng = Watch(np.ones(shape), Settings()), np.random.default_rng(0)
+    watch, rng = AutoPause(np.ones(shape), Settings()), np.random.default_rng(0)
     held = np.arange(128).reshape(shape) % 5 == 0
     seen = np.zeros(shape)
     for _ in range(2 * LEAST_PATIENCE // WINDOW):
@@ -116,11 +116,11 @@ def test_flat_traffic_never_ends_the_pause_and_is_not_worth_it():
 
 
 @pytest.mark.parametrize(
-    ("dials", "may_pause"),
+    ("options", "may_pause"),
     [({}, True), ({"auto_pause": False}, False), ({"policy": "frozen"}, False), ({"policy": max}, False)],
 )
-def test_only_topn_pauses_by_itself(dials: dict[str, Any], may_pause: bool):
-    assert Watch(np.ones((1, 4)), Settings(**dials)).paused is may_pause
+def test_only_topn_pauses_by_itself(options: dict[str, Any], may_pause: bool):
+    assert AutoPause(np.ones((1, 4)), Settings(**options)).paused is may_pause
 
 
 def verdict_of(**changed: Any) -> Verdict:
@@ -177,6 +177,6 @@ def test_a_paused_model_still_fills_empty_slots():
 
 def test_one_tier_leaves_nothing_to_decide():
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, tiers=("int4",), quantizer="rtn", tick_every=1)
+    rt = dynaexq.patch(model, AMPLE, tiers=("int4",), quantizer="rtn", update_interval=1)
     run(model, 3)
     assert str(rt.verdict()) == "Nothing to decide: no expert can be upgraded."

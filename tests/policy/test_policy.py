@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dynaexq.errors import BudgetError
-from dynaexq.planning.budget import LADDERS, plan_memory, predicted_loss
+from dynaexq.planning.budget import TIER_CHOICES, plan_memory, predicted_loss
 from dynaexq.policy import decay_by_tokens, prior_hotness, slots_per_row, threshold, top_n, transitions, update_hotness
 from dynaexq.types import Tier, Transition
 
@@ -28,7 +28,7 @@ class Situation:
     score: np.ndarray
     upgraded: np.ndarray
     slots: np.ndarray
-    margin: float
+    hysteresis: float
     max_promotions: int
 
     def rows(self, table: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ class Situation:
         return self.slots - self.rows(self.upgraded).sum(1)
 
     def wanted(self) -> np.ndarray:
-        wanted = top_n(self.rows(self.score), self.rows(self.upgraded), self.slots, self.margin)
+        wanted = top_n(self.rows(self.score), self.rows(self.upgraded), self.slots, self.hysteresis)
         return wanted.reshape(self.score.shape)
 
     def moves(self) -> list[Transition]:
@@ -85,7 +85,7 @@ def test_the_wanted_are_the_best_ties_going_to_incumbents_then_to_lower_indices(
     for score, upgraded, slots, wanted in zip(
         case.rows(case.score), case.rows(case.upgraded), case.slots, case.rows(case.wanted()), strict=True
     ):
-        worth = score * np.where(upgraded, 1 + case.margin, 1)
+        worth = score * np.where(upgraded, 1 + case.hysteresis, 1)
         best = sorted(range(len(score)), key=lambda e: (-worth[e], not upgraded[e], e))
         assert set(np.flatnonzero(wanted)) == set(best[:slots])
 
@@ -100,7 +100,7 @@ def test_the_same_situation_gives_the_same_moves_and_is_not_written_to(case):
 
 @given(situations(allocations=["global"], distinct=True), st.randoms(use_true_random=False))
 def test_permuting_the_experts_permutes_the_decisions(case, random):
-    worth = np.where(case.upgraded, case.score * (1 + case.margin), case.score)
+    worth = np.where(case.upgraded, case.score * (1 + case.hysteresis), case.score)
     assume(len(np.unique(worth)) == worth.size)  # a tie is decided by position
     order = random.sample(range(case.score.size), case.score.size)
     permuted = replace(case, score=case.score.ravel()[order][None], upgraded=case.upgraded.ravel()[order][None])
@@ -153,12 +153,12 @@ def test_a_newcomer_beats_whom_it_replaces_by_more_than_the_margin(case):
     for row in range(len(case.slots)):
         score, upgraded, chosen = (case.rows(table)[row] for table in (case.score, case.upgraded, wanted))
         for loser in score[upgraded & ~chosen]:
-            assert (score[chosen & ~upgraded] > loser * (1 + case.margin)).all()
+            assert (score[chosen & ~upgraded] > loser * (1 + case.hysteresis)).all()
 
 
 @pytest.mark.parametrize(("newcomer", "comes_in"), [(1.0, False), (1.1, False), (1.2, True)])
 def test_a_margin_of_a_tenth_asks_for_a_tenth(newcomer, comes_in):
-    wanted = top_n(np.array([[1.0, newcomer]]), np.array([[True, False]]), np.array([1]), margin=0.1)
+    wanted = top_n(np.array([[1.0, newcomer]]), np.array([[True, False]]), np.array([1]), hysteresis=0.1)
     assert wanted.tolist() == [[not comes_in, comes_in]]
 
 
@@ -258,7 +258,7 @@ def test_every_expert_starts_equal_and_a_layer_holds_one_token_of_mass():
 def plannable(draw):
     """Arguments of `plan_memory`, all but the budget, which is drawn round what they need."""
     sizes = st.integers(1, 10**4)
-    tiers = draw(st.lists(st.sampled_from(LADDERS), min_size=1, max_size=4, unique=True))
+    tiers = draw(st.lists(st.sampled_from(TIER_CHOICES), min_size=1, max_size=4, unique=True))
     ladders = [tuple(Tier(name, draw(sizes)) for name in ladder) for ladder in tiers]
     return {
         "ladders": [(ladder[0], ladder[1] if len(ladder) > 1 else None) for ladder in ladders],
@@ -307,7 +307,7 @@ def test_more_budget_never_predicts_more_loss(args, spare, more):
     assert loss(budget + more) <= loss(budget) + 1e-12
 
 
-@pytest.mark.parametrize(("base", "upgrade"), [ladder for ladder in LADDERS if len(ladder) == 2])
+@pytest.mark.parametrize(("base", "upgrade"), [ladder for ladder in TIER_CHOICES if len(ladder) == 2])
 def test_no_upgrades_predict_the_loss_of_the_base_and_all_upgrades_that_of_the_upgrade(base, upgrade):
     assert predicted_loss(base, upgrade, 1.0) == predicted_loss(upgrade, None, 0.0)
     alone, shared = predicted_loss(base, None, 0.0), predicted_loss(base, upgrade, 0.0)
@@ -358,7 +358,7 @@ def test_a_decision_over_48_layers_takes_milliseconds(num_experts, milliseconds,
     slots = slots_per_row(allocation, score.size // 5, 48)
     upgraded = top_n(score.reshape(len(slots), -1), np.zeros((len(slots), score.size // len(slots)), bool), slots, 0.0)
     drifted = score * np.random.default_rng(1).uniform(0.5, 1.5, score.shape)
-    case = Situation(drifted, upgraded.reshape(score.shape), slots, margin=0.1, max_promotions=64)
+    case = Situation(drifted, upgraded.reshape(score.shape), slots, hysteresis=0.1, max_promotions=64)
     fastest = np.inf
     for _ in range(30):  # the fastest of many: a shared machine may pause at any of them
         start = time.perf_counter()

@@ -16,7 +16,7 @@ from dynaexq.quantization.layout import MatrixLayout
 from dynaexq.quantization.quantize import quantize, read
 from dynaexq.types import BITS, ExpertShape
 
-LADDERS = [
+TIER_CHOICES = [
     ("int2",),
     ("int4",),
     ("int8",),
@@ -38,8 +38,8 @@ SHAPES = {
 SMALL = ExpertShape(96, 48, 96, has_bias=True, transposed=True)
 LARGEST_ERROR = {"int2": 0.37, "int4": 0.088, "int8": 0.007, "fp16": 0.0}
 
-each_ladder = pytest.mark.parametrize("tiers", LADDERS, ids="+".join)
-each_code = pytest.mark.parametrize("tiers", [tiers for tiers in LADDERS if "fp16" not in tiers], ids="+".join)
+each_ladder = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
+each_code = pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if "fp16" not in tiers], ids="+".join)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
@@ -145,7 +145,7 @@ def test_each_tier_reads_back_at_the_error_that_was_reported(shape, tiers):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tiers", [tiers for tiers in LADDERS if tiers[-1] == "fp16"], ids="+".join)
+@pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if tiers[-1] == "fp16"], ids="+".join)
 def test_sixteen_bit_weights_are_views_of_the_bytes_equal_to_the_source_bit_for_bit(tiers, dtype):
     weights = random_weights(SMALL, dtype=dtype)
     weights.up[0, 0, 0] = -0.0
@@ -238,7 +238,7 @@ def test_the_bytes_of_a_code_mean_what_is_documented(shape, tiers):
             assert float(matrix[n, k]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("tiers", [tiers for tiers in LADDERS if tiers[0] != "fp16"], ids="+".join)
+@pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if tiers[0] != "fp16"], ids="+".join)
 def test_a_base_is_fitted_for_its_own_depth_and_unshrunk_unless_it_will_be_refined(tiers):
     weights, bits = random_weights(SHAPES["H=256 I=64"]), BITS[tiers[0]]
     refined = tiers in REFINE_PLANES

@@ -24,7 +24,7 @@ GRADIENT_TOLERANCE = 1e-6
 
 
 def patch(model: PreTrainedModel, *tiers: str) -> dynaexq.Runtime:
-    return dynaexq.patch(model, "1GiB", tiers=tiers, device="cpu", tick_every=1)
+    return dynaexq.patch(model, "1GiB", tiers=tiers, device="cpu", update_interval=1)
 
 
 def assert_observed(runtime: dynaexq.Runtime, steps: int) -> None:

@@ -9,14 +9,16 @@ import torch
 from safetensors.numpy import save_file
 
 import dynaexq
-from dynaexq.errors import ProfileError, SettingsError
-from dynaexq.runtime.hotness_snapshot import write_profile
-from dynaexq.runtime.multi_device import RuntimeGroup
+from dynaexq.errors import HotnessError, SettingsError
+from dynaexq.runtime.hotness_snapshot import write_snapshot
+from dynaexq.runtime.multi_device import MultiDeviceRuntime
 
 
-def patched(slots: int = 4, **dials: object) -> dynaexq.Runtime:
+def patched(slots: int = 4, **options: object) -> dynaexq.Runtime:
     model = tiny.tiny_qwen3_moe(torch.float32)
-    runtime = dynaexq.patch(model, "1GiB", **{"tiers": ("int2", "int4"), "tick_every": 1, "quantizer": "rtn"} | dials)
+    runtime = dynaexq.patch(
+        model, "1GiB", **{"tiers": ("int2", "int4"), "update_interval": 1, "quantizer": "rtn"} | options
+    )
     runtime.set_budget(runtime.memory()["total"] - (16 - slots) * runtime.plan.upgrade.nbytes)
     runtime.model = model  # kept alive by its runtime
     return runtime
@@ -37,10 +39,10 @@ def test_a_profile_is_a_warm_start(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "heat.safetensors"
     before = patched()
     before.warm_start(heat(*HOT))
-    before.save_profile(path)
+    before.save_hotness(path)
 
     runtime = patched(policy=policy)
-    runtime.load_profile(path)
+    runtime.load_hotness(path)
     assert {(int(a), int(b)) for a, b in np.argwhere(runtime.tiers() == 4)} == set(HOT)
     np.testing.assert_array_equal(runtime.hotness(), heat(*HOT))
     assert runtime.memory()["total"] <= runtime.plan.budget
@@ -61,26 +63,26 @@ def test_a_profile_of_another_model_is_refused_and_changes_nothing(tmp_path: Pat
     path, runtime = tmp_path / "heat.safetensors", patched()
     other = tiny.tiny_qwen3_moe(torch.float32, num_experts=4)
     with dynaexq.patch(other, "1GiB") as small:
-        small.save_profile(path)
+        small.save_hotness(path)
     tiers = runtime.tiers()
-    with pytest.raises(ProfileError, match="layers of 4 experts, expected a Qwen3MoeForCausalLM with 8 experts"):
-        runtime.load_profile(path)
+    with pytest.raises(HotnessError, match="layers of 4 experts, expected a Qwen3MoeForCausalLM with 8 experts"):
+        runtime.load_hotness(path)
     np.testing.assert_array_equal(runtime.tiers(), tiers)
 
 
 def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
     path, runtime = tmp_path / "heat.safetensors", patched()
     with pytest.raises(FileNotFoundError):
-        runtime.load_profile(path)
+        runtime.load_hotness(path)
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ProfileError, match="cannot be read"):
-        runtime.load_profile(path)
+    with pytest.raises(HotnessError, match="cannot be read"):
+        runtime.load_hotness(path)
     save_file({"hotness": heat()}, path)
-    with pytest.raises(ProfileError, match="no heat profile"):
-        runtime.load_profile(path)
-    write_profile(path, "Qwen3MoeForCausalLM", {name: np.full(8, np.nan) for name in runtime.heat()})
-    with pytest.raises(ProfileError, match="no hotness"):
-        runtime.load_profile(path)
+    with pytest.raises(HotnessError, match="no heat profile"):
+        runtime.load_hotness(path)
+    write_snapshot(path, "Qwen3MoeForCausalLM", {name: np.full(8, np.nan) for name in runtime.heat()})
+    with pytest.raises(HotnessError, match="no hotness"):
+        runtime.load_hotness(path)
     for hotness in (heat()[:1], heat() - 1, heat() * np.nan):
         with pytest.raises(SettingsError, match="finite and not negative"):
             runtime.warm_start(hotness)
@@ -89,7 +91,7 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_group_keeps_one_profile_for_all_its_devices(tmp_path: Path) -> None:
     path, runtime = tmp_path / "heat.safetensors", patched()
     runtime.warm_start(heat(*HOT))
-    RuntimeGroup([(runtime, [0, 1])]).save_profile(path)
+    MultiDeviceRuntime([(runtime, [0, 1])]).save_hotness(path)
     again = patched()
-    RuntimeGroup([(again, [0, 1])]).load_profile(path)
+    MultiDeviceRuntime([(again, [0, 1])]).load_hotness(path)
     np.testing.assert_array_equal(again.hotness(), heat(*HOT))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from dynaexq.runtime.runtime.multi_device import RuntimeGroup
+from dynaexq.runtime.runtime.multi_device import MultiDeviceRuntime
 from dynaexq.runtime.runtime.tick_loop import Poller, StepCount
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +30,7 @@ import dynaexq
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
-from dynaexq.memory import HostWords
+from dynaexq.memory import HostMailbox
 from dynaexq.memory.copy_engine import WORDS_PER_PAGE, Arrivals, last_word
 
 SECONDS = 20  # long enough for any thread on any machine
@@ -82,7 +82,10 @@ def test_precision_follows_the_traffic_while_graphs_are_replayed() -> None:
 
 def test_eager_forwards_and_replays_of_one_model_find_the_same_table() -> None:
     """The prompt eager, tokens replayed, over and over, while everything moves."""
-    model, original = patched(half_life=2, margin=0.0), tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64)
+    model, original = (
+        patched(half_life=2, hysteresis=0.0),
+        tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64),
+    )
     before = model.dynaexq.stats()["demotions"]  # those of the smaller budget
     for turn in range(30):
         tiny.steer(model, (MORNING, EVENING)[turn // 5 % 2])
@@ -116,7 +119,10 @@ ORDERS = {
 @settings(max_examples=15)
 @given(orders=st.lists(st.sampled_from([*ORDERS, "replay", "replay", "replay"]), min_size=10, max_size=40))
 def test_whatever_is_asked_between_replays_answers_stay_right(orders: list[str]) -> None:
-    model, original = patched(half_life=2, margin=0.0), tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64)
+    model, original = (
+        patched(half_life=2, hysteresis=0.0),
+        tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64),
+    )
     slot, total = model.dynaexq.plan.upgrade.nbytes, model.dynaexq.memory()["total"]
     forwards = 0
     for order in orders:
@@ -251,7 +257,7 @@ def test_generate_may_compile_where_precision_follows_replays(monkeypatch: pytes
     monkeypatch.undo()
     other = patched()
     assert not other.hf_quantizer.is_compileable, "on a CPU there is nothing to gain"
-    groups = [RuntimeGroup([(model.dynaexq, [0, 1]), (rt, [2, 3])]) for rt in (model.dynaexq, other.dynaexq)]
+    groups = [MultiDeviceRuntime([(model.dynaexq, [0, 1]), (rt, [2, 3])]) for rt in (model.dynaexq, other.dynaexq)]
     assert [group.follows_replays for group in groups] == [True, False], "every device must"
 
 
@@ -282,7 +288,7 @@ def test_continuous_batching_gives_the_same_tokens_and_ticks() -> None:
         return [answer.generated_tokens for answer in answers.values()]
 
     expected = written()
-    dynaexq.patch(model, "1GiB", tiers=("fp16",), tick_every=1)
+    dynaexq.patch(model, "1GiB", tiers=("fp16",), update_interval=1)
     assert written() == expected
     assert model.dynaexq.stats()["steps"] >= 5
 
@@ -329,7 +335,7 @@ def test_steps_are_those_that_python_began_or_those_that_were_reported() -> None
         reported_steps = 0
 
     memory = Memory()
-    steps = StepCount(memory, tick_every=3)  # type: ignore[arg-type]
+    steps = StepCount(memory, update_interval=3)  # type: ignore[arg-type]
     for _ in range(3):
         assert not steps.is_due
         steps.add()
@@ -376,7 +382,7 @@ def test_there_are_words_for_any_number_of_copies_and_each_is_used_again() -> No
 
 
 def test_host_words_begin_at_zero_and_lie_apart() -> None:
-    words = HostWords(2, 3, torch.device("cpu"))
+    words = HostMailbox(2, 3, torch.device("cpu"))
     assert not words.words.any()
     assert words.begin_epoch() == words.epoch == 1
     words.table[1, 2] = 7

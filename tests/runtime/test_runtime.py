@@ -19,8 +19,8 @@ from dynaexq.errors import SettingsError, StoreError
 from dynaexq.memory import RamStore
 from dynaexq.types import BITS
 
-LADDERS = [("int2", "int4"), ("int4", "int8"), ("int2", "int8"), ("int4", "fp16"), ("int2", "fp16")]
-two_tiers = pytest.mark.parametrize("tiers", LADDERS, ids="-".join)
+TIER_CHOICES = [("int2", "int4"), ("int4", "int8"), ("int2", "int8"), ("int4", "fp16"), ("int2", "fp16")]
+two_tiers = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="-".join)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_mixed_tiers_answer_as_the_dequantised_weights_do(tiers: tuple[str, ...]
 def test_answers_stay_right_while_threads_generate_and_precision_moves(
     tiers: tuple[str, ...], original: nn.Module
 ) -> None:
-    model = patched(tiers, half_life=2, margin=0.0)
+    model = patched(tiers, half_life=2, hysteresis=0.0)
     errors: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -95,7 +95,7 @@ def test_the_disk_holds_what_memory_holds(tiers: tuple[str, ...]) -> None:
 @two_tiers
 def test_the_same_input_makes_the_same_decisions(tiers: tuple[str, ...]) -> None:
     def history() -> list[Any]:
-        model, steps = patched(tiers, half_life=4, margin=0.0, auto_pause=False), []
+        model, steps = patched(tiers, half_life=4, hysteresis=0.0, auto_pause=False), []
         for seed in range(8):
             answer = tiny.logits(model, tiny.prompt(seed=seed))
             steps.append((model.dynaexq.tiers().tolist(), model.dynaexq.hotness().tolist(), answer.tolist()))
@@ -190,7 +190,7 @@ BAD_POLICIES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("policy", BAD_POLICIES.values(), ids=BAD_POLICIES)
 def test_a_policy_that_answers_nonsense_is_named_and_changes_nothing(policy: Callable[..., Any]) -> None:
-    model = patched(policy=policy, tick_every=10**6)
+    model = patched(policy=policy, update_interval=10**6)
     before, stats, answer = upgraded(model), model.dynaexq.stats(), tiny.logits(model)
     for _ in range(2):  # and the tick after it is not blocked
         with pytest.raises(SettingsError, match=r"policy must return at most 4 True in a bool array \(2, 8\), got "):
@@ -200,9 +200,9 @@ def test_a_policy_that_answers_nonsense_is_named_and_changes_nothing(policy: Cal
     assert torch.equal(tiny.logits(model), answer)
 
 
-@pytest.mark.parametrize(("margin", "moves"), [(0.1, True), (3.0, False)], ids=["small", "large"])
-def test_a_newcomer_has_to_beat_the_incumbent_by_the_margin(margin: float, moves: bool) -> None:
-    model = patched(margin=margin, half_life=100)
+@pytest.mark.parametrize(("hysteresis", "moves"), [(0.1, True), (3.0, False)], ids=["small", "large"])
+def test_a_newcomer_has_to_beat_the_incumbent_by_the_margin(hysteresis: float, moves: bool) -> None:
+    model = patched(hysteresis=hysteresis, half_life=100)
     tiny.steer(model, MORNING)
     run(model, 8)
     assert upgraded(model) == [[0, 1], [2, 3]]
@@ -213,7 +213,7 @@ def test_a_newcomer_has_to_beat_the_incumbent_by_the_margin(margin: float, moves
 
 
 def test_decisions_come_every_so_many_forwards() -> None:
-    model = patched(tick_every=3)
+    model = patched(update_interval=3)
     for forwards in range(1, 10):
         tiny.logits(model, tiny.prompt(batch=1, length=8))
         # The tick comes before a forward is computed, and sees what was routed until then.
@@ -224,7 +224,7 @@ def test_decisions_come_every_so_many_forwards() -> None:
 
 
 def test_a_decision_comes_sooner_where_forwards_see_many_tokens() -> None:
-    model = patched(tick_every=32)
+    model = patched(update_interval=32)
     for forwards in range(1, 12):
         tiny.logits(model)  # 24 tokens; eight for each of 32 forwards are 256
         assert model.dynaexq.stats()["ticks"] == 0, forwards
@@ -242,10 +242,10 @@ FORGETTING = {
 }
 
 
-@pytest.mark.parametrize(("dials", "kept"), FORGETTING.values(), ids=FORGETTING)
+@pytest.mark.parametrize(("options", "kept"), FORGETTING.values(), ids=FORGETTING)
 @pytest.mark.parametrize("forwards", [1, 3])
-def test_hotness_forgets_by_tokens_or_by_steps(dials: dict[str, Any], kept: float, forwards: int) -> None:
-    model = patched(tick_every=10**6, **dials)
+def test_hotness_forgets_by_tokens_or_by_steps(options: dict[str, Any], kept: float, forwards: int) -> None:
+    model = patched(update_interval=10**6, **options)
     tiny.steer(model, MORNING)
     run(model, forwards)  # of 24 tokens each
     assert (model.dynaexq.hotness() == 1 / 8).all()
@@ -276,7 +276,7 @@ def test_a_reader_keeps_the_upgrades_it_found(
 ) -> None:
     arrived, proceed = slow_reader
     proceed.set()
-    model, outputs = patched(tiers, tick_every=10**6, auto_pause=False), []
+    model, outputs = patched(tiers, update_interval=10**6, auto_pause=False), []
     rt = model.dynaexq
     tiny.steer(model, MORNING)
     run(model)
@@ -317,7 +317,7 @@ def test_a_reader_keeps_the_upgrades_it_found(
 
 
 def test_traffic_is_counted() -> None:
-    model = patched(tick_every=10**6)
+    model = patched(update_interval=10**6)
     hot = model.dynaexq.tiers() > 2
     run(model, 2)
     model.dynaexq.tick()
@@ -390,7 +390,7 @@ def test_no_upgrade_is_taken_away_while_copies_fail(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_policy_that_fails_during_generation_freezes_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    model = patched(policy=BAD_POLICIES["too many"], tick_every=1)
+    model = patched(policy=BAD_POLICIES["too many"], update_interval=1)
     before = upgraded(model)
     assert tiny.generated(model)
     assert upgraded(model) == before
@@ -401,7 +401,7 @@ def test_traffic_stays_below_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = types.SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
     monkeypatch.setattr("dynaexq.policy.rate_limit.time", clock)
     slot = patched().dynaexq.plan.upgrade.nbytes
-    model = patched(traffic_limit=slot)  # one upgrade a second
+    model = patched(copy_rate_limit=slot)  # one upgrade a second
     start, cold = model.dynaexq.stats()["bytes_copied"], tiny.cold_routes(model)
     tiny.steer(model, cold)
     for _ in range(40):
@@ -422,7 +422,7 @@ def test_a_share_of_the_link_limits_as_well(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("dynaexq.policy.rate_limit.measure_link", lambda device: 4.0 * slot)
     clock = types.SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
     monkeypatch.setattr("dynaexq.policy.rate_limit.time", clock)
-    model = patched(traffic_limit=0.5)
+    model = patched(copy_rate_limit=0.5)
     start = model.dynaexq.stats()["bytes_copied"]
     tiny.steer(model, tiny.cold_routes(model))
     run(model)

@@ -16,7 +16,7 @@ from dynaexq.cli.app import app
 from dynaexq.errors import BudgetError, SettingsError, TraceError
 from dynaexq.settings import Settings
 from dynaexq.simulator.replay import Machine, Slots, replay
-from dynaexq.simulator.simulate import gains, parse_dials, provided, simulate
+from dynaexq.simulator.simulate import gains, parse_options, provided, simulate
 from dynaexq.traces import WORKLOADS, Trace, generate
 from dynaexq.types import Transition
 
@@ -24,10 +24,10 @@ INSTANT = math.inf
 
 
 @pytest.mark.parametrize(
-    "dials",
+    "options",
     [
         {},
-        {"auto_pause": False, "margin": 0.0, "half_life": 4},
+        {"auto_pause": False, "hysteresis": 0.0, "half_life": 4},
         {"half_life": None, "alpha": 0.5, "auto_pause": False},
         {"allocation": "per_layer"},
         {"policy": "threshold", "tau_h": 0.4, "tau_c": 0.1},
@@ -35,8 +35,8 @@ INSTANT = math.inf
     ],
     ids=str,
 )
-def test_a_replay_decides_as_the_model_did(tmp_path: Path, dials: dict[str, Any]) -> None:
-    model = patched(**dials)
+def test_a_replay_decides_as_the_model_did(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = patched(**options)
     rt = model.dynaexq
     filled = rt.stats()["promotions"]
     with rt.trace(tmp_path / "a.npz"):
@@ -73,7 +73,7 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Trace:
 def test_a_shift_is_followed_within_2000_tokens_on_a_tenth_of_the_link(
     shifting: Trace, tiers: tuple[str, str]
 ) -> None:
-    settings = Settings(tiers=tiers, traffic_limit=0.1)
+    settings = Settings(tiers=tiers, copy_rate_limit=0.1)
     outcome = simulate(shifting, settings, upgraded=0.2, link=25e9).outcome
     phase = outcome.phases[1]
     assert outcome.tokens_to(0.9, phase) <= 2000
@@ -84,7 +84,7 @@ def test_a_shift_is_followed_within_2000_tokens_on_a_tenth_of_the_link(
 
 
 def test_a_link_that_is_too_slow_delays_what_is_followed(shifting: Trace) -> None:
-    settings = Settings(tiers=("int2", "int4"), traffic_limit=0.1)
+    settings = Settings(tiers=("int2", "int4"), copy_rate_limit=0.1)
     fast, slow = (simulate(shifting, settings, 0.2, link=link).outcome for link in (25e9, 25e7))
     assert slow.coverage("policy") < fast.coverage("policy") - 0.01
     seconds = slow.tokens.sum() / slow.machine.tokens_per_second
@@ -93,7 +93,7 @@ def test_a_link_that_is_too_slow_delays_what_is_followed(shifting: Trace) -> Non
 
 
 def test_flat_traffic_is_left_alone_and_not_worth_it(flat: Trace) -> None:
-    figures = simulate(flat, Settings(tiers=("int2", "int4"), traffic_limit=0.1), upgraded=0.2).figures()
+    figures = simulate(flat, Settings(tiers=("int2", "int4"), copy_rate_limit=0.1), upgraded=0.2).figures()
     assert figures["moves_per_1000_tokens_per_slot"] <= 0.01
     assert figures["verdict"]["worth_it"] is False
     churning = simulate(flat, Settings(tiers=("int2", "int4"), auto_pause=False), upgraded=0.2).figures()
@@ -151,7 +151,7 @@ def test_a_budget_buys_slots_of_the_size_the_codec_gives(shifting: Trace) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dials", "upgraded", "error", "match"),
+    ("options", "upgraded", "error", "match"),
     [
         ({}, None, SettingsError, "give a budget"),
         ({}, 0.2, SettingsError, "needs a ladder of two tiers"),
@@ -161,10 +161,10 @@ def test_a_budget_buys_slots_of_the_size_the_codec_gives(shifting: Trace) -> Non
     ],
 )
 def test_what_cannot_be_simulated_is_refused(
-    shifting: Trace, dials: dict[str, Any], upgraded: float | None, error: type[Exception], match: str
+    shifting: Trace, options: dict[str, Any], upgraded: float | None, error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        simulate(shifting, Settings(**dials), upgraded)
+        simulate(shifting, Settings(**options), upgraded)
 
 
 def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
 
 
 def test_dials_are_parsed_and_traces_are_named() -> None:
-    assert parse_dials(["half_life=256", "allocation=per_layer", "auto_pause=false"]) == {
+    assert parse_options(["half_life=256", "allocation=per_layer", "auto_pause=false"]) == {
         "half_life": 256,
         "allocation": "per_layer",
         "auto_pause": False,
     }
-    with pytest.raises(SettingsError, match="a dial is written name=value, got 'margin'"):
-        parse_dials(["margin"])
+    with pytest.raises(SettingsError, match="an option is written name=value, got 'hysteresis'"):
+        parse_options(["hysteresis"])
     for path, workload, match in ((None, None, "name a trace"), (None, "gpt", "there is no workload 'gpt'")):
         with pytest.raises(SettingsError, match=match), provided(path, workload, 8, 1, 8, 0):
             pass

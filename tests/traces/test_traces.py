@@ -107,7 +107,7 @@ def test_a_later_version_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_model_is_recorded_while_it_runs(tmp_path):
-    model = patched(tick_every=2)
+    model = patched(update_interval=2)
     rt = model.dynaexq
     run(model, 3)
     before = rt.routed_mass()

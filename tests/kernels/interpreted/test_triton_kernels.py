@@ -22,14 +22,14 @@ from dynaexq.kernels import PlainExchange, dispatch, reference
 from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, routing
 from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
 from dynaexq.memory import RoutingCounter
-from dynaexq.planning.budget import LADDERS
+from dynaexq.planning.budget import TIER_CHOICES
 from dynaexq.types import MASS_UNIT, WORDS_AHEAD, ExpertShape
 
 WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias=False, transposed=False)
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
-ALL_LADDERS = [*LADDERS, ("int2", "fp16")]
+ALL_LADDERS = [*TIER_CHOICES, ("int2", "fp16")]
 MOST_PLANES = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int8", "fp16")]
 """Ladders in which every plane is read from every place it may have."""
 
