@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dynaexq.hf.config import DynaExqConfig
+
 HIDDEN, INTERMEDIATE, LAYERS, EXPERTS = 2048, 768, 2, 64  # experts of the shape of Qwen3-30B-A3B
 EXPERTS_OF_30B = 48 * 128
 RUNS = 9
@@ -246,7 +248,7 @@ def checkpoints(directory: str | None) -> Iterator[tuple[Path, Path]]:
         if not source.is_dir():
             generate(source)
         if not packed.is_dir():
-            quantize_checkpoint(source, packed, tiers=("int4", "int8"))
+            quantize_checkpoint(source, packed, DynaExqConfig(tiers=("int4", "int8")))
         yield source, packed
 
 

@@ -100,7 +100,7 @@ def embedded() -> PreTrainedModel:
 def patched(model: PreTrainedModel, tiers: tuple[str, ...]) -> PreTrainedModel:
     """A patched copy with a fifth of its experts upgraded."""
     model = copy.deepcopy(model)
-    runtime = dynaexq.patch(model, "1TiB", tiers=tiers, quantizer="rtn", device="cpu")
+    runtime = dynaexq.patch(model, "1TiB", tiers=tiers, device="cpu", config=dynaexq.DynaExqConfig(quantizer="rtn"))
     leave_slots(runtime, UPGRADED_SHARE)
     return model
 

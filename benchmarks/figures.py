@@ -23,6 +23,7 @@ import dynaexq
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import windows_of
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import model_size
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent / "results"))
@@ -43,7 +44,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def budget(path: Path, tiers: Sequence[str], share: float) -> int:
     """Bytes of all weights with `share` of the experts upgraded, from the configuration alone."""
-    size = model_size(path, tiers=tuple(tiers))
+    size = model_size(path, DynaExqConfig(tiers=tuple(tiers)))
     base, upgrade = size.eligible[0]
     experts = size.num_layers * size.num_experts
     upgrades = round(share * experts) * upgrade.nbytes if upgrade else 0

@@ -84,11 +84,11 @@ def bits_a_weight(runtime: dynaexq.Runtime, nbytes: int) -> float:
 def chosen_by_auto(stream: Stream, bits: float) -> tuple[str, ...]:
     """The ladder that `tiers="auto"` takes for that many bits a weight of experts."""
     model = copy.deepcopy(stream.model)
-    with dynaexq.patch(model, "1TiB", tiers=("int2",), quantizer="rtn") as runtime:
+    with dynaexq.patch(model, "1TiB", tiers=("int2",), config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
         memory, plan = runtime.memory(), runtime.plan
         experts = plan.num_layers * plan.num_experts * runtime.codec.shape.num_weights
     budget = memory["total"] - memory["base"] + int(experts * bits / 8)
-    with dynaexq.patch(copy.deepcopy(stream.model), budget, quantizer="rtn") as runtime:
+    with dynaexq.patch(copy.deepcopy(stream.model), budget, config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
         return runtime.plan.tiers
 
 

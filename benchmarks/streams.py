@@ -119,7 +119,7 @@ class Stream:
     def patched(self, share: float, **options: Any) -> tuple[nn.Module, dynaexq.Runtime]:
         """A copy of the model with room to upgrade `share` of its experts; it decides after every window."""
         model = copy.deepcopy(self.model)
-        runtime = dynaexq.patch(model, "1TiB", **{"update_interval": 1} | options)
+        runtime = dynaexq.patch(model, "1TiB", config=dynaexq.DynaExqConfig(**{"update_interval": 1} | options))
         leave_slots(runtime, share)
         return model, runtime
 

@@ -1,112 +1,150 @@
-"""Every option of dynaexq in one frozen object, validated once. It knows nothing of models, devices or tensors."""
+"""Every option of dynaexq: its type, meaning and default, validated once. It knows no model, device or tensor.
 
+`Options` is the one list of them. `DynaExqConfig` (in `hf.config`) is `Options` as users and Transformers handle it;
+`Settings` is `Options` validated, with sizes in bytes, and frozen: what everything below the front door is given.
+`resolve` says who wins where an option is named more than once.
+"""
+
+import difflib
+import functools
 import math
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import FrozenInstanceError, dataclass, fields
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from dynaexq.errors import SettingsError
 from dynaexq.types import BITS
 
-_UNITS = {"B": 1} | {
-    prefix + suffix: base**power
+BUDGET_VARIABLE = "DYNAEXQ_HBM_BUDGET"
+"""The environment variable that stands in for `hbm_budget`; see `resolve`."""
+
+DEFAULT_HALF_LIFE = 128.0
+
+_UNITS = {"b": 1} | {
+    (prefix + suffix).lower(): base**power
     for power, prefix in enumerate("KMGT", start=1)
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)([A-Za-z]+)")
+_UNIT_NAMES = "B, KB, KiB, MB, MiB, GB, GiB, TB or TiB"
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
 
-DEFAULT_HALF_LIFE = 128
+_Class = TypeVar("_Class", bound=type)
 
 
-def parse_bytes(size: int | str, option: str = "hbm_budget") -> int:
-    """Bytes of `20 * 2**30`, `"20GiB"` (powers of 1024) or `"20GB"` (powers of 1000).
+def strict_init(cls: _Class) -> _Class:
+    """Make a dataclass refuse an unknown option with a `SettingsError`, and remember which ones were given.
 
-    Raises:
-        SettingsError: not a positive whole number of bytes and not a number directly followed by a known unit.
+    The names are kept in `_given`; the signature stays the dataclass's own.
     """
-    expected = f'{option} must be a positive number of bytes or a size such as "20GiB" or "20GB"'
-    count = size
-    if isinstance(size, str):
-        match = _SIZE.fullmatch(size)
-        if not match or match[2] not in _UNITS:
-            raise SettingsError(
-                f"{expected}, got {size!r}; write the number and one of {', '.join(_UNITS)} without a space"
-            )
-        count = int(Fraction(match[1]) * _UNITS[match[2]])
-    if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
-        raise SettingsError(f"{expected}, got {size!r}")
-    return count
+    init = cls.__init__  # type: ignore[misc]
+    known = [field.name for field in fields(cls) if field.init]
+
+    @functools.wraps(init)
+    def checked(self: Any, **options: Any) -> None:
+        refuse_unknown(options, known)
+        init(self, **options)
+        self.__dict__["_given"] = set(options)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How precision is managed. Field names are the keyword arguments of `dynaexq.patch`.
+def refuse_unknown(options: Mapping[str, Any], known: list[str]) -> None:
+    """Raise a SettingsError that names what was probably meant, if `options` has a name that is not `known`."""
+    unknown = sorted(set(options) - set(known))
+    if not unknown:
+        return
+    meant = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
+    hint = f"did you mean {', '.join(meant)}? " if meant else ""
+    raise SettingsError(f"unknown option {', '.join(unknown)}; {hint}The options are {', '.join(known)}")
+
+
+@strict_init
+@dataclass(kw_only=True)
+class Options:
+    """All options.
 
     Attributes:
-        hbm_budget: ceiling on the device bytes of all the model's weights: `"20GiB"`, `"20GB"`, bytes, or `"auto"`.
+        hbm_budget: ceiling on the device bytes of all the model's weights: `"20GiB"` (powers of 1024), `"20GB"`
+            (powers of 1000), a number of bytes, or `"auto"`: the free memory less room for the context.
         tiers: `"auto"`, or the precisions of an expert, the base first: one or two of int2, int4, int8, fp16.
-        device: where the model computes; None takes the accelerator if there is one, else the CPU.
-        allocation: `"global"` lets layers compete for upgrade slots, `"per_layer"` gives each the same number.
+            fp16 stands for the model's own dtype.
+        device: where the model computes, such as `"cpu"` or `"cuda:1"`; None takes the accelerator if there is one,
+            else the CPU.
+        dense: None leaves the dense linear layers as they are, `"bnb-4bit"` and `"bnb-8bit"` quantize them with
+            bitsandbytes.
         policy: `"topn"`, `"threshold"`, `"frozen"`, or a callable `(score, upgraded, slots) -> wanted` over
-            `[num_layers, num_experts]` arrays (see `dynaexq.policy.precision`).
-        tau_h, tau_c: hotness above which `"threshold"` promotes, and below which it demotes.
-        half_life: tokens after which an observation weighs half in the hotness; 128 unless `alpha` is given.
-        alpha: the paper's factor instead, kept share of the old hotness at every step; in [0, 1).
-        hysteresis: relative hysteresis; a newcomer must beat an incumbent's score by this share.
-        auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
-            does (see `dynaexq.watch`).
-        update_interval: forward passes between two decisions; fewer where these see more than eight tokens each.
-        copy_rate_limit: bytes a second moved to the device (`"500MB"` or an int), or a share in (0, 1] of the
-            measured link (a float); None moves at most 64 MiB a tick.
+            `[num_layers, num_experts]` arrays (see `policy.selection`).
+        allocation: `"global"` lets layers compete for upgrade slots, `"per_layer"` gives each the same number.
         host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only), `"disk"`, or `"auto"`: in
             the checkpoint where that holds the very bytes, else in RAM.
+        calibration: path of what `dynaexq.calibrate` wrote: quantizing then minimizes the error of the experts'
+            outputs. None minimizes that of the weights.
+        half_life: tokens after which an observation weighs half in the hotness; 128 unless `alpha` is given.
+        alpha: the paper's factor instead: the share of the old hotness kept per step, in [0, 1).
+        hysteresis: share by which a newcomer must beat an incumbent's score; at least 0.
+        update_interval: forward passes between two decisions; fewer where these see more than eight tokens each.
+        auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
+            does (see `policy.auto_pause`).
+        tau_h, tau_c: hotness above which `"threshold"` promotes, and below which it demotes.
+        copy_rate_limit: bytes per second copied to the device (`"500MB"` or an int), or a share in (0, 1] of the
+            measured link (a float); None copies at most 64 MiB per tick.
         group_size: weights that share one scale: 32, 64 or 128.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).
-        calibration: path of what `dynaexq.calibrate` gathered of the experts' inputs: quantising then minimises the
-            error of the outputs. None minimises that of the weights.
-        dense: None leaves the dense linear layers as they are, `"bnb-4bit"` and `"bnb-8bit"` quantise them with
-            bitsandbytes.
         max_context, max_batch: the tokens and sequences that `hbm_budget="auto"` leaves room for.
+
+    Raises:
+        SettingsError: an unknown option.
     """
+
+    _given: ClassVar[set[str]]
+    """Names of the options that an object was given; set by `strict_init`, and no field."""
 
     hbm_budget: int | str = "auto"
     tiers: str | tuple[str, ...] = "auto"
     device: str | None = None
-    allocation: str = "global"
+    dense: str | None = None
     policy: str | Callable[..., Any] = "topn"
-    tau_h: float | None = None
-    tau_c: float | None = None
+    allocation: str = "global"
+    host_copy: str = "auto"
+    calibration: str | os.PathLike[str] | None = None
     half_life: float | None = None
     alpha: float | None = None
     hysteresis: float = 0.5
-    auto_pause: bool = True
     update_interval: int = 32
+    auto_pause: bool = True
+    tau_h: float | None = None
+    tau_c: float | None = None
     copy_rate_limit: int | float | str | None = None
-    host_copy: str = "auto"
     group_size: int = 64
     quantizer: str = "als"
-    calibration: str | os.PathLike[str] | None = None
-    dense: str | None = None
     max_context: int = 4096
     max_batch: int = 1
 
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+@strict_init
+@dataclass(kw_only=True)
+class Settings(Options):
+    """Options, validated and frozen: sizes are bytes, tiers a tuple, and `half_life` or `alpha` is set.
+
+    Raises:
+        SettingsError: an unknown option, or a value that one cannot take.
+    """
+
     def __post_init__(self) -> None:
         if self.hbm_budget != "auto":
-            object.__setattr__(self, "hbm_budget", parse_bytes(self.hbm_budget))
-        object.__setattr__(self, "tiers", _checked_tiers(self.tiers))
+            self.hbm_budget = parse_bytes(self.hbm_budget)
+        self.tiers = _checked_tiers(self.tiers)
         _one_of("allocation", self.allocation, ("global", "per_layer"))
         _one_of("host_copy", self.host_copy, ("auto", "ram", "pinned", "disk"))
         _one_of("group_size", self.group_size, (32, 64, 128))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
-        if self.calibration is not None:
-            if not isinstance(self.calibration, str | os.PathLike):
-                raise SettingsError(f"calibration must be the path of a file of moments, got {self.calibration!r}")
-            if self.quantizer == "rtn":
-                raise SettingsError('quantizer="rtn" rounds and heeds no calibration; leave one of them out')
-            object.__setattr__(self, "calibration", os.fspath(self.calibration))
         if self.dense is not None:
             _one_of("dense", self.dense, ("bnb-4bit", "bnb-8bit"))
         if not callable(self.policy):
@@ -116,18 +154,24 @@ class Settings:
         for option in ("update_interval", "max_context", "max_batch"):
             _whole_number(option, getattr(self, option))
         _number("hysteresis", self.hysteresis, low=0.0)
+        self._check_calibration()
         self._check_thresholds()
         self._check_decay()
-        self._check_traffic_limit()
+        self._check_copy_rate_limit()
 
-    @classmethod
-    def from_options(cls, options: dict[str, Any]) -> "Settings":
-        """Settings from keyword arguments; an unknown name raises a SettingsError that lists the known ones."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise SettingsError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
-        return cls(**options)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_given" in self.__dict__:
+            raise FrozenInstanceError(f"cannot assign to {name!r}: settings are validated once; make others")
+        super().__setattr__(name, value)
+
+    def _check_calibration(self) -> None:
+        if self.calibration is None:
+            return
+        if not isinstance(self.calibration, str | os.PathLike):
+            raise SettingsError(f"calibration must be the path of a file of moments, got {self.calibration!r}")
+        if self.quantizer == "rtn":
+            raise SettingsError('quantizer="rtn" rounds and ignores a calibration; leave one of them out')
+        self.calibration = os.fspath(self.calibration)
 
     def _check_thresholds(self) -> None:
         if self.policy != "threshold":
@@ -148,25 +192,64 @@ class Settings:
     def _check_decay(self) -> None:
         if self.alpha is not None and self.half_life is not None:
             raise SettingsError(
-                f"give half_life (tokens) or alpha (a step), not both, got half_life={self.half_life!r} and "
+                f"give half_life (tokens) or alpha (per step), not both, got half_life={self.half_life!r} and "
                 f"alpha={self.alpha!r}: each sets how fast hotness forgets"
             )
         if self.alpha is not None:
             _number("alpha", self.alpha, low=0.0)
             if self.alpha >= 1:
-                raise SettingsError(f"alpha must be below 1, got {self.alpha!r}: at 1 nothing new is ever learnt")
+                raise SettingsError(f"alpha must be below 1, got {self.alpha!r}: at 1 nothing new is ever learned")
             return
         if self.half_life is None:
-            object.__setattr__(self, "half_life", float(DEFAULT_HALF_LIFE))
+            self.half_life = DEFAULT_HALF_LIFE
         _number("half_life", self.half_life, low=0.0, exclusive=True)
 
-    def _check_traffic_limit(self) -> None:
+    def _check_copy_rate_limit(self) -> None:
         limit = self.copy_rate_limit
         if limit is None or (isinstance(limit, float) and 0 < limit <= 1):
             return
         if isinstance(limit, float):
             raise SettingsError(f"copy_rate_limit as a share of the link must lie in (0, 1], got {limit!r}")
-        object.__setattr__(self, "copy_rate_limit", parse_bytes(limit, "copy_rate_limit"))
+        self.copy_rate_limit = parse_bytes(limit, "copy_rate_limit")
+
+
+def resolve(
+    arguments: Mapping[str, Any], stored: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """Settings from all places that may name an option; the first in the row that does decides.
+
+    | option             | 1st      | 2nd                  | 3rd        | else    |
+    |--------------------|----------|----------------------|------------|---------|
+    | `hbm_budget`       | argument | `DYNAEXQ_HBM_BUDGET` | checkpoint | default |
+    | every other option | argument |                      | checkpoint | default |
+
+    Args:
+        arguments: what the caller of `patch` or `from_pretrained` named.
+        stored: what the checkpoint's config.json keeps.
+
+    Raises:
+        SettingsError: an unknown option, or a value that one cannot take.
+    """
+    budget = environment.get(BUDGET_VARIABLE)
+    return Settings(**{**stored, **({"hbm_budget": budget} if budget else {}), **arguments})
+
+
+def parse_bytes(size: int | str, option: str = "hbm_budget") -> int:
+    """Bytes of `20 * 2**30`, `"20GiB"` or `"20 gib"` (powers of 1024), `"20GB"` or `"20gb"` (powers of 1000).
+
+    Raises:
+        SettingsError: not a positive whole number of bytes, and not a number with a known unit.
+    """
+    expected = f'{option} must be a positive number of bytes or a size such as "20GiB" or "20GB"'
+    count = size
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size.strip())
+        if not match or match[2].lower() not in _UNITS:
+            raise SettingsError(f"{expected}, got {size!r}; write a number and {_UNIT_NAMES}")
+        count = int(Fraction(match[1]) * _UNITS[match[2].lower()])
+    if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
+        raise SettingsError(f"{expected}, got {size!r}")
+    return count
 
 
 def _checked_tiers(tiers: Any) -> str | tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Settings: each option takes what it documents, and refuses the rest with a sentence that names what came."""
 
 import dataclasses
+import inspect
 import math
 import re
 
@@ -8,7 +9,7 @@ import pytest
 
 import dynaexq
 from dynaexq.errors import DynaExqError, SettingsError
-from dynaexq.settings import DEFAULT_HALF_LIFE, Settings, parse_bytes
+from dynaexq.settings import DEFAULT_HALF_LIFE, OPTION_NAMES, Options, Settings, parse_bytes, resolve
 
 SIZES = {
     "20GB": 20 * 10**9,
@@ -18,11 +19,32 @@ SIZES = {
     "1.001KB": 1001,  # 1000.9999... in binary floating point
     "3MB": 3_000_000,
     "2TiB": 2**41,
+    "24 GiB": 24 * 2**30,
+    "24gb": 24 * 10**9,
+    " 24 gib ": 24 * 2**30,
     1: 1,
     20 * 2**30: 20 * 2**30,
 }
 
-NOT_SIZES = ["20 GB", "GB", "", "20", "20gib", "-1GB", "1e3MB", "0GB", "0.3B", 0, -1, 1.5, math.nan, True, None, [1]]
+NOT_SIZES = [
+    "GB",
+    "",
+    "20",
+    "20 GBs",
+    "20Gi",
+    "2 0GB",
+    "-1GB",
+    "1e3MB",
+    "0GB",
+    "0.3B",
+    0,
+    -1,
+    1.5,
+    math.nan,
+    True,
+    None,
+    [1],
+]
 
 BAD_TIERS = {
     "not a tuple": ("int4", "'int4'"),
@@ -63,7 +85,7 @@ BAD_DIALS = [
         for option in ("update_interval", "max_context", "max_batch")
         for value in (0, -1, 1.5, True, "8", None)
     ],
-    *[("copy_rate_limit", value) for value in (0, -1, 0.0, -0.5, 1.5, math.nan, True, "500 MB", "fast")],
+    *[("copy_rate_limit", value) for value in (0, -1, 0.0, -0.5, 1.5, math.nan, True, "500 MBit", "fast")],
 ]
 
 
@@ -145,15 +167,32 @@ def test_a_policy_may_be_a_callable():
     assert Settings(policy=policy).policy is policy
 
 
-def test_an_unknown_dial_is_named_beside_the_known_ones():
-    with pytest.raises(SettingsError, match="unknown option budget, tier; the options are hbm_budget, tiers,"):
-        Settings.from_options({"tier": "int4", "budget": "20GiB", "hysteresis": 0.2})
+@pytest.mark.parametrize("of", [Settings, dynaexq.DynaExqConfig])
+def test_an_unknown_option_is_named_beside_what_was_probably_meant(of):
+    with pytest.raises(SettingsError, match="unknown option hbm_buget, tier; did you mean hbm_budget, tiers"):
+        of(tier="int4", hbm_buget="20GiB", hysteresis=0.2)
 
 
-def test_known_dials_become_settings():
-    assert Settings.from_options({"hysteresis": 0.2, "update_interval": 4}) == Settings(
-        hysteresis=0.2, update_interval=4
-    )
+@pytest.mark.parametrize("of", [Options, Settings, dynaexq.DynaExqConfig])
+def test_every_option_is_a_typed_documented_field_of_the_signature(of):
+    parameters = inspect.signature(of).parameters
+    fields = [field for field in dataclasses.fields(of) if field.name in OPTION_NAMES]
+    assert [field.name for field in fields] == list(OPTION_NAMES)
+    for field in fields:
+        assert parameters[field.name].default == field.default
+        assert re.search(rf"\b{field.name}\b.*:", Options.__doc__)
+    assert all(option in dynaexq.DynaExqConfig.__doc__ for option in OPTION_NAMES)
+
+
+def test_the_first_place_that_names_an_option_decides():
+    environment, stored = {"DYNAEXQ_HBM_BUDGET": "2GB"}, {"hbm_budget": "3GB", "hysteresis": 0.1}
+    assert resolve({"hbm_budget": "1GB"}, stored, environment).hbm_budget == 10**9
+    assert resolve({"hbm_budget": "auto"}, stored, environment).hbm_budget == "auto"
+    assert resolve({}, stored, environment).hbm_budget == 2 * 10**9
+    assert resolve({}, stored, {}).hbm_budget == 3 * 10**9
+    assert resolve({}, {}, {}).hbm_budget == "auto"
+    assert resolve({}, stored, {}).hysteresis == 0.1
+    assert resolve({"hysteresis": 0.2}, stored, {}).hysteresis == 0.2
 
 
 def test_settings_are_frozen():

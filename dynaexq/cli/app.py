@@ -63,6 +63,7 @@ def plan(
     import transformers
 
     from dynaexq.cli.plan_tables import show_card, show_cards, write_json
+    from dynaexq.hf.config import DynaExqConfig
     from dynaexq.hf.model_size import model_size
     from dynaexq.planning.estimate import estimate_card, require_fit
     from dynaexq.planning.hardware import CARDS
@@ -71,7 +72,7 @@ def plan(
     transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
     cards = CARDS if gpu is None else {gpu: parse_bytes(gpu, "--gpu")}
     room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
-    size = model_size(source, max_context=context, max_batch=batch)
+    size = model_size(source, DynaExqConfig(max_context=context, max_batch=batch))
     estimates = {name: estimate_card(size, card, room) for name, card in cards.items()}
     if gpu is not None:
         require_fit(size, estimates[gpu])
@@ -111,6 +112,7 @@ def quantize(
     ] = False,
 ) -> None:
     """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
+    from dynaexq.hf.config import DynaExqConfig
     from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
 
     options: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
@@ -125,14 +127,12 @@ def quantize(
             raise typer.BadParameter(
                 "--device and --max-shard-size are for packing; with --annotate nothing is packed"
             )
-        annotate_checkpoint(source, target, **options)
+        annotate_checkpoint(source, target, DynaExqConfig(**options))
     else:
         if calibrate is not None:
             options["calibration"] = _moments_of(source, calibrate, target, device)
         try:
-            quantize_checkpoint(
-                source, target, max_shard_size or "5GB", **options | ({"device": device} if device else {})
-            )
+            quantize_checkpoint(source, target, DynaExqConfig(**options, device=device), max_shard_size or "5GB")
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command goes on from here", err=True)
             raise
@@ -187,7 +187,7 @@ def simulate(
     options |= {"tiers": _tiers_of(ladder)} if ladder != "auto" else {}
     if budget and upgraded is not None:
         raise typer.BadParameter("--budget and --upgraded both say how many experts are upgraded; give one of them")
-    settings = Settings.from_options(options)
+    settings = Settings(**options)
     with provided(trace, generate, tokens, phases, settings.update_interval, seed) as opened:
         simulation = run(
             opened, settings, upgraded, link=parse_bytes(link, "link"), tokens_per_second=tokens_per_second

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.errors import CheckpointError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
-from dynaexq.hf import patch
+from dynaexq.hf import DynaExqConfig, patch
 from dynaexq.hf.meta_model import meta_model
 from dynaexq.runtime.runtime import Runtime
 
@@ -107,7 +107,9 @@ def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console:
             copied = copy.deepcopy(model)
             policy = "frozen" if name == "frozen start" else "topn"
             budget = least + slot * round(share * experts)
-            runtime = patch(copied, budget, tiers=tiers, device="cpu", policy=policy, update_interval=1)
+            runtime = patch(
+                copied, budget, tiers=tiers, device="cpu", policy=policy, config=DynaExqConfig(update_interval=1)
+            )
             outcome = Outcome(name, runtime.memory()["total"], runtime.plan.budget)
             for domain, phase in phases.items():
                 _see(outcome, copied, runtime, phase, reference[domain], lambda _: progress.advance(task))
@@ -167,7 +169,7 @@ def _one_thread() -> Iterator[None]:
 
 def _budgets(model: nn.Module, tiers: tuple[str, str]) -> tuple[int, int, int]:
     """Bytes with no expert upgraded, bytes of one upgrade, and the number of experts."""
-    runtime = patch(copy.deepcopy(model), "1TiB", tiers=tiers, device="cpu", quantizer="rtn")
+    runtime = patch(copy.deepcopy(model), "1TiB", tiers=tiers, device="cpu", config=DynaExqConfig(quantizer="rtn"))
     memory, experts = runtime.memory(), runtime.plan.num_slots
     return memory["total"] - memory["upgrade"], memory["upgrade"] // experts, experts
 

@@ -32,14 +32,14 @@ _JOURNAL = "dynaexq-source.json"
 
 
 def quantize_checkpoint(
-    source: str | Path, target: str | Path, max_shard_size: int | str = "5GB", **options: Any
+    source: str | Path, target: str | Path, config: DynaExqConfig, max_shard_size: int | str = "5GB"
 ) -> Path:
     """Write the packed checkpoint of `source` to `target`; it appears there complete, or not at all.
 
     Args:
         source: a directory with config.json and safetensors shards in 16 (or 32) bit.
+        config: `tiers`, or an `hbm_budget` to choose them by, must be named.
         max_shard_size: bytes of a shard, as in Transformers.
-        **options: fields of `Settings`; `tiers`, or an `hbm_budget` to choose them by, must be among them.
 
     Returns:
         The target directory.
@@ -50,8 +50,7 @@ def quantize_checkpoint(
         QuantizationError: an expert holds NaN, infinity, or a weight beyond 32768.
     """
     source, target = Path(source), Path(target)
-    config = DynaExqConfig(**options)
-    settings = config.settings(stored=False)
+    settings = config.settings()
     refuse_foreign_weights(target)
     model = meta_model(source)
     layers = find_sparse_layers(model, on_meta=True)
@@ -79,13 +78,12 @@ def quantize_checkpoint(
     return target
 
 
-def annotate_checkpoint(source: str | Path, target: str | Path, **options: Any) -> Path:
+def annotate_checkpoint(source: str | Path, target: str | Path, config: DynaExqConfig) -> Path:
     """Link the 16-bit checkpoint `source` into `target`, with a configuration that has it quantised when it is loaded.
 
     Without dynaexq it loads as the 16-bit model it is. Raises as `quantize_checkpoint` does.
     """
     source, target = Path(source), Path(target)
-    config = DynaExqConfig(**options)
     refuse_foreign_weights(target)
     model = meta_model(source)
     CheckpointSource(model, find_sparse_layers(model, on_meta=True), open_shards(checkpoint_files(source))).close()

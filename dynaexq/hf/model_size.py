@@ -1,7 +1,6 @@
 """How large a model is, from its configuration and index alone: experts, dense weights, cache. No weights are read."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,20 @@ from dynaexq.quantization import offered
 from dynaexq.settings import Settings
 
 
-def model_size(source: Path, **options: Any) -> ModelSize:
+def model_size(source: Path, config: DynaExqConfig) -> ModelSize:
     """The sizes of the model at `source`: a checkpoint directory, a config.json, or a repository on the Hub.
 
     Args:
-        **options: fields of `Settings`; `max_context` and `max_batch` say what the cache must hold.
+        config: its `max_context` and `max_batch` say what the cache must hold.
 
     Raises:
         SettingsError: an option has a value it cannot take.
         CheckpointError: there is no configuration, or the weights are quantised by somebody else.
         UnsupportedModelError: the model has no experts that dynaexq could take over.
     """
-    config = read_config(source)
-    stored, settings = _stored(source, config, options)
-    model = build_meta_model(config)
+    model_config = read_config(source)
+    stored, settings = _stored(source, model_config, config)
+    model = build_meta_model(model_config)
     layers = find_sparse_layers(model, on_meta=True)
     first, num_layers = layers[0], len(layers)
     context = context_bytes(model, layers, settings.max_context, settings.max_batch)
@@ -55,18 +54,20 @@ def model_size(source: Path, **options: Any) -> ModelSize:
     )
 
 
-def _stored(source: Path, config: Any, options: dict[str, Any]) -> tuple[tuple[str, ...] | None, Settings]:
+def _stored(source: Path, model_config: Any, config: DynaExqConfig) -> tuple[tuple[str, ...] | None, Settings]:
     """The ladder of a packed checkpoint, None for 16-bit weights; and the options, those kept with it among them."""
-    method = quantization_method(config)
+    method = quantization_method(model_config)
     if method is None:
-        return None, Settings.from_options(options)
+        return None, config.settings()
     if method != METHOD:
         raise CheckpointError(
             f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
             "give the 16-bit checkpoint it was made from, or its config.json"
         )
-    kept = DynaExqConfig.from_dict(config.quantization_config)
-    settings = replace(kept.settings(stored=True), **options)
+    kept = DynaExqConfig.from_dict(model_config.quantization_config)
+    for name, value in config.get_loading_attributes().items():
+        setattr(kept, name, value)
+    settings = kept.settings(stored=True)
     if settings.dense is not None:
         raise CheckpointError(
             f"the dense weights of {source} are kept with dense={settings.dense!r}, whose bytes no configuration "

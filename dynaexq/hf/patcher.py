@@ -4,7 +4,8 @@ A patch is a transaction: everything that can be refused is refused first, then 
 model, and only then is the model changed, in steps that are all undone if one of them fails.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,33 @@ from dynaexq.weights.sources import ExpertSource
 
 @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
 def patch(
-    model: nn.Module, hbm_budget: int | str = "auto", checkpoint: str | Path | None = None, **options: Any
+    model: nn.Module,
+    hbm_budget: int | str | None = None,
+    *,
+    tiers: str | tuple[str, ...] | None = None,
+    device: str | None = None,
+    dense: str | None = None,
+    policy: str | Callable[..., Any] | None = None,
+    host_copy: str | None = None,
+    calibration: str | PathLike[str] | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    config: DynaExqConfig | None = None,
 ) -> Runtime:
     """Put the experts of `model` under a byte budget, in place; `model.generate()` and all else work as before.
 
-    Every expert is quantised to the base tier and stays on the device; the hottest hold an upgrade besides, within
+    Every expert is quantized to the base tier and stays on the device; the hottest hold an upgrade besides, within
     `hbm_budget`, and which ones those are follows the traffic. The original expert weights are freed.
+
+    >>> runtime = dynaexq.patch(model, hbm_budget="20GiB", tiers=("int4", "int8"))           # doctest: +SKIP
+    >>> runtime = dynaexq.patch(model, "20GiB", config=DynaExqConfig(half_life=256))         # doctest: +SKIP
 
     Args:
         model: a Transformers model with the standard experts interface, on the CPU or on the device.
         hbm_budget: ceiling on the device bytes of all weights: `"20GiB"`, `"20GB"`, bytes, or `"auto"`.
+        tiers, device, dense, policy, host_copy, calibration: the options of these names; see `DynaExqConfig`.
         checkpoint: the directory of the 16-bit safetensors to read the experts from, where the model's own are on
             the meta device.
-        **options: the other fields of `dynaexq.Settings`: `tiers`, `device`, `policy`, `half_life`, ...
+        config: every other option. An argument that is not None wins over it.
 
     Returns:
         The runtime, also `model.dynaexq`.
@@ -56,17 +71,22 @@ def patch(
 
     After any error the model is as it was.
     """
-    budget: dict[str, Any] = (
-        {} if hbm_budget == "auto" else {"hbm_budget": hbm_budget}
-    )  # "auto" leaves it to the environment
-    config = DynaExqConfig(**budget, **options)
-    settings = config.settings(stored=False)
+    config = (config or DynaExqConfig()).updated(
+        hbm_budget=hbm_budget,
+        tiers=tiers,
+        device=device,
+        dense=dense,
+        policy=policy,
+        host_copy=host_copy,
+        calibration=calibration,
+    )
+    settings = config.settings()
     layers = find_sparse_layers(model, on_meta=checkpoint is not None)
-    device = resolve_device(settings)
+    target = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
-    twins = quantized_linears(model, settings.dense, device) if settings.dense else {}
+    twins = quantized_linears(model, settings.dense, target) if settings.dense else {}
     moments = moments_for(settings, layers)
-    runtime = _new_runtime(model, layers, twins, settings, device)
+    runtime = _new_runtime(model, layers, twins, settings, target)
     runtime.load(QuantizingLoader(source, moments))
     _commit(ModelPatch(model, layers), runtime, source, twins, config)
     return runtime

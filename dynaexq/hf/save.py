@@ -88,14 +88,12 @@ def packed_config(
     config: DynaExqConfig, codec: ExpertCodec, budget: int | None, dense: str | None = None
 ) -> DynaExqConfig:
     """`config` as a packed checkpoint keeps it: with the ladder and the dense format stored, and the last budget."""
-    options = config.options | config.given | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
-    group_size = options.pop("group_size", 64)
-    quantizer = options.pop("quantizer", "als")
+    options = config.named_options() | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
     packed = {
         "format_version": FORMAT_VERSION,
         "tiers": list(codec.tiers),
-        "group_size": group_size,
-        "quantizer": quantizer,
+        "group_size": options.pop("group_size", 64),
+        "quantizer": options.pop("quantizer", "als"),
     }
     options.pop("dense", None)
     if dense is not None:

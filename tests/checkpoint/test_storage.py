@@ -268,7 +268,7 @@ def test_a_process_that_is_killed_leaves_the_old_directory(tmp_path: Path) -> No
     (tmp_path / "model" / "config.json").write_text("old")
     script = f"""
         import os, signal
-        from dynaexq.storage import replaced
+        from dynaexq.checkpoint import replaced
         with replaced({str(tmp_path / "model")!r}) as staging:
             (staging / "config.json").write_text("new")
             os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import patching
 import pytest
 import tiny
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-import dynaexq
 from dynaexq.kernels import PlainExchange, exchange_for
 from dynaexq.memory import HostMailbox
 
@@ -48,7 +48,7 @@ def patched(**options: Any) -> nn.Module:
     """A tiny bfloat16 model with upgrade slots for four of its sixteen experts."""
     model = tiny.tiny_qwen3_moe(moe_intermediate_size=64)
     common = {"tiers": ("int2", "int4"), "quantizer": "rtn", "update_interval": 2, "half_life": 8, "auto_pause": False}
-    runtime = dynaexq.patch(model, AMPLE, device="cuda", **common | options)
+    runtime = patching.patch(model, AMPLE, device="cuda", **common | options)
     if runtime.plan.upgrade is not None:
         runtime.set_budget(runtime.memory()["total"] - (16 - SLOTS) * runtime.plan.upgrade.nbytes)
     return model

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from kernel_cases import EXPERTS, GATED, SHAPES, Case, case, distinct_choices, named
 from numerics import assert_close
 from regimes import each_regime
-from test_kernels import EXPERTS, GATED, SHAPES, Case, case, distinct_choices, named
 from torch.nn import functional as F
 
 from dynaexq.kernels import Upgrades, dispatch, reference

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynaexq.kernels.triton import counting, graph_sync, reductions, routing, tuning
+from dynaexq.kernels.triton import graph_sync, reductions, routing, tuning
 from dynaexq.kernels.triton.grouped_gemm import expert_gemm
 from dynaexq.kernels.triton.launch import matrices
 from dynaexq.kernels.triton.specs import Matrix
@@ -87,9 +87,9 @@ def around(arch: int) -> list[dict[str, Any]]:
         arch,
     )
     mass = compiled(
-        counting._add_routing,
+        routing._add_routing,
         {"sums": "*i64", "ids": "*i64", "weights": "*bf16", "pairs": "i32", "tokens": "i32", "num_experts": "i32"},
-        {"UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": counting.PAIRS_PER_PROGRAM},
+        {"UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": routing.COUNTED_PER_PROGRAM},
         arch,
     )
     fetch = compiled(

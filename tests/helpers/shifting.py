@@ -4,11 +4,11 @@ import copy
 from typing import Any
 
 import numpy as np
+import patching
 import tiny
 import torch
 from torch import Tensor, nn
 
-import dynaexq
 from dynaexq.quantization.quantize import quantize, read
 from dynaexq.types import BITS
 
@@ -23,7 +23,7 @@ def patched(
     """A tiny float32 model with upgrade slots for four of its sixteen experts; it decides after every forward."""
     # 64 columns in both matrices need no padding, which would not be quantised as the weights are by themselves.
     model = tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64) if model is None else model
-    rt = dynaexq.patch(
+    rt = patching.patch(
         model, AMPLE, **{"tiers": tiers, "quantizer": "rtn", "update_interval": 1, "half_life": 8} | options
     )
     rt.set_budget(rt.memory()["total"] - (16 - slots) * rt.plan.upgrade.nbytes)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 import dynaexq
 from dynaexq.errors import CheckpointError, QuantizationError, UnsupportedModelError
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
 
 AMPLE = 10**6
@@ -26,7 +27,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same model in 16 bit, in several shards, and packed."""
     directory = tmp_path_factory.mktemp("checkpoints")
     tiny.tiny_qwen3_moe().save_pretrained(directory / "16 bit", max_shard_size="100KB")
-    quantize_checkpoint(directory / "16 bit", directory / "packed", tiers=("int2", "int4"))
+    quantize_checkpoint(directory / "16 bit", directory / "packed", DynaExqConfig(tiers=("int2", "int4")))
     return {kind: directory / kind for kind in ("16 bit", "packed")}
 
 
@@ -190,7 +191,7 @@ def test_a_weight_that_no_code_represents_is_refused_by_name(checkpoints: dict[s
             directory, quantization_config=dynaexq.DynaExqConfig(hbm_budget=AMPLE, tiers=("int4",))
         )
     with pytest.raises(QuantizationError, match=match):
-        quantize_checkpoint(directory, tmp_path / "out", tiers=("int4",))
+        quantize_checkpoint(directory, tmp_path / "out", DynaExqConfig(tiers=("int4",)))
     assert not (tmp_path / "out").exists()
 
 
@@ -215,6 +216,6 @@ def test_experts_that_are_quantised_otherwise_are_refused_by_name(
     match = rf"quantised already \(quant_method='{method}'\), and its packing cannot be taken over exactly; give the"
     for convert in (quantize_checkpoint, annotate_checkpoint):
         with pytest.raises(CheckpointError, match=match):
-            convert(directory, tmp_path / "out", tiers=("int4",))
+            convert(directory, tmp_path / "out", dynaexq.DynaExqConfig(tiers=("int4",)))
     with pytest.raises(ValueError, match="you are passing a DynaExqConfig config"):  # Transformers' own refusal
         AutoModelForCausalLM.from_pretrained(directory, quantization_config=dynaexq.DynaExqConfig())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import patching
 import pytest
 import tiny
 import torch
@@ -45,7 +46,7 @@ def refused(model: nn.Module, error: type[DynaExqError], match: str, runs: bool 
 
 
 DIALS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
-    "a space in the size": ({"hbm_budget": "20 GB"}, SettingsError, "'20 GB'; write the number and one of"),
+    "no unit that there is": ({"hbm_budget": "20 GBit"}, SettingsError, "'20 GBit'; write a number and B, KB"),
     "no bytes": ({"hbm_budget": 0}, SettingsError, "positive number of bytes .* got 0"),
     "fewer than none": ({"hbm_budget": -5}, SettingsError, "got -5"),
     "not a number": ({"hbm_budget": math.nan}, SettingsError, "got nan"),
@@ -56,7 +57,11 @@ DIALS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
     "descending tiers": ({"tiers": ("int8", "int4")}, SettingsError, r"did you mean \('int4', 'int8'\)"),
     "repeated tier": ({"tiers": ("int4", "int4")}, SettingsError, r"each once"),
     "alpha and half_life": ({"alpha": 0.9, "half_life": 512}, SettingsError, "not both"),
-    "unknown option": ({"tier": ("int4",)}, SettingsError, "unknown option tier; the options are hbm_budget, tiers, "),
+    "unknown option": (
+        {"tier": ("int4",)},
+        SettingsError,
+        "unknown option tier; did you mean tiers",
+    ),
     "a device without kernels": ({"device": "meta"}, SettingsError, "'meta': no kernels"),
     "a device unknown to torch": ({"device": "tpu"}, SettingsError, r'"cpu" or "cuda\[:index\]", got \'tpu\''),
     "page-locked memory on a CPU": ({"device": "cpu", "host_copy": "pinned"}, SettingsError, 'use host_copy="ram"'),
@@ -67,7 +72,7 @@ DIALS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
 def test_a_bad_dial_is_refused(options: dict[str, Any], error: type[DynaExqError], match: str) -> None:
     model = tiny.tiny_qwen3_moe()
     with refused(model, error, match):
-        dynaexq.patch(model, **{"hbm_budget": AMPLE} | options)
+        patching.patch(model, **{"hbm_budget": AMPLE} | options)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +262,7 @@ WEIGHTS = {
 def test_a_weight_without_a_code_is_named(name: str, value: float, match: str, tiers: tuple[str, ...]) -> None:
     model = changed(with_weight(name, value))()
     with refused(model, QuantizationError, f"{SECOND}, {match}"):
-        dynaexq.patch(model, AMPLE, tiers=tiers, quantizer="rtn")
+        patching.patch(model, AMPLE, tiers=tiers, quantizer="rtn")
 
 
 @pytest.mark.parametrize(("name", "value", "match"), WEIGHTS.values(), ids=WEIGHTS)
@@ -305,14 +310,14 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, failing)
         with pytest.raises(error, match="by the test"):
-            dynaexq.patch(model, AMPLE, tiers=("int2", "int4"), quantizer="rtn")
+            patching.patch(model, AMPLE, tiers=("int2", "int4"), quantizer="rtn")
     assert tiny.anatomy(model) == before
     assert tiny.generated(model) == answer
 
     with monkeypatch.context() as patched:
         calls = -calls_expected  # none of the calls of one patch is to fail
         patched.setattr(owner, name, failing)
-        rt = dynaexq.patch(model, AMPLE, tiers=("int2", "int4"), quantizer="rtn")
+        rt = patching.patch(model, AMPLE, tiers=("int2", "int4"), quantizer="rtn")
     assert calls == 0, "the step was not on the way"
     assert (rt.tiers() == 4).all()
     tiny.generated(model)

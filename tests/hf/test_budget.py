@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import patching
 import psutil
 import pytest
 import tiny
@@ -77,7 +78,7 @@ def slot_bytes(rt: dynaexq.Runtime) -> int:
 def refusal(model: nn.Module, budget: int, tiers: str | tuple[str, ...]) -> BudgetError | None:
     """Patch `model`, or say why not."""
     try:
-        dynaexq.patch(model, budget, tiers=tiers, quantizer="rtn")
+        patching.patch(model, budget, tiers=tiers, quantizer="rtn")
     except BudgetError as error:
         return error
     return None
@@ -157,7 +158,7 @@ def keeps_generating(model: nn.Module) -> Iterator[None]:
 def test_the_budget_goes_up_and_down_while_the_model_runs(tiers: tuple[str, ...]) -> None:
     rng = np.random.default_rng(1)
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, tiers=tiers, quantizer="rtn", update_interval=1, half_life=4)
+    rt = patching.patch(model, AMPLE, tiers=tiers, quantizer="rtn", update_interval=1, half_life=4)
     most, memory = tiny.logits(model), rt.memory()
     least = memory["total"] - memory["upgrade"]
     with keeps_generating(model):
@@ -178,7 +179,7 @@ def test_the_budget_goes_up_and_down_while_the_model_runs(tiers: tuple[str, ...]
 @two_tiers
 def test_no_moment_of_a_resize_exceeds_both_ceilings(tiers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, tiers=tiers, quantizer="rtn")
+    rt = patching.patch(model, AMPLE, tiers=tiers, quantizer="rtn")
     allocate, peaks = dynaexq.memory.slab_pool.allocate_bytes, []
 
     def observed(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -199,7 +200,7 @@ def test_no_moment_of_a_resize_exceeds_both_ceilings(tiers: tuple[str, ...], mon
 @two_tiers
 def test_a_budget_too_small_changes_nothing(tiers: tuple[str, ...]) -> None:
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, 190_000, tiers=tiers, quantizer="rtn")
+    rt = patching.patch(model, 190_000, tiers=tiers, quantizer="rtn")
     before = (rt.plan, rt.memory(), rt.stats(), rt.tiers().tolist(), tiny.logits(model).tolist())
     with pytest.raises(BudgetError) as caught:
         rt.set_budget("50KB")
@@ -207,7 +208,7 @@ def test_a_budget_too_small_changes_nothing(tiers: tuple[str, ...]) -> None:
     with pytest.raises(BudgetError):
         rt.set_budget(caught.value.least - 1)
     with pytest.raises(SettingsError):
-        rt.set_budget("190 KB")
+        rt.set_budget("190 KBit")
     assert before[:4] == (rt.plan, rt.memory(), rt.stats() | {"steps": before[2]["steps"]}, rt.tiers().tolist())
     assert before[4] == tiny.logits(model).tolist()
     rt.set_budget(caught.value.least)
@@ -247,7 +248,7 @@ def test_auto_leaves_room_for_the_context(
         unpatched = copy.deepcopy(model)
         free_memory(monkeypatch, free)
         try:
-            rt = dynaexq.patch(unpatched, "auto", tiers=tiers, device="cpu", max_context=300, max_batch=2)
+            rt = patching.patch(unpatched, "auto", tiers=tiers, device="cpu", max_context=300, max_batch=2)
         except (SettingsError, BudgetError):
             assert free < 10 * context, "there was room enough"
             continue
@@ -265,7 +266,7 @@ def test_auto_leaves_room_for_the_copy_of_the_upgrades_on_a_cpu(
         model = tiny.tiny_qwen3_moe()
         free_memory(monkeypatch, free)
         try:
-            rt = dynaexq.patch(model, "auto", tiers=tiers, device="cpu", max_context=1, quantizer="rtn")
+            rt = patching.patch(model, "auto", tiers=tiers, device="cpu", max_context=1, quantizer="rtn")
         except (SettingsError, BudgetError):
             continue
         fitted += 1
@@ -278,14 +279,14 @@ def test_auto_refuses_where_the_context_alone_does_not_fit(monkeypatch: pytest.M
     before = tiny.anatomy(model)
     free_memory(monkeypatch, AMPLE)
     with pytest.raises(SettingsError, match=r"max_context=100000, max_batch=4 need .*lower these or give hbm_budget"):
-        dynaexq.patch(model, device="cpu", max_context=100_000, max_batch=4)
+        patching.patch(model, device="cpu", max_context=100_000, max_batch=4)
     assert tiny.anatomy(model) == before
 
 
 def test_auto_gives_less_to_the_weights_the_longer_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     free_memory(monkeypatch, 50 * AMPLE)
     budgets = [
-        dynaexq.patch(tiny.tiny_qwen3_moe(), device="cpu", max_context=tokens).plan.budget
+        patching.patch(tiny.tiny_qwen3_moe(), device="cpu", max_context=tokens).plan.budget
         for tokens in (512, 4096, 16384)
     ]
     assert budgets == sorted(budgets, reverse=True)

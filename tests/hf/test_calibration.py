@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import patching
 import pytest
 import torch
 from models import tiny_model, tokens
@@ -177,7 +178,7 @@ def test_patch_the_loader_and_a_packed_checkpoint_give_the_same_bits(calibrated,
     options = {"hbm_budget": "1GB", "tiers": ("int2", "int4")}
     ids = torch.arange(40)[None]
     model = original()
-    dynaexq.patch(model, **options, calibration=calibrated)
+    patching.patch(model, **options, calibration=calibrated)
     config = dynaexq.DynaExqConfig(**options, calibration=str(calibrated))
     loaded = AutoModelForCausalLM.from_pretrained(embedded_model(), quantization_config=config)
     command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2,int4"]
@@ -265,7 +266,7 @@ def test_a_packed_checkpoint_cannot_be_calibrated_any_more(calibrated, tmp_path)
 
 
 def test_rounding_and_calibration_exclude_each_other():
-    with pytest.raises(SettingsError, match="heeds no calibration"):
+    with pytest.raises(SettingsError, match="ignores a calibration"):
         dynaexq.Settings(quantizer="rtn", calibration="moments.safetensors")
     with pytest.raises(SettingsError, match="path of a file"):
         dynaexq.Settings(calibration=3)

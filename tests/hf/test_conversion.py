@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import patching
 import pytest
 import tiny
 import torch
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import dynaexq
 from dynaexq.cli.app import app
 from dynaexq.errors import CheckpointError, SettingsError
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.convert import quantize_checkpoint
 from dynaexq.quantization import ExpertCodec
 
@@ -32,7 +34,7 @@ def logits(directory: Path) -> torch.Tensor:
 
 def patched_logits(directory: Path, **options: Any) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(directory)
-    dynaexq.patch(model, "1MB", **options)
+    patching.patch(model, "1MB", **options)
     return tiny.logits(model)
 
 
@@ -59,7 +61,7 @@ def test_the_command_annotates_a_checkpoint(source: Path, tmp_path: Path) -> Non
 def test_a_budget_alone_chooses_the_ladder_that_patch_would(source: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source)
     runtime = dynaexq.patch(model, "300KB")
-    quantize_checkpoint(source, tmp_path / "packed", hbm_budget="300KB")
+    quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(hbm_budget="300KB"))
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").dynaexq
     assert (packed.plan.tiers, packed.plan.budget) == (runtime.plan.tiers, 300_000)
 
@@ -86,14 +88,14 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_interrupted_conversion_goes_on_where_it_stopped(
     source: Path, tmp_path: Path, done: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"tiers": ("int2", "int4"), "max_shard_size": "20KB"}
+    config = DynaExqConfig(tiers=("int2", "int4"))
     with monkeypatch.context() as patch:
         stop_after(done, patch)
         with pytest.raises(Stop):
-            quantize_checkpoint(source, tmp_path / "packed", **options)
+            quantize_checkpoint(source, tmp_path / "packed", config, max_shard_size="20KB")
     assert not (tmp_path / "packed").exists()
     calls = stop_after(100, monkeypatch)
-    quantize_checkpoint(source, tmp_path / "packed", **options)
+    quantize_checkpoint(source, tmp_path / "packed", config, max_shard_size="20KB")
     # A shard is complete once the next layer begins.
     assert len(calls) == 4 - max(0, done - 1)
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
@@ -110,20 +112,20 @@ def test_what_another_conversion_left_is_not_taken_for_this_one(
     with monkeypatch.context() as patch:
         stop_after(3, patch)
         with pytest.raises(Stop):
-            quantize_checkpoint(first[0], tmp_path / "packed", tiers=first[1], max_shard_size="20KB")
-    quantize_checkpoint(source, tmp_path / "packed", tiers=("int2", "int4"), max_shard_size="20KB")
+            quantize_checkpoint(first[0], tmp_path / "packed", DynaExqConfig(tiers=first[1]), max_shard_size="20KB")
+    quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(tiers=("int2", "int4")), max_shard_size="20KB")
     assert torch.equal(logits(tmp_path / "packed"), patched_logits(source, tiers=("int2", "int4")))
 
 
 def test_a_failure_leaves_the_checkpoint_that_was_there(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize_checkpoint(source, tmp_path / "packed", tiers=("int4",))
+    quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(tiers=("int4",)))
     before = logits(tmp_path / "packed")
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         with pytest.raises(Stop):
-            quantize_checkpoint(source, tmp_path / "packed", tiers=("int2",), max_shard_size="20KB")
+            quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(tiers=("int2",)), max_shard_size="20KB")
     assert torch.equal(logits(tmp_path / "packed"), before)
 
 
@@ -131,7 +133,7 @@ def test_dense_weights_are_copied_bit_for_bit_also_where_they_are_large(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dynaexq.hf.convert.COPIED_AT_ONCE", 1000)
-    quantize_checkpoint(source, tmp_path / "packed", tiers=("int4",))
+    quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(tiers=("int4",)))
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
     plain = AutoModelForCausalLM.from_pretrained(source).state_dict()
     assert packed.keys() == {name for name in plain if ".experts." not in name}
@@ -142,7 +144,7 @@ def test_dense_weights_are_copied_bit_for_bit_also_where_they_are_large(
 def test_a_checkpoint_laid_out_otherwise_is_packed_as_well(family: str, tmp_path: Path) -> None:
     model = tiny_model(family, torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
-    quantize_checkpoint(tmp_path / "source", tmp_path / "packed", tiers=("int4",))
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed", DynaExqConfig(tiers=("int4",)))
     dynaexq.patch(model, "1GiB", tiers=("int4",))
     with torch.no_grad():
         assert torch.equal(type(model).from_pretrained(tmp_path / "packed")(tokens())[0], model(tokens())[0])
@@ -150,17 +152,17 @@ def test_a_checkpoint_laid_out_otherwise_is_packed_as_well(family: str, tmp_path
 
 def test_what_cannot_be_packed_is_refused_with_a_sentence(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="packed for one ladder: give tiers"):
-        quantize_checkpoint(source, tmp_path / "out")
+        quantize_checkpoint(source, tmp_path / "out", DynaExqConfig())
     with pytest.raises(CheckpointError, match=r"expected a checkpoint directory with a config.json, found none in"):
-        quantize_checkpoint(tmp_path, tmp_path / "out", tiers=("int4",))
+        quantize_checkpoint(tmp_path, tmp_path / "out", DynaExqConfig(tiers=("int4",)))
     with pytest.raises(CheckpointError, match="holds other weights, which saving there would remove"):
-        quantize_checkpoint(source, source, tiers=("int4",))
+        quantize_checkpoint(source, source, DynaExqConfig(tiers=("int4",)))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text((source / "config.json").read_text())
     with pytest.raises(CheckpointError, match="has no safetensors; pickles are never opened"):
-        quantize_checkpoint(tmp_path / "empty", tmp_path / "out", tiers=("int4",))
+        quantize_checkpoint(tmp_path / "empty", tmp_path / "out", DynaExqConfig(tiers=("int4",)))
     index = {"weight_map": {"a": "../../etc/passwd"}}
     (tmp_path / "empty" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="is no file of its directory; do not trust it"):
-        quantize_checkpoint(tmp_path / "empty", tmp_path / "out", tiers=("int4",))
+        quantize_checkpoint(tmp_path / "empty", tmp_path / "out", DynaExqConfig(tiers=("int4",)))
     assert not (tmp_path / "out").exists()

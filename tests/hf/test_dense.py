@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import bitsandbytes
+import patching
 import pytest
 import tiny
 import torch
@@ -28,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def patched(source: Path, dense: str) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(source)
-    dynaexq.patch(model, dense=dense, **DIALS)
+    patching.patch(model, dense=dense, **DIALS)
     return model
 
 
@@ -45,7 +46,7 @@ def loaded_by_bitsandbytes_first(source: Path, dense: str) -> nn.Module:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
-    dynaexq.patch(model, **DIALS)
+    patching.patch(model, **DIALS)
     return model
 
 
@@ -108,7 +109,7 @@ def test_a_failure_gives_the_dense_layers_back(source: Path, monkeypatch: pytest
 
     monkeypatch.setattr("dynaexq.hf.model_patch.install_output_capturing", failing)
     with pytest.raises(KeyboardInterrupt):
-        dynaexq.patch(model, dense="bnb-4bit", **DIALS)
+        patching.patch(model, dense="bnb-4bit", **DIALS)
     assert tiny.anatomy(model) == before
 
 

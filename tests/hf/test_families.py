@@ -6,6 +6,7 @@ A family that the installed Transformers lacks is skipped; at least 25 must be t
 
 from pathlib import Path
 
+import patching
 import pytest
 import torch
 import transformers
@@ -156,7 +157,7 @@ def test_a_family_is_loaded_saved_and_reloaded_to_the_same_bits_and_guarded_agai
     model.save_pretrained(tmp_path / "source")
     config = dynaexq.DynaExqConfig(hbm_budget=PLENTY, tiers=("int2", "int4"), quantizer="rtn")
     loaded = type(model).from_pretrained(tmp_path / "source", quantization_config=config).eval()
-    dynaexq.patch(model, PLENTY, tiers=("int2", "int4"), quantizer="rtn")
+    patching.patch(model, PLENTY, tiers=("int2", "int4"), quantizer="rtn")
     assert torch.equal(answer(loaded), answer(model))
     loaded.save_pretrained(tmp_path / "packed")
     assert torch.equal(answer(type(model).from_pretrained(tmp_path / "packed").eval()), answer(model))

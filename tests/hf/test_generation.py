@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import patching
 import pytest
 import torch
 from models import tiny_model, tokens
@@ -29,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 
 def patch(model: PreTrainedModel) -> dynaexq.Runtime:
-    return dynaexq.patch(model, "1GiB", tiers=("fp16",), device="cpu", update_interval=1)
+    return patching.patch(model, "1GiB", tiers=("fp16",), device="cpu", update_interval=1)
 
 
 def generated(model: PreTrainedModel, **kwargs: Any) -> list[list[int]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import patching
 import pytest
 import tiny
 import torch
@@ -38,7 +39,7 @@ keeping = pytest.mark.parametrize("options", KEEPING.values(), ids=KEEPING)
 def patched(tiers: tuple[str, ...] = ("int2", "int4"), **options: Any) -> nn.Module:
     """A tiny patched model with room for half the upgrades."""
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, **{"tiers": tiers, "quantizer": "rtn"} | options)
+    rt = patching.patch(model, AMPLE, **{"tiers": tiers, "quantizer": "rtn"} | options)
     memory = rt.memory()
     rt.set_budget(memory["total"] - memory["upgrade"] // 2)
     return model
@@ -142,7 +143,7 @@ def test_unpatch_is_exact(options: dict[str, Any]) -> None:
     tiny.generated(model)
     answer = model(tiny.prompt(), output_router_logits=True)  # with this Transformers installs its hooks
     before = tiny.anatomy(model)
-    rt = dynaexq.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | options)
+    rt = patching.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | options)
     tiny.generated(model)
     dynaexq.unpatch(model)
 
@@ -187,7 +188,7 @@ def tiny_gpt_oss() -> nn.Module:
 def test_unpatch_is_exact_for_transposed_experts_with_biases(options: dict[str, Any]) -> None:
     model = tiny_gpt_oss()
     answer, before = tiny.logits(model), model.state_dict()
-    dynaexq.patch(model, **options | {"hbm_budget": AMPLE, "quantizer": "rtn"})
+    patching.patch(model, **options | {"hbm_budget": AMPLE, "quantizer": "rtn"})
     dynaexq.unpatch(model)
     after = model.state_dict()
     assert list(after) == list(before)
@@ -208,7 +209,7 @@ def test_unpatch_gives_back_the_very_parameters_that_were_kept() -> None:
 def test_a_closed_runtime_can_be_unpatched_where_the_weights_are_still_there(options: dict[str, Any]) -> None:
     model = tiny.tiny_qwen3_moe()
     answer = tiny.logits(model)
-    dynaexq.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | options).close()
+    patching.patch(model, **{"hbm_budget": AMPLE, "quantizer": "rtn"} | options).close()
     if options.get("host_copy") == "disk":
         with pytest.raises(UnpatchError, match=r"are gone: .* or their copy by close; load the model again"):
             dynaexq.unpatch(model)
@@ -472,7 +473,7 @@ def test_a_runtime_may_be_closed_while_the_model_generates() -> None:
 def test_inference_mode_may_begin_and_end_anywhere(tiers: tuple[str, ...]) -> None:
     model = tiny.tiny_qwen3_moe()
     with torch.inference_mode():
-        rt = dynaexq.patch(model, 150_000, tiers=tiers, quantizer="rtn", update_interval=1, half_life=8)
+        rt = patching.patch(model, 150_000, tiers=tiers, quantizer="rtn", update_interval=1, half_life=8)
         tiny.logits(model)
         rt.set_budget(200_000)
     tiny.steer(model, [[[0, 1]], [[2, 3]]])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import patching
 import psutil
 import pytest
 import tiny
@@ -13,9 +14,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3NextConfig
 from typer.testing import CliRunner
 
-import dynaexq
 from dynaexq.cli import app
 from dynaexq.errors import BudgetError, CheckpointError, SettingsError, UnsupportedModelError
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.hf.model_size import model_size
@@ -76,7 +77,7 @@ def card_with(budget: int, size: ModelSize) -> int:
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSize]:
     root = tmp_path_factory.mktemp("published")
-    return {name: model_size(saved(config, root / name)) for name, config in PUBLISHED.items()}
+    return {name: model_size(saved(config, root / name), DynaExqConfig()) for name, config in PUBLISHED.items()}
 
 
 def by_ladder(size: ModelSize, card: int, host_ram: int | None = None) -> dict[tuple[str, ...], TierEstimate]:
@@ -97,7 +98,7 @@ def test_qwen3_next_80b_has_the_published_figures(sizes: dict[str, ModelSize], t
     assert (size.num_layers, size.num_experts) == (48, 512)
     assert size.experts / (48 * 512) / 1e6 == pytest.approx(6.29, abs=0.005)
     assert 0.955 < size.experts / (size.experts + size.dense) < 0.975
-    longer = model_size(saved(QWEN3_NEXT_80B, tmp_path), max_context=5096, max_batch=3)
+    longer = model_size(saved(QWEN3_NEXT_80B, tmp_path), DynaExqConfig(max_context=5096, max_batch=3))
     state = size.cache - 12 * 2 * 2 * 256 * 2 * 4096  # only every fourth layer has keys and values
     assert 0 < state < 10**8
     assert longer.cache == 3 * (state + 12 * 2 * 2 * 256 * 2 * 5096)
@@ -127,13 +128,13 @@ def test_every_byte_of_a_card_is_accounted_for(sizes: dict[str, ModelSize]) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss"])
 def test_the_plan_is_the_one_that_patch_makes_to_the_byte(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    size = model_size(saved_of(models.tiny_model(family, dtype), tmp_path))
+    size = model_size(saved_of(models.tiny_model(family, dtype), tmp_path), DynaExqConfig())
     smallest = size.dense + size.workspace + size.num_layers * size.num_experts * size.ladders[0][0].nbytes
     seen = set()
     for share in (1.0, 1.3, 1.6, 2.2, 4.0):
         found = estimate_card(size, card_with(int(share * smallest), size))
         model = models.tiny_model(family, dtype)
-        runtime = dynaexq.patch(model, found.budget, device="cpu", quantizer="rtn")
+        runtime = patching.patch(model, found.budget, device="cpu", quantizer="rtn")
         assert runtime.plan == found.auto.plan
         assert runtime.memory()["total"] == found.auto.plan.total
         seen.add(runtime.plan.tiers)
@@ -143,11 +144,11 @@ def test_the_plan_is_the_one_that_patch_makes_to_the_byte(family: str, dtype: to
 
 def test_a_card_leaves_what_auto_finds_on_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.tiny_qwen3_moe()
-    size = model_size(saved_of(model, tmp_path), max_context=300, max_batch=2)
+    size = model_size(saved_of(model, tmp_path), DynaExqConfig(max_context=300, max_batch=2))
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     card = DRIVER_BYTES + 2**22
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=2**22 - held))
-    runtime = dynaexq.patch(model, "auto", tiers=("int4",), device="cpu", max_context=300, max_batch=2)
+    runtime = patching.patch(model, "auto", tiers=("int4",), device="cpu", max_context=300, max_batch=2)
     assert runtime.plan.budget == estimate_card(size, card).budget
 
 
@@ -166,7 +167,10 @@ def test_the_skeleton_weighs_what_the_model_does(family: str, tied: bool) -> Non
 def test_neither_weights_nor_a_directory_are_needed(tmp_path: Path) -> None:
     directory = saved(QWEN3_30B, tmp_path / "model")
     (directory / "model-00001-of-00002.safetensors").write_bytes(b"not weights")
-    from_directory, from_file = model_size(directory), model_size(directory / "config.json")
+    from_directory, from_file = (
+        model_size(directory, DynaExqConfig()),
+        model_size(directory / "config.json", DynaExqConfig()),
+    )
     assert from_directory.name == "model"
     assert from_file.name == "Qwen3MoeForCausalLM"
     assert (from_file.experts, from_file.dense, from_file.cache) == (
@@ -178,9 +182,9 @@ def test_neither_weights_nor_a_directory_are_needed(tmp_path: Path) -> None:
 
 def test_a_packed_checkpoint_offers_what_its_planes_allow_and_starts_without_quantising(tmp_path: Path) -> None:
     model = models.tiny_model("qwen3_moe", torch.bfloat16)
-    runtime = dynaexq.patch(model, "1MiB", tiers=("int2", "int8"), group_size=32, device="cpu", quantizer="rtn")
+    runtime = patching.patch(model, "1MiB", tiers=("int2", "int8"), group_size=32, device="cpu", quantizer="rtn")
     model.save_pretrained(tmp_path)
-    size = model_size(tmp_path)
+    size = model_size(tmp_path, DynaExqConfig())
     found = by_ladder(size, DRIVER_BYTES + 2**30)
     assert found.keys() == {("int2",), ("int4",), ("int8",), ("int2", "int4"), ("int2", "int8"), ("int4", "int8")}
     stored = found["int2", "int8"]
@@ -244,18 +248,18 @@ def test_a_configuration_of_no_use_is_a_sentence(
     config.write_text(text)
     for source in (config, tmp_path):
         with pytest.raises(error, match=sentence) as caught:
-            model_size(source)
+            model_size(source, DynaExqConfig())
         assert "\n" not in str(caught.value)
 
 
 def test_a_missing_path_and_a_wrong_dial_are_sentences(tmp_path: Path) -> None:
     for missing in (tmp_path / "none", tmp_path / "none.json", Path("none.json"), tmp_path):
         with pytest.raises(CheckpointError, match=r"expected a checkpoint directory .*config\.json"):
-            model_size(missing)
+            model_size(missing, DynaExqConfig())
     with pytest.raises(CheckpointError, match="cannot read the configuration of nobody/nothing"):
-        model_size(Path("nobody/nothing"))
+        model_size(Path("nobody/nothing"), DynaExqConfig())
     with pytest.raises(SettingsError, match="max_context"):
-        model_size(saved(QWEN3_30B, tmp_path), max_context=0)
+        model_size(saved(QWEN3_30B, tmp_path), DynaExqConfig(max_context=0))
 
 
 def run(*arguments: Any) -> str:
@@ -269,7 +273,9 @@ def test_the_command_shows_all_ladders_of_one_card(tmp_path: Path) -> None:
     text = run(source, "--gpu", "24GiB", "--host-ram", "8GiB")
     assert text.startswith("Qwen3-30B-A3B: 48 layers of 128 experts, 54.0 GiB of 56.9 GiB in bfloat16\n")
     shown = [tuple(line[2:13].strip().split(" + ")) for line in text.splitlines()]
-    assert [ladder for ladder in shown if ladder in TIER_CHOICES] == list(by_ladder(model_size(source), 24 * GIB))
+    assert [ladder for ladder in shown if ladder in TIER_CHOICES] == list(
+        by_ladder(model_size(source, DynaExqConfig()), 24 * GIB)
+    )
     starred = next(line for line in text.splitlines() if line.startswith("* int"))
     assert starred.split()[1:8] == ["int4", "+", "int8", "21.2", "of", "128", "17%"]
     assert 'host_copy="disk"' in text
@@ -285,7 +291,7 @@ def test_the_command_shows_known_cards_and_says_where_nothing_fits(tmp_path: Pat
 
 def test_the_figures_are_there_for_programs(tmp_path: Path) -> None:
     source = saved(SMALL, tmp_path / "model")
-    size, target = model_size(source), tmp_path / "plan.json"
+    size, target = model_size(source, DynaExqConfig()), tmp_path / "plan.json"
     printed = json.loads(run(source, "--json", "-"))
     assert printed["cards"].keys() == CARDS.keys()
     assert printed["model"]["least_card"] == least_card(size)[0]
@@ -302,11 +308,11 @@ def test_the_figures_are_there_for_programs(tmp_path: Path) -> None:
 
 def test_an_index_that_counts_something_else_is_pointed_out(tmp_path: Path) -> None:
     source = saved(SMALL, tmp_path)
-    size = model_size(source)
+    size = model_size(source, DynaExqConfig())
     index = source / "model.safetensors.index.json"
     for total, remark in ((size.experts + size.dense, False), (70 * GIB, True)):
         index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": {}}))
-        assert model_size(source / "config.json").index == total
+        assert model_size(source / "config.json", DynaExqConfig()).index == total
         assert ("The index counts 70.0 GiB of weights, the configuration" in run(source)) == remark
 
 

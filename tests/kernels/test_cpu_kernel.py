@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_cases import EXPERTS, GATED, TOLERANCE, UPGRADED, Case, case, distinct_choices
 from numerics import assert_close
-from test_kernels import EXPERTS, GATED, TOLERANCE, UPGRADED, Case, case, distinct_choices
 from torch.nn import functional as F
 
 from dynaexq.hf.discovery import activation_name

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import patching
 import pytest
 import tiny
 import torch
@@ -180,9 +181,9 @@ def test_a_runtime_that_is_collected_on_the_staging_thread_closes_without_waitin
         gc.collect()
         collected.set()
 
-    monkeypatch.setattr(dynaexq.runtime, "copier_for", copier_for)
+    monkeypatch.setattr(dynaexq.runtime.runtime, "copier_for", copier_for)
     model = tiny.tiny_qwen3_moe()
-    pipeline = dynaexq.patch(model, 10**6, tiers=("int2", "int4"), quantizer="rtn")._pipeline
+    pipeline = patching.patch(model, 10**6, tiers=("int2", "int4"), quantizer="rtn")._pipeline
     runtime = weakref.ref(model.dynaexq)
     assert pipeline.submit(Transition(0, 0, promote=False))
     monkeypatch.setattr(RamStore, "read_into", read_into)

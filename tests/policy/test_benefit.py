@@ -3,13 +3,13 @@
 from typing import Any
 
 import numpy as np
+import patching
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from shifting import AMPLE, EVENING, MORNING, patched, run, upgraded
 
-import dynaexq
 from dynaexq.policy import Average, Stance, Verdict, is_worth_it, lift
 from dynaexq.policy.auto_pause import LEAST_PATIENCE, AutoPause
 from dynaexq.policy.benefit import CHANCE_ERRORS, PAUSE_BELOW, RESUME_ABOVE
@@ -177,6 +177,6 @@ def test_a_paused_model_still_fills_empty_slots():
 
 def test_one_tier_leaves_nothing_to_decide():
     model = tiny.tiny_qwen3_moe()
-    rt = dynaexq.patch(model, AMPLE, tiers=("int4",), quantizer="rtn", update_interval=1)
+    rt = patching.patch(model, AMPLE, tiers=("int4",), quantizer="rtn", update_interval=1)
     run(model, 3)
     assert str(rt.verdict()) == "Nothing to decide: no expert can be upgraded."

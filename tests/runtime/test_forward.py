@@ -2,6 +2,7 @@
 
 import gc
 
+import patching
 import pytest
 import torch
 from models import tiny_model, tokens
@@ -24,7 +25,7 @@ GRADIENT_TOLERANCE = 1e-6
 
 
 def patch(model: PreTrainedModel, *tiers: str) -> dynaexq.Runtime:
-    return dynaexq.patch(model, "1GiB", tiers=tiers, device="cpu", update_interval=1)
+    return patching.patch(model, "1GiB", tiers=tiers, device="cpu", update_interval=1)
 
 
 def assert_observed(runtime: dynaexq.Runtime, steps: int) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import patching
 import pytest
 import tiny
 import torch
@@ -16,7 +17,7 @@ from dynaexq.runtime.multi_device import MultiDeviceRuntime
 
 def patched(slots: int = 4, **options: object) -> dynaexq.Runtime:
     model = tiny.tiny_qwen3_moe(torch.float32)
-    runtime = dynaexq.patch(
+    runtime = patching.patch(
         model, "1GiB", **{"tiers": ("int2", "int4"), "update_interval": 1, "quantizer": "rtn"} | options
     )
     runtime.set_budget(runtime.memory()["total"] - (16 - slots) * runtime.plan.upgrade.nbytes)

@@ -12,13 +12,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
-import dynaexq.runtime.runtime.runtime
 import numpy as np
+import patching
 import pytest
 import tiny
 import torch
-from dynaexq.runtime.runtime.multi_device import MultiDeviceRuntime
-from dynaexq.runtime.runtime.tick_loop import Poller, StepCount
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shifting import EVENING, MORNING, assert_answers_as_published, patched, upgraded
@@ -27,11 +25,14 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 import dynaexq
+import dynaexq.runtime.runtime
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
 from dynaexq.memory import HostMailbox
 from dynaexq.memory.copy_engine import WORDS_PER_PAGE, Arrivals, last_word
+from dynaexq.runtime.multi_device import MultiDeviceRuntime
+from dynaexq.runtime.tick_loop import Poller, StepCount
 
 SECONDS = 20  # long enough for any thread on any machine
 PLAYED_BACK: ContextVar[bool] = ContextVar("PLAYED_BACK", default=False)
@@ -288,7 +289,7 @@ def test_continuous_batching_gives_the_same_tokens_and_ticks() -> None:
         return [answer.generated_tokens for answer in answers.values()]
 
     expected = written()
-    dynaexq.patch(model, "1GiB", tiers=("fp16",), update_interval=1)
+    patching.patch(model, "1GiB", tiers=("fp16",), update_interval=1)
     assert written() == expected
     assert model.dynaexq.stats()["steps"] >= 5
 

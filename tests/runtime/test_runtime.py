@@ -419,7 +419,7 @@ def test_traffic_stays_below_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_share_of_the_link_limits_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     slot = patched().dynaexq.plan.upgrade.nbytes
-    monkeypatch.setattr("dynaexq.policy.rate_limit.measure_link", lambda device: 4.0 * slot)
+    monkeypatch.setattr("dynaexq.memory.device_memory.measure_link", lambda device: 4.0 * slot)
     clock = types.SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
     monkeypatch.setattr("dynaexq.policy.rate_limit.time", clock)
     model = patched(copy_rate_limit=0.5)

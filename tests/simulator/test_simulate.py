@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from test_runtime import EVENING, MORNING, patched, run
+from shifting import EVENING, MORNING, patched, run
 from typer.testing import CliRunner
 
 from dynaexq.cli.app import app
@@ -202,7 +202,7 @@ def test_the_command_replays_a_file_and_writes_its_figures(tmp_path: Path) -> No
         "--json",
         str(written),
     ]
-    shown = CliRunner().invoke(app, [*command, "--dial", "half_life=8", "--link", "1GB"], catch_exceptions=False)
+    shown = CliRunner().invoke(app, [*command, "--option", "half_life=8", "--link", "1GB"], catch_exceptions=False)
     assert shown.exit_code == 0
     assert "Too early to tell" in shown.output
     figures = json.loads(written.read_text())

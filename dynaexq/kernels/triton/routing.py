@@ -20,6 +20,7 @@ COUNTED_PAIRS = 2048  # up to here every pair is compared with every other in on
 
 
 PAIRS_PER_PROGRAM = 64
+COUNTED_PER_PROGRAM = 256
 
 
 class Routing(NamedTuple):
@@ -116,10 +117,10 @@ def add_routing(sums: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Non
     """The same integers as `memory.RoutingCounter` adds; their order of addition is free, for integers do not mind."""
     tokens, choices = top_k_index.shape
     ids, weights = top_k_index.contiguous(), top_k_weights.contiguous()
-    programs = max(1, triton.cdiv(tokens * choices, PAIRS_PER_PROGRAM))
+    programs = max(1, triton.cdiv(tokens * choices, COUNTED_PER_PROGRAM))
     with torch.cuda.device_of(sums):
         _add_routing[(programs,)](
-            sums, ids, weights, tokens * choices, tokens, len(sums) - 2, MASS_UNIT, LARGEST_MASS, PAIRS_PER_PROGRAM
+            sums, ids, weights, tokens * choices, tokens, len(sums) - 2, MASS_UNIT, LARGEST_MASS, COUNTED_PER_PROGRAM
         )
 
 

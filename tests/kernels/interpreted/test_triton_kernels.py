@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_cases import EXPERTS, GATED, SHAPES, case, distinct_choices, naive, named
 from numerics import assert_close
 from regimes import each_regime
-from test_kernels import EXPERTS, GATED, SHAPES, case, distinct_choices, naive, named
 from tiny import logits, prompt, tiny_qwen3_moe
 from torch import Tensor
 from torch.nn import functional as F
