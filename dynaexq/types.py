@@ -1,6 +1,6 @@
 """The small frozen records that pass between rooms. They carry facts and no behaviour beyond arithmetic on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BITS = {"int2": 2, "int4": 4, "int8": 8, "fp16": 16}
 """Code bits of a weight at each precision. `fp16` stands for the model's own floating dtype, stored as it is."""
@@ -97,6 +97,11 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         return self.dense + self.workspace + self.base_bytes + self.upgrade_bytes
+
+    def __add__(self, other: "MemoryPlan") -> "MemoryPlan":
+        """Both plans as one: the layers of one model on two devices, at the same tiers."""
+        names = ("budget", "dense", "workspace", "num_layers", "num_slots")
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def tiers(self) -> tuple[str, ...]:

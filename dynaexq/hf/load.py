@@ -21,7 +21,7 @@ from dynaexq.hf.distributed import check_distribution, edit_tensor_plan, share_o
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.hf.planning import dense_bytes, make_codec, make_codecs, make_plan, tier_choices
 from dynaexq.quantization import ExpertCodec
-from dynaexq.runtime.multi_device import MultiDeviceRuntime
+from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
 from dynaexq.weights.packed_experts import PackedLoader, PrefetchedBase, packed_shape
@@ -93,12 +93,12 @@ class CheckpointLoad:
             dense = dense_bytes(self.model, [], device)
             plan = make_plan(self.model, layers, self._codecs, self.settings, device, dense, num_experts)
             base = self._early.base if self._early else None
-            runtime = Runtime(self.model, plan, self._codecs[plan.tiers], self.settings, device, base)
-            runtime.load(supply)
+            codec = self._codecs[plan.tiers]
+            runtime = DeviceRuntime(self.model, plan, codec, self.settings, device, supply, base)
             self._installation.connect(runtime, layers)
             runtimes.append((runtime, indices))
         self._installation.source = self._source
-        self._installation.attach(MultiDeviceRuntime.of(runtimes), quantizer, save)
+        self._installation.attach(Runtime(self.model, runtimes), quantizer, save)
 
     def _supply(self, indices: list[int], first_expert: int, num_experts: int) -> ExpertLoader:
         if self._source is not None:

@@ -16,9 +16,9 @@ from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
+from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.moe import DynaExqMoE
-from dynaexq.runtime.runtime import Runtime
 from dynaexq.weights.sources import ExpertSource
 
 
@@ -53,7 +53,7 @@ class ModelPatch:
     def __init__(self, model: Any, layers: list[SparseLayer]):
         self.model, self.layers = model, layers
         self.source: ExpertSource | None = None
-        self._homes: dict[str, tuple[Runtime, int]] = {}
+        self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
         self._linears: dict[str, nn.Module] = {}
         self._lost_linears = False
         on_meta = layers[0].device.type == "meta"
@@ -87,7 +87,7 @@ class ModelPatch:
         for path, twin in twins.items():
             self.model.set_submodule(path, twin)
 
-    def connect(self, runtime: Runtime, layers: list[SparseLayer]) -> None:
+    def connect(self, runtime: DeviceRuntime, layers: list[SparseLayer]) -> None:
         """Join `layers`, those of `runtime` in its order, to their bytes."""
         for index, layer in enumerate(layers):
             experts = layer.experts
@@ -168,7 +168,7 @@ class ModelPatch:
         if self._original_device is not None:
             self.model.to(self._original_device)
 
-    def homes(self) -> list[tuple[SparseLayer, Runtime, int]]:
+    def homes(self) -> list[tuple[SparseLayer, DeviceRuntime, int]]:
         """Every layer in order, with its runtime and its number there."""
         return [(layer, *self._homes[layer.name]) for layer in self.layers]
 

@@ -23,10 +23,11 @@ from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan, resolve_dev
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.save import save_packed
 from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
+from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
 from dynaexq.weights.quantize_experts import QuantizingLoader
-from dynaexq.weights.sources import ExpertSource
+from dynaexq.weights.sources import ExpertLoader, ExpertSource
 
 
 @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
@@ -86,10 +87,8 @@ def patch(
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
     twins = quantized_linears(model, settings.dense, target) if settings.dense else {}
     moments = moments_for(settings, layers)
-    runtime = _new_runtime(model, layers, twins, settings, target)
-    runtime.load(QuantizingLoader(source, moments))
-    _commit(ModelPatch(model, layers), runtime, source, twins, config)
-    return runtime
+    loaded = _load(model, layers, twins, settings, target, QuantizingLoader(source, moments))
+    return _commit(ModelPatch(model, layers), loaded, source, twins, config)
 
 
 @torch.inference_mode(False)
@@ -121,37 +120,39 @@ def _is_of(name: str, layers: Sequence[SparseLayer]) -> bool:
     return any(name.startswith(f"{layer.name}.") for layer in layers)
 
 
-def _new_runtime(
+def _load(
     model: nn.Module,
     layers: list[SparseLayer],
     twins: dict[str, nn.Module],
     settings: Settings,
     device: torch.device,
-) -> Runtime:
-    """A runtime with memory for all experts, on the best ladder that fits beside the dense weights."""
+    loader: ExpertLoader,
+) -> DeviceRuntime:
+    """All experts loaded beside the model, at the best tiers that fit beside the dense weights."""
     codecs = make_codecs(layers[0], tier_choices(settings), settings)
     replaced = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
     quantized = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
     dense = dense_bytes(model, layers) - replaced + quantized
     plan = make_plan(model, layers, codecs, settings, device, dense, layers[0].num_experts)
-    return Runtime(model, plan, codecs[plan.tiers], settings, device)
+    return DeviceRuntime(model, plan, codecs[plan.tiers], settings, device, loader)
 
 
 def _commit(
     installation: ModelPatch,
-    runtime: Runtime,
+    loaded: DeviceRuntime,
     source: ExpertSource,
     twins: dict[str, nn.Module],
     config: DynaExqConfig,
-) -> None:
+) -> Runtime:
     """Change the model; whatever fails, everything is put back."""
-    model, layers, dense = installation.model, installation.layers, runtime.settings.dense
+    model, layers, dense = installation.model, installation.layers, loaded.settings.dense
+    runtime = Runtime(model, [(loaded, range(len(layers)))])
     try:
         installation.replace_modules()
-        installation.connect(runtime, layers)
+        installation.connect(loaded, layers)
         installation.replace_linears(twins)
-        if runtime.device != layers[0].device:
-            model.to(runtime.device)
+        if loaded.device != layers[0].device:
+            model.to(loaded.device)
         wrapped = getattr(model, "hf_quantizer", None)
         if dense is not None:
             wrapped = dense_quantizer(dense, layers[0].dtype, pre_quantized=False)
@@ -162,4 +163,5 @@ def _commit(
         raise
     if isinstance(source, CheckpointSource):
         installation.source = source
-    installation.free_originals(keep_experts=runtime.stored.keeps_source)
+    installation.free_originals(keep_experts=loaded.stored.keeps_source)
+    return runtime

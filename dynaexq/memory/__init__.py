@@ -1,7 +1,7 @@
 """Where bytes live and how they move: slots, tables, counters, copies. Bytes are opaque here; nothing is decided."""
 
 from dynaexq.memory.copy_engine import CudaCopier, EagerCopier, ManualCopier, copier_for, leave_captures_alone
-from dynaexq.memory.device_memory import DeviceMemory
+from dynaexq.memory.device_memory import DeviceMemory, bytes_per_second
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.fences import Fence, ManualFence, ReaderFence, StreamFence
 from dynaexq.memory.graph_sync import EpochFence, Exchange, HostMailbox
@@ -31,6 +31,7 @@ __all__ = [
     "StreamFence",
     "SwapPipeline",
     "allocate_bytes",
+    "bytes_per_second",
     "copier_for",
     "leave_captures_alone",
     "on_device",

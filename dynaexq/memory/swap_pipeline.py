@@ -62,8 +62,23 @@ class SwapPipeline:
         self._failures: Counter[Key] = Counter()
 
     @property
+    def num_slots(self) -> int:
+        """All slots, free or not."""
+        return self.pool.num_slots
+
+    @property
+    def num_free(self) -> int:
+        """Slots that are free, or will be once their last reader has finished."""
+        return self.pool.num_available
+
+    @property
     def num_in_flight(self) -> int:
+        """Copies on their way."""
         return len(self._in_flight)
+
+    def reclaim(self) -> None:
+        """Free the slots whose last reader has finished. Never waits."""
+        self.pool.reclaim()
 
     def submit(self, move: Transition) -> bool:
         """Begin one move; False, and counted as refused, where it cannot begin now."""
@@ -92,6 +107,18 @@ class SwapPipeline:
         """Wait for everything in flight and publish it."""
         self.copier.synchronize()
         self.settle()
+
+    def resize(self, num_slots: int, score: np.ndarray) -> None:
+        """Bring the slab to `num_slots`; segments whose experts have the least `score [L, E]` are dropped first.
+
+        Waits for copies in flight and for readers of what is dropped. Memory is dropped before any is taken.
+        """
+        surplus = self.pool.surplus(num_slots, self.worth(score))
+        if surplus:
+            self.vacate(surplus)
+            self.pool.drop(surplus)
+        if num_slots > self.pool.num_slots:
+            self.pool.grow(num_slots - self.pool.num_slots)
 
     def worth(self, score: np.ndarray) -> dict[int, float]:
         """Slot address -> score `[L, E]` of the expert published there."""

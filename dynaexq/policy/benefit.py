@@ -8,6 +8,7 @@ Two questions, in the share of all removable error (hotness x gain) that a set o
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WORTHWHILE_LIFT = 0.1
@@ -121,6 +122,19 @@ class Verdict:
     removed: float
     removed_by_start: float
     advantage: float
+
+    @classmethod
+    def merged(cls, verdicts: Sequence["Verdict"], weights: Sequence[float]) -> "Verdict":
+        """The verdict on a model from those on its parts, shares weighed by `weights`, such as numbers of layers."""
+        first, total = verdicts[0], sum(weights)
+
+        def mean(share: str) -> float:
+            return sum(getattr(v, share) * weight for v, weight in zip(verdicts, weights, strict=True)) / total
+
+        shares = {name: mean(name) for name in ("even", "coverage", "removed", "removed_by_start", "advantage")}
+        tokens = max(verdict.tokens for verdict in verdicts)
+        worth_it = is_worth_it(shares["removed"], shares["even"]) if tokens >= first.needed else None
+        return cls(worth_it, any(v.following for v in verdicts), tokens, first.needed, **shares)
 
     @property
     def lift(self) -> float:

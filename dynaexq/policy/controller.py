@@ -1,8 +1,11 @@
-"""Control: what the traffic looks like, and what to do about it. The same code serves a model and a replayed trace.
+"""One tick of control: what was routed comes in, moves begin. A model and a replayed trace run the same code.
 
-`HotnessTracker` turns counts into a moving average. `PrecisionController` turns that average into moves, through the
-pure functions of `policy`. `ControlLoop` joins them to the rate limit and to auto-pause. None of them touches memory.
+`PrecisionController` turns hotness into moves, through the pure functions of `selection`. `ControlLoop` joins it to
+the hotness tracker, the rate limit and auto-pause. No memory is touched: what holds the slots is known as `Slots`.
 """
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -15,14 +18,83 @@ from dynaexq.policy.selection import slots_per_row, threshold, top_n, transition
 from dynaexq.settings import Settings
 from dynaexq.types import Transition
 
-_NEVER_BEATEN = 1e12  # a margin that lets no newcomer in, whatever its score
+_NEVER_BEATEN = 1e12  # a hysteresis that lets no newcomer in, whatever its score
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """What was routed between two ticks, and which experts held an upgrade meanwhile.
+
+    Two layers of three experts, after four decode steps of one sequence with two experts per token:
+
+    >>> Window(
+    ...     mass=np.array([[2.5, 1.0, 0.5], [0.0, 4.0, 0.0]]),
+    ...     tokens=np.array([4, 4]),
+    ...     steps=4,
+    ...     top_k=2,
+    ...     upgraded=np.array([[True, False, False], [False, True, False]]),
+    ... ).coverage
+    0.8125
+
+    Attributes:
+        mass: float `[L, E]`, routing weights summed over the tokens that chose the expert.
+        tokens: int `[L]`, tokens that each layer saw.
+        steps: forward passes.
+        top_k: experts that each token was routed to.
+        upgraded: bool `[L, E]`.
+    """
+
+    mass: np.ndarray
+    tokens: np.ndarray
+    steps: int
+    top_k: int
+    upgraded: np.ndarray
+
+    @property
+    def coverage(self) -> float:
+        """Share of the routing mass that met an upgraded expert; 0 without any."""
+        total = float(self.mass.sum())
+        return float(self.mass[self.upgraded].sum()) / total if total else 0.0
+
+
+class Slots(Protocol):
+    """Upgrade slots and the moves into and out of them: the swap pipeline of a model, or what a replay imagines."""
+
+    @property
+    def upgraded(self) -> np.ndarray:
+        """Experts that hold an upgrade or have one on its way, bool `[L, E]`."""
+
+    @property
+    def broken(self) -> np.ndarray:
+        """Experts whose upgrade cannot be fetched, bool `[L, E]`."""
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last copy to end has failed: a bad time to take an upgrade away for another."""
+
+    @property
+    def num_slots(self) -> int:
+        """All slots."""
+
+    @property
+    def num_free(self) -> int:
+        """Slots that are free, or will be once their last reader has finished."""
+
+    def submit(self, move: Transition) -> bool:
+        """Begin one move; whether that was possible."""
+
+    def settle(self) -> None:
+        """Publish every upgrade whose bytes have arrived. Never waits."""
+
+    def reclaim(self) -> None:
+        """Free the slots whose last reader has finished. Never waits."""
 
 
 class PrecisionController:
     """Who deserves the upgrade: `score = hotness * gain`, a rule, and moves under a limit.
 
     Args:
-        gain: `[L, E]`, the error that the upgrade removes from each expert.
+        gain: float `[L, E]`, the error that the upgrade removes from each expert.
     """
 
     def __init__(self, gain: np.ndarray, settings: Settings):
@@ -33,57 +105,48 @@ class PrecisionController:
         """Worth of an upgrade, `[L, E]`."""
         return hotness * self.gain
 
-    def choose(
-        self,
-        hotness: np.ndarray,
-        followed: np.ndarray,
-        upgraded: np.ndarray,
-        broken: np.ndarray,
-        num_slots: int,
-        free_slots: int,
-        max_promotions: int,
-    ) -> list[Transition]:
-        """The moves of one tick, given who is `upgraded`, or on the way there, and whose bytes are `broken`.
+    def choose(self, hotness: np.ndarray, followed: np.ndarray, slots: Slots, max_promotions: int) -> list[Transition]:
+        """The moves of one tick.
 
         Args:
             followed: what `followed` made of the same.
         """
-        lost = broken & ~upgraded
+        upgraded, lost = slots.upgraded, slots.broken & ~slots.upgraded
         score = np.where(lost, -1.0, self.score(hotness))
-        wanted = followed if self._settings.policy == "topn" else self._wanted(score, upgraded, num_slots, hotness)
-        wanted = wanted & ~lost
-        free = self._free_slots(upgraded, num_slots, free_slots)
-        return transitions(score, upgraded, wanted, free, max_promotions)
+        if self._settings.policy == "topn":
+            wanted = followed
+        else:
+            wanted = self._wanted(score, upgraded, slots.num_slots, hotness)
+        return transitions(score, upgraded, wanted & ~lost, self._free_slots(slots), max_promotions)
 
     def followed(self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int) -> np.ndarray:
         """The set `[L, E]` that following the traffic by `"topn"` would upgrade now, whatever the rule in force."""
         lost = broken & ~upgraded
         score = np.where(lost, -1.0, self.score(hotness))
-        slots = slots_per_row(self._settings.allocation, num_slots, len(score))
-        score_rows, upgraded_rows = (table.reshape(len(slots), -1) for table in (score, upgraded))
-        wanted = top_n(score_rows, upgraded_rows, slots, self._settings.hysteresis)
-        return wanted.reshape(score.shape) & ~lost
+        return self._best(score, upgraded, num_slots, self._settings.hysteresis) & ~lost
 
-    def fill(
-        self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int, free_slots: int
-    ) -> list[Transition]:
-        """Promotions that fill the free slots with the best experts, whatever the rule; nobody loses a slot."""
+    def fill(self, hotness: np.ndarray, slots: Slots) -> list[Transition]:
+        """Promotions that fill the free slots with the best experts, whatever the rule; no expert loses a slot."""
+        upgraded, broken = slots.upgraded, slots.broken
         score = np.where(broken, -1.0, self.score(hotness))
+        wanted = self._best(score, upgraded, slots.num_slots, _NEVER_BEATEN)
+        wanted = (wanted | upgraded) & ~(broken & ~upgraded)
+        return transitions(score, upgraded, wanted, slots.num_free, slots.num_free)
+
+    def _best(self, score: np.ndarray, upgraded: np.ndarray, num_slots: int, hysteresis: float) -> np.ndarray:
         slots = slots_per_row(self._settings.allocation, num_slots, len(score))
         rows = (len(slots), -1)
-        wanted = top_n(score.reshape(rows), upgraded.reshape(rows), slots, _NEVER_BEATEN).reshape(score.shape)
-        return transitions(score, upgraded, (wanted | upgraded) & ~(broken & ~upgraded), free_slots, free_slots)
+        return top_n(score.reshape(rows), upgraded.reshape(rows), slots, hysteresis).reshape(score.shape)
 
-    def _free_slots(self, upgraded: np.ndarray, num_slots: int, free_slots: int) -> int | np.ndarray:
+    def _free_slots(self, slots: Slots) -> int | np.ndarray:
         """Free slots of all layers together, or what each layer's share leaves it; negative where it holds more."""
         if callable(self._settings.policy) or self._settings.allocation == "global":
-            return free_slots
-        return slots_per_row("per_layer", num_slots, len(upgraded)) - upgraded.sum(1)
+            return slots.num_free
+        upgraded = slots.upgraded
+        return slots_per_row("per_layer", slots.num_slots, len(upgraded)) - upgraded.sum(1)
 
     def _wanted(self, score: np.ndarray, upgraded: np.ndarray, num_slots: int, hotness: np.ndarray) -> np.ndarray:
         settings = self._settings
-        if settings.policy == "frozen":
-            return upgraded
         if callable(settings.policy):
             return _checked(settings.policy(score, upgraded, num_slots), score, num_slots)
         assert settings.tau_h is not None, "settings ask for both thresholds"
@@ -95,43 +158,68 @@ class PrecisionController:
 
 
 class ControlLoop:
-    """All that decides: counts come in, moves go out. Whoever owns the slots carries them out.
+    """All that decides, and the one place where a tick is told. `Slots` carry out what it decides.
 
     Args:
-        gain: `[L, E]`, the error that the upgrade removes from each expert.
-        limit: how many promotions may start.
+        shape: (layers, experts).
+        gain: float `[L, E]`, the error that the upgrade removes from each expert.
+        limit: how many promotions may begin.
     """
 
-    def __init__(self, tracker: HotnessTracker, gain: np.ndarray, limit: CopyRateLimiter, settings: Settings):
-        self.tracker, self.limit = tracker, limit
+    def __init__(self, shape: tuple[int, int], gain: np.ndarray, limit: CopyRateLimiter, settings: Settings):
+        self.tracker = HotnessTracker(shape, settings)
         self.controller = PrecisionController(gain, settings)
-        self.watch = AutoPause(gain, settings)
-        self._policy = settings.policy
+        self.auto_pause = AutoPause(gain, settings)
+        self.limit = limit
+        self._stands_still = settings.policy == "frozen"
 
-    def observe(self, steps: int, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Take in the last `steps` forwards, which met the experts `held [L, E]` upgraded; returns mass and tokens."""
-        mass, tokens = self.tracker.update(steps)
-        self.watch.observe(mass, tokens, held, self.tracker.counter.top_k)
-        return mass, tokens
+    def step(self, window: Window, slots: Slots, frozen: bool = False) -> list[Transition]:
+        """One tick: publish what has arrived, take in what was routed, decide, and begin the moves. Never waits.
 
-    def decide(
-        self, upgraded: np.ndarray, broken: np.ndarray, num_slots: int, free_slots: int, frozen: bool = False
-    ) -> list[Transition]:
-        """The moves of one tick; none while `frozen`, only promotions into empty slots while the watch has paused."""
-        frozen = frozen or self._policy == "frozen"
+        Args:
+            frozen: observe only.
+
+        Returns:
+            The moves that began.
+        """
+        slots.settle()
+        self.tracker.update(window.mass, window.tokens, window.steps)
+        self.auto_pause.observe(window.mass, window.tokens, window.upgraded, window.top_k)
+        if not slots.num_slots:
+            return []
+        slots.reclaim()
+        begun = [move for move in self._decide(slots, frozen) if slots.submit(move)]
+        self.limit.spend(sum(move.promote for move in begun))
+        slots.settle()
+        return begun
+
+    def fill(self, slots: Slots) -> None:
+        """Begin to give every free slot to the best expert that lacks one."""
+        for move in self.controller.fill(self.tracker.hotness, slots):
+            slots.submit(move)
+
+    def best_set(self, slots: Slots) -> np.ndarray:
+        """The experts `[L, E]` to upgrade if none held a slot yet."""
+        none = np.zeros_like(slots.upgraded)
+        return self.controller.followed(self.tracker.hotness, none, slots.broken, slots.num_slots)
+
+    def verdict(self, upgraded: np.ndarray, frozen: bool = False) -> Verdict:
+        """Whether it is worth it here, with the experts `upgraded [L, E]`."""
+        return self.auto_pause.verdict(upgraded, frozen or self._stands_still)
+
+    def _decide(self, slots: Slots, frozen: bool) -> list[Transition]:
+        """The moves to begin: none while frozen, only promotions into empty slots while paused."""
+        frozen = frozen or self._stands_still
         hotness, controller = self.tracker.hotness, self.controller
-        followed = controller.followed(hotness, upgraded, broken, num_slots)
-        self.watch.review(followed, upgraded, frozen)
+        followed = controller.followed(hotness, slots.upgraded, slots.broken, slots.num_slots)
+        self.auto_pause.review(followed, slots.upgraded, frozen)
         if frozen:
             return []
         allowed = self.limit.promotions()
-        if self.watch.paused:
-            return controller.fill(hotness, upgraded, broken, num_slots, free_slots)[:allowed]
-        return controller.choose(hotness, followed, upgraded, broken, num_slots, free_slots, allowed)
-
-    def verdict(self, upgraded: np.ndarray, frozen: bool = False) -> Verdict:
-        """Is it worth it here, with the experts `upgraded [L, E]`?"""
-        return self.watch.verdict(upgraded, frozen or self._policy == "frozen")
+        if self.auto_pause.paused:
+            return controller.fill(hotness, slots)[:allowed]
+        moves = controller.choose(hotness, followed, slots, allowed)
+        return [move for move in moves if move.promote] if slots.failing else moves
 
 
 def _checked(wanted: object, score: np.ndarray, num_slots: int) -> np.ndarray:

@@ -4,8 +4,6 @@ Shapes: L layers, E experts a layer. An observation of N tokens in a layer is th
 `c[l, e] = (1 / N) * sum of p[l, t, e] over the tokens t that chose e`, zero for experts nobody chose.
 """
 
-from typing import Protocol
-
 import numpy as np
 
 from dynaexq.settings import Settings
@@ -38,34 +36,22 @@ def update_hotness(hotness: np.ndarray, mass: np.ndarray, tokens: np.ndarray, ke
     return keep * hotness + (1 - keep) * observed
 
 
-class Counts(Protocol):
-    """Where routing counts come from: the device's `RoutingCounter`, or a trace."""
-
-    top_k: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(layers, experts)."""
-
-    def drain(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mass `[L, E]` and tokens `[L]` since the last drain."""
-
-
 class HotnessTracker:
-    """Counts and the moving average of them, `hotness [L, E]`."""
+    """The moving average of what was routed, `hotness [L, E]`.
 
-    def __init__(self, counter: Counts, settings: Settings):
-        self.counter = counter
-        self.hotness = prior_hotness(*counter.shape)
+    Args:
+        shape: (L, E).
+    """
+
+    def __init__(self, shape: tuple[int, int], settings: Settings):
+        self.hotness = prior_hotness(*shape)
         self._settings = settings
 
-    def update(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Take in what was counted over the last `steps` forwards; returns that mass `[L, E]` and tokens `[L]`."""
-        mass, tokens = self.counter.drain()
+    def update(self, mass: np.ndarray, tokens: np.ndarray, steps: int) -> None:
+        """Take in the routing of the last `steps` forwards: mass `[L, E]`, tokens `[L]`."""
         if self._settings.alpha is not None:
             keep = np.full(len(tokens), self._settings.alpha**steps)
         else:
             assert self._settings.half_life is not None, "settings fill in one of the two"
             keep = decay_by_tokens(tokens, self._settings.half_life)
         self.hotness = update_hotness(self.hotness, mass, tokens, keep)
-        return mass, tokens

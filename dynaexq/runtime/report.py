@@ -1,6 +1,7 @@
 """What happened so far, as numbers and as a table to read. It watches and never steers."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,20 +9,31 @@ import numpy as np
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from dynaexq.policy.controller import Window
+
 
 @dataclass
-class Traffic:
+class RoutingTotals:
     """Routing since the start: tokens of the first layer, mass of all layers, and its part on upgraded experts."""
 
     tokens: int = 0
     routed_mass: float = 0.0
     hot_mass: float = 0.0
 
-    def add(self, mass: np.ndarray, tokens: np.ndarray, published: np.ndarray) -> None:
-        """Count one drain: mass `[L, E]`, tokens `[L]`, experts `published [L, E]` with an upgrade."""
-        self.tokens += int(tokens[0])
-        self.routed_mass += float(mass.sum())
-        self.hot_mass += float(mass[published].sum())
+    def add(self, window: Window) -> None:
+        """Count one window."""
+        self.tokens += int(window.tokens[0])
+        self.routed_mass += float(window.mass.sum())
+        self.hot_mass += float(window.mass[window.upgraded].sum())
+
+    @classmethod
+    def merged(cls, totals: Sequence["RoutingTotals"]) -> "RoutingTotals":
+        """The totals of several devices, each of which sees every token."""
+        return cls(
+            max(total.tokens for total in totals),
+            sum(total.routed_mass for total in totals),
+            sum(total.hot_mass for total in totals),
+        )
 
     @property
     def hot_coverage(self) -> float:

@@ -1,195 +1,131 @@
-"""The runtime of one patched model: it owns the memory, asks the policy, and ticks.
+"""`Runtime`: what users ask of a patched model, on any number of devices. Each device decides for itself.
 
-One decision spans several ticks and none of them waits: *publish* what has arrived, *observe* what was routed,
-*decide*, *submit*. Layers never see the runtime; it hands each its ports when the model is patched.
+It adds up what its `DeviceRuntime`s know and passes on what it is told; it owns no memory and decides nothing.
 """
 
-import logging
-import threading
 import weakref
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dynaexq.errors import BudgetError, ClosedError, SettingsError
-from dynaexq.kernels import exchange_for
-from dynaexq.memory import DeviceMemory, SwapPipeline, copier_for, on_device
-from dynaexq.memory.device_memory import bytes_per_second
-from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
+from dynaexq.errors import ClosedError, SettingsError
 from dynaexq.policy import Verdict
-from dynaexq.policy.controller import ControlLoop
-from dynaexq.policy.hotness import HotnessTracker
-from dynaexq.policy.rate_limit import CopyRateLimiter
-from dynaexq.quantization import ExpertCodec
-from dynaexq.runtime.experts import LayerPorts
+from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.hotness_snapshot import is_hotness, read_snapshot, write_snapshot
-from dynaexq.runtime.moe import LayerView, layer_names
-from dynaexq.runtime.report import Report, Traffic
-from dynaexq.runtime.steering import Steering
-from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
+from dynaexq.runtime.moe import layer_names
+from dynaexq.runtime.report import Report, RoutingTotals
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.traces import TraceHeader
 from dynaexq.traces.recorder import Recorder, Recording
-from dynaexq.types import BITS, MemoryPlan
-from dynaexq.weights.export import StoredExperts
-from dynaexq.weights.sources import ExpertLoader
-
-logger = logging.getLogger(__name__)
+from dynaexq.types import MemoryPlan
 
 
 class Runtime:
     """Precision management of one patched model; `dynaexq.patch` returns it and `model.dynaexq` is it.
 
+    >>> runtime = dynaexq.patch(model, hbm_budget="20GiB")       # doctest: +SKIP
+    >>> model.generate(**inputs)                                  # doctest: +SKIP
+    >>> print(runtime.report())                                   # doctest: +SKIP
+    >>> runtime.set_budget("16GiB")                               # doctest: +SKIP
+
     All arrays are `[num_layers, num_experts]` over the model's sparse layers in order. As a context manager it closes
     itself at the end of the block.
 
     Args:
-        base: the base slab, if it exists already; see `memory.DeviceMemory`.
+        parts: the runtime of each device, and the numbers of its layers in the model.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: MemoryPlan,
-        codec: ExpertCodec,
-        settings: Settings,
-        device: torch.device,
-        base: Tensor | None = None,
-    ):
-        self.plan, self.settings, self.device = plan, settings, device
-        self.codec = codec
+    def __init__(self, model: nn.Module, parts: Sequence[tuple[DeviceRuntime, Sequence[int]]]):
         self._model = weakref.ref(model)
-        slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)
-        self._memory = DeviceMemory(
-            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base, exchange
-        )
-        self.follows_replays = self._memory.follows_replays
-        """Whether precision goes on changing while CUDA graphs of the model are replayed, where no Python runs."""
-        self._tracker = HotnessTracker(self._memory.counter, settings)
-        self._traffic, self._recorder = Traffic(), Recorder()
-        self._ticking, self._ticks = threading.Lock(), 0
-        self._steps, self._poller = StepCount(self._memory, settings.update_interval), Poller(self._look)
-        self._frozen = self._closed = False
-
-    def load(self, supply: ExpertLoader) -> None:
-        """Have every expert put in its place, then fill every upgrade slot by the error it removes."""
-        with on_device(self.device):  # where memory is locked
-            self._errors, store = supply.place(self.codec, self._memory.base, self.settings)
-        try:
-            copier = copier_for(self.device, self._memory.pool.slot_nbytes, staged=store.page_locked(0) is None)
-        except BaseException:
-            store.close()
-            raise
-        gain = self._errors[..., 0] - self._errors[..., -1]
-        limit = CopyRateLimiter(
-            bytes_per_second(self.settings.copy_rate_limit, self.device), self._memory.pool.slot_nbytes
-        )
-        self._control = ControlLoop(self._tracker, gain, limit, self.settings)
-        self._pipeline = SwapPipeline(self._memory.table, self._memory.pool, store, copier, BITS[self.plan.tiers[-1]])
-        weakref.finalize(self, SwapPipeline.forget, self._pipeline)
-        weakref.finalize(self, Poller.stop, self._poller)  # the later one goes first
-        self._steering = Steering(self._control, self._pipeline)
-        self._steering.fill()
-
-    def ports(self, layer: int) -> LayerPorts:
-        """What joins one layer's experts to the runtime; the first layer's forward is where steps are counted."""
-        before_forward = self._on_forward if layer == 0 else None
-        return LayerPorts(layer, self._memory, before_forward)
-
-    def view(self, layer: int) -> LayerView:
-        """What one layer's sparse block shows of the runtime."""
-        return LayerView(layer, self._tracker, self._control.controller, self._pipeline, self.plan.base.bits)
+        self._parts = tuple(part for part, _ in parts)
+        self._rows = [list(layers) for _, layers in parts]
+        self._recorder = Recorder(self._rows)
+        for number, part in enumerate(self._parts):
+            part.listener = self._recorder.listener(number)
 
     @property
-    def model_name(self) -> str:
-        """Name of the model's class."""
-        return type(self._model()).__name__
+    def devices(self) -> tuple[DeviceRuntime, ...]:
+        """The runtime of each device, for what is asked of one alone."""
+        return self._parts
 
     @property
-    def stored(self) -> StoredExperts:
-        """Its experts where they lie; once closed, without those that wait on the host."""
-        store = None if self._closed else self._pipeline.store
-        return StoredExperts(self.codec, self._memory.base, self._errors, store)
+    def settings(self) -> Settings:
+        """The options in force."""
+        return self._parts[0].settings
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How the budget is spent, on all devices together."""
+        first, *others = (part.plan for part in self._parts)
+        return sum(others, start=first)
+
+    @property
+    def follows_replays(self) -> bool:
+        """Whether precision goes on changing on every device while CUDA graphs of the model are replayed."""
+        return all(part.follows_replays for part in self._parts)
 
     def tick(self) -> bool:
-        """One step of control: publish, observe, decide, submit. Never waits for a copy.
+        """One step of control on every device: publish, observe, decide, submit. Never waits for a copy.
 
         Returns:
-            Whether it ran; a tick that finds another one at work, or a CUDA graph being captured, does nothing.
+            Whether any ran; a tick that finds another one at work, or a CUDA graph being captured, does nothing.
 
         Raises:
             ClosedError: the runtime was closed.
         """
-        self._check_open()
-        return not is_capturing(self.device) and self._try_tick()
+        ran = [part.tick() for part in self._parts]
+        return any(ran)
 
     def drain(self) -> None:
         """Wait for every copy in flight and publish it."""
-        self._check_open()
-        with self._ticking:
-            self._pipeline.drain()
+        self._each(DeviceRuntime.drain)
 
     def freeze(self) -> None:
         """Publish what is in flight, then leave every expert at its precision. Traffic is still observed."""
-        with self._ticking:
-            self._pipeline.drain()
-            self._frozen = True
+        self._each(DeviceRuntime.freeze)
 
     def thaw(self) -> None:
         """Undo `freeze`."""
-        self._check_open()
-        self._frozen = False
+        self._each(DeviceRuntime.thaw)
 
-    @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
     def set_budget(self, hbm_budget: int | str) -> None:
-        """Shrink or grow the upgrade slab; the new ceiling holds when this returns.
+        """Give every device a new ceiling; it holds when this returns.
 
         Raises:
             SettingsError: not a size.
-            BudgetError: too small for the dense weights and the base of every expert; nothing has changed then.
+            BudgetError: too small for the dense weights and the base of every expert on one of the devices; nothing
+                has changed then.
         """
-        self._check_open()
         budget = parse_bytes(hbm_budget)
-        with self._ticking:
-            memory = self.memory()
-            fixed = memory["total"] - memory["upgrade"]
-            if budget < fixed:
-                raise BudgetError(
-                    f"hbm_budget of {budget:,} bytes is too small: dense weights, workspace and every expert's "
-                    f"{self.plan.base.precision} base take {fixed:,}; give that much, or patch again with lower tiers",
-                    budget,
-                    fixed,
-                )
-            slot = self._memory.pool.slot_nbytes
-            slots = min(self._memory.table.kinds().size, (budget - fixed) // slot) if slot else 0
-            self._steering.resize(slots)
-            self.plan = replace(self.plan, budget=budget, num_slots=slots)
-            if not self._frozen:
-                self._steering.fill()
-
-    def heat(self) -> dict[str, np.ndarray]:
-        """Hotness `[num_experts]` of every layer, by the path of its sparse block."""
-        names = layer_names(self._model(), self._tracker)
-        return dict(zip(names, self._tracker.hotness.copy(), strict=True))
+        for part in self._parts:
+            part.slots_within(budget)
+        before = [part.plan.budget for part in self._parts]
+        changed = 0
+        try:
+            for part in self._parts:
+                part.set_budget(budget)
+                changed += 1
+        except BaseException:
+            for part, old in zip(self._parts[:changed], before, strict=False):
+                part.set_budget(old)
+            raise
 
     def save_hotness(self, path: str | Path) -> None:
         """Write what is hot now to a safetensors file, as a warm start for `load_hotness`."""
-        write_snapshot(path, self.model_name, self.heat())
+        write_snapshot(path, self._model_name, dict(zip(self._layer_names(), self.hotness(), strict=True)))
 
     def load_hotness(self, path: str | Path) -> None:
         """Take the hotness that `save_hotness` wrote and choose the upgrades anew, frozen or not; waits for them.
 
         Raises:
-            HotnessError: not a profile, damaged, or of another model; nothing has changed then.
+            HotnessError: not a hotness snapshot, damaged, or of another model; nothing has changed then.
         """
-        self.warm_start(read_snapshot(path, self.model_name, list(self.heat()), self.plan.num_experts))
+        self.warm_start(read_snapshot(path, self._model_name, self._layer_names(), self.plan.num_experts))
 
-    @torch.inference_mode(False)  # likewise
     def warm_start(self, hotness: np.ndarray) -> None:
         """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them.
 
@@ -197,65 +133,71 @@ class Runtime:
             SettingsError: of another shape, or not finite, or negative; nothing has changed then.
         """
         self._check_open()
-        shape = self._tracker.hotness.shape
+        shape = self.hotness().shape
         if np.shape(hotness) != shape or not is_hotness(hotness):
             raise SettingsError(f"hotness must be {shape}, finite and not negative, got {np.shape(hotness)}")
-        with self._ticking:
-            self._tracker.hotness = np.array(hotness, dtype=np.float64)
-            self._steering.choose_anew()
+        for part, rows in zip(self._parts, self._rows, strict=True):
+            part.warm_start(np.asarray(hotness)[rows])
 
     def trace(self, path: str | Path) -> Recording:
-        """Record what every tick drains, for `dynaexq simulate`, until the recording is closed; use it in a `with`.
+        """Record what every tick sees, for `dynaexq simulate`, until the recording is closed; use it in a `with`.
 
         Raises:
             TraceError: another recording is running.
             OSError: the file cannot be written.
         """
         self._check_open()
-        layers = layer_names(self._model(), self._tracker)
-        header = header_of(layers, self.plan, self.codec, self._errors, self._dense_bytes())
+        plan, codec = self.plan, self._parts[0].codec
+        errors = self._stacked(lambda part: part.errors)
+        dtype = str(codec.dtype).removeprefix("torch.")
+        dense = self.memory()["dense"]
+        header = TraceHeader(
+            tuple(self._layer_names()), plan.num_experts, 0, plan.tiers, errors, codec.shape, dtype, dense
+        )
         return self._recorder.start(path, header)
 
     def close(self) -> None:
         """Wait once for what is in flight, then stop for good. The model goes on answering at its last precisions."""
         self._recorder.close()
-        self._poller.stop()
-        with self._ticking:
-            if not self._closed:
-                self._frozen = self._closed = True
-                self._pipeline.close()
+        self._each(DeviceRuntime.close)
 
     def memory(self) -> dict[str, int]:
         """Device bytes really allocated: dense, base, upgrade, staging, workspace and their total; and the budget."""
-        parts = {"dense": self._dense_bytes(), **self._memory.parts()}
+        devices = [part.nbytes() for part in self._parts]
+        parts = {name: sum(device[name] for device in devices) for name in devices[0]}
         return {"budget": self.plan.budget, **parts, "total": sum(parts.values())}
 
     def tiers(self) -> np.ndarray:
         """Published bits of every expert: 2, 4, 8, or 16 for the model's own dtype."""
-        kinds = self._memory.table.kinds()
+        kinds = self._stacked(lambda part: part.memory.table.kinds())
         return np.where(kinds > 0, kinds, self.plan.base.bits)
 
     def hotness(self) -> np.ndarray:
         """Moving average of every expert's routing mass per token."""
-        return self._tracker.hotness.copy()
+        return self._stacked(lambda part: part.control.tracker.hotness.copy())
 
     def routed_mass(self) -> np.ndarray:
         """Routing mass that every expert has received since the start. Waits for the device."""
-        return self._memory.counter.totals()
+        return self._stacked(lambda part: part.memory.counter.totals())
 
     def stats(self) -> dict[str, Any]:
-        """Counts since the start; `hot_coverage` is the share of the routing mass that met an upgraded expert."""
+        """Counts since the start, over all devices, each of which sees every step.
+
+        `hot_coverage` is the share of the routing mass that met an upgraded expert.
+        """
+        totals = RoutingTotals.merged([part.totals for part in self._parts])
+        moves = [vars(part.pipeline.counts) for part in self._parts]
         return {
-            "steps": self._steps.total,
-            "ticks": self._ticks,
-            **vars(self._pipeline.counts),
-            "in_flight": self._pipeline.num_in_flight,
-            "experts": self._memory.table.kinds().size,
-            "slots": self._memory.pool.num_slots,
-            "upgraded": int((self._memory.table.kinds() > 0).sum()),
-            "host_bytes": self._pipeline.store.nbytes,
-            **vars(self._traffic),
-            "hot_coverage": self._traffic.hot_coverage,
+            "steps": max(part.steps.total for part in self._parts),
+            "ticks": max(part.ticks for part in self._parts),
+            **{name: sum(counts[name] for counts in moves) for name in moves[0]},
+            "in_flight": self._sum(lambda part: part.pipeline.num_in_flight),
+            "experts": self._sum(lambda part: part.upgraded().size),
+            "slots": self._sum(lambda part: part.pipeline.num_slots),
+            "upgraded": self._sum(lambda part: int(part.upgraded().sum())),
+            "host_bytes": self._sum(lambda part: part.pipeline.store.nbytes),
+            **vars(totals),
+            "hot_coverage": totals.hot_coverage,
         }
 
     def report(self) -> Report:
@@ -263,8 +205,10 @@ class Runtime:
         return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers, str(self.verdict()))
 
     def verdict(self) -> Verdict:
-        """Is it worth it here? In words (`str`), and the shares behind them; looks at the traffic since the start."""
-        return self._control.verdict(self._memory.table.kinds() > 0, self._frozen)
+        """Whether it is worth it here: in words (`str`), and the shares behind them, from the traffic so far."""
+        return Verdict.merged(
+            [part.control.verdict(part.upgraded(), part.frozen) for part in self._parts], [*map(len, self._rows)]
+        )
 
     def __enter__(self) -> "Runtime":
         return self
@@ -275,68 +219,36 @@ class Runtime:
         self.close()
 
     def __repr__(self) -> str:
-        stats = self.stats()
+        stats, plan = self.stats(), self.plan
+        where = f" on {len(self._parts)} devices" if len(self._parts) > 1 else ""
         return (
-            f"Runtime({' + '.join(self.plan.tiers)}, {stats['upgraded']} of {stats['experts']} experts upgraded, "
-            f"{self.memory()['total']:,} of {self.plan.budget:,} bytes)"
+            f"Runtime({' + '.join(plan.tiers)}{where}, {stats['upgraded']} of {stats['experts']} experts upgraded, "
+            f"{self.memory()['total']:,} of {plan.budget:,} bytes)"
         )
 
-    def _on_forward(self, tokens: int) -> None:
-        if not is_capturing(self.device):
-            self._steps.add()
-            self._look()
-            self._steps.add_tokens(tokens)
-        elif self.follows_replays:
-            self._poller.start()
+    @property
+    def _model_name(self) -> str:
+        return type(self._model()).__name__
 
-    def _look(self) -> int:
-        """Tick if it is time, from a forward or from the poller; how many forwards there were so far."""
-        try:
-            if self._steps.is_due:
-                self._try_tick()
-        except Exception:
-            if not callable(self.settings.policy):
-                raise
-            logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
-            self._frozen = True
-        return self._steps.total
+    def _layer_names(self) -> list[str]:
+        """Paths of the sparse blocks in the order of the model's layers."""
+        names: dict[int, str] = {}
+        for rows, part in zip(self._rows, self._parts, strict=True):
+            names.update(zip(rows, layer_names(self._model(), part.control.tracker), strict=True))
+        return [names[row] for row in sorted(names)]
 
-    @torch.inference_mode(False)  # likewise
-    def _try_tick(self) -> bool:
-        if not self._ticking.acquire(blocking=False):
-            return False
-        try:
-            if self._closed:
-                return False
-            self._tick()
-            return True
-        finally:
-            self._ticking.release()
+    def _each(self, act: Callable[[DeviceRuntime], object]) -> None:
+        for part in self._parts:
+            act(part)
 
-    def _tick(self) -> None:
-        self._ticks += 1
-        met = self._memory.table.kinds() > 0  # the tiers that the traffic since the last tick met
-        self._pipeline.settle()
-        steps = self._steps.take()
-        mass, tokens = self._control.observe(steps, met)
-        self._traffic.add(mass, tokens, met)
-        self._recorder.add(mass, tokens, steps, self._memory.counter.top_k)
-        if self._memory.pool.num_slots:
-            self._steering.decide(self._frozen)
+    def _sum(self, count: Callable[[DeviceRuntime], int]) -> int:
+        return sum(map(count, self._parts))
 
-    def _dense_bytes(self) -> int:
-        """Bytes of all weights and buffers of the model on the runtime's device."""
-        model = self._model()
-        if model is None:
-            return 0
-        return weight_bytes(t for t in held_tensors(model) if t.device == self.device)
+    def _stacked(self, look: Callable[[DeviceRuntime], np.ndarray]) -> np.ndarray:
+        """What `look` finds `[layers, ...]` on each device, in the order of the model's layers."""
+        order = np.argsort(np.concatenate(self._rows), kind="stable")
+        return np.concatenate([look(part) for part in self._parts])[order]
 
     def _check_open(self) -> None:
-        if self._closed:
+        if any(part.closed for part in self._parts):
             raise ClosedError("this runtime was closed; patch the model again to manage its precision")
-
-
-def header_of(layers: list[str], plan: MemoryPlan, codec: ExpertCodec, errors: np.ndarray, dense: int) -> TraceHeader:
-    """What a trace says about the model whose sparse blocks are called `layers`."""
-    dtype = str(codec.dtype).removeprefix("torch.")
-    return TraceHeader(tuple(layers), plan.num_experts, 0, plan.tiers, errors, codec.shape, dtype, dense)

@@ -11,11 +11,10 @@ import numpy as np
 
 from dynaexq.errors import TraceError
 from dynaexq.policy import Verdict, slots_per_row, top_n
-from dynaexq.policy.controller import ControlLoop
-from dynaexq.policy.hotness import HotnessTracker
+from dynaexq.policy.controller import ControlLoop, Window
 from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.settings import Settings
-from dynaexq.traces import Phase, Trace, Window
+from dynaexq.traces import Phase, Trace, TraceWindow
 from dynaexq.types import Transition
 
 YARDSTICKS = ("start", "average", "phase", "window")
@@ -44,7 +43,7 @@ class Track:
     mass: list[float] = field(default_factory=list)
     removed: list[float] = field(default_factory=list)
 
-    def add(self, window: Window, gain: np.ndarray, held: np.ndarray) -> None:
+    def add(self, window: TraceWindow, gain: np.ndarray, held: np.ndarray) -> None:
         """Count one window that met the experts `held [L, E]`."""
         mass = window.mass[held]
         self.mass.append(float(mass.sum()))
@@ -94,21 +93,13 @@ class Replay:
         return int(seen[-1])
 
 
-class Counts:
-    """A trace in the place of the device's counter: each window is drained once."""
+class ImaginedSlots:
+    """Upgrade slots behind a link that copies one upgrade after another; see `policy.Slots`.
 
-    def __init__(self, trace: Trace):
-        self.shape, self.top_k = trace.header.shape, trace.header.top_k
-        self.window: Window | None = None
+    No copy fails, and freed slots have no late readers.
+    """
 
-    def drain(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mass `[L, E]` and tokens `[L]` of the window that was set."""
-        assert self.window is not None, "a window is set before each tick"
-        return self.window.mass, self.window.tokens
-
-
-class Slots:
-    """Upgrade slots behind a link that copies one upgrade after another. Freed slots have no late readers."""
+    failing = False
 
     def __init__(self, machine: Machine, shape: tuple[int, int]):
         self.machine = machine
@@ -117,8 +108,13 @@ class Slots:
         self._in_flight: deque[tuple[float, tuple[int, int]]] = deque()
 
     @property
+    def num_slots(self) -> int:
+        """All slots."""
+        return self.machine.num_slots
+
+    @property
     def num_free(self) -> int:
-        """Slots that nobody owns."""
+        """Slots without an owner."""
         return self.machine.num_slots - int(self.upgraded.sum())
 
     def submit(self, move: Transition) -> bool:
@@ -141,10 +137,13 @@ class Slots:
         while self._in_flight and self._in_flight[0][0] <= self.now:
             self.published[self._in_flight.popleft()[1]] = True
 
-    def fill(self, promotions: list[Transition]) -> None:
-        """Publish the first upgrades, which a model waits for before it starts."""
-        for move in promotions:
-            self.upgraded[move.layer, move.expert] = self.published[move.layer, move.expert] = True
+    def reclaim(self) -> None:
+        """Nothing: freed slots are free at once."""
+
+    def drain(self) -> None:
+        """Wait for everything in flight and publish it, at a moment that no clock counts."""
+        while self._in_flight:
+            self.published[self._in_flight.popleft()[1]] = True
 
 
 def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings) -> Replay:
@@ -158,17 +157,14 @@ def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings)
     """
     if not trace.num_windows:
         raise TraceError(f"{trace.path} holds no window: no tick fell into its recording; record for longer")
-    counts, slots = Counts(trace), Slots(machine, trace.header.shape)
+    slots = ImaginedSlots(machine, trace.header.shape)
     limit = settings.copy_rate_limit
     rate = limit * machine.link if isinstance(limit, float) else limit
     assert not isinstance(rate, str), "settings have turned sizes into bytes"
-    control = ControlLoop(
-        HotnessTracker(counts, settings), gain, CopyRateLimiter(rate, machine.slot_nbytes, lambda: slots.now), settings
-    )
-    start = control.controller.fill(
-        control.tracker.hotness, slots.upgraded, slots.broken, machine.num_slots, machine.num_slots
-    )
-    slots.fill(start)
+    limiter = CopyRateLimiter(rate, machine.slot_nbytes, lambda: slots.now)
+    control = ControlLoop(trace.header.shape, gain, limiter, settings)
+    control.fill(slots)
+    slots.drain()
     sets = _foreseen(trace, gain, machine.num_slots, settings) | {"start": slots.published.copy()}
     routed, tracks = Track(), {name: Track() for name in ("policy", *YARDSTICKS)}
     everyone, rows = np.ones(trace.header.shape, dtype=bool), []
@@ -180,24 +176,13 @@ def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings)
         for name in YARDSTICKS:
             tracks[name].add(window, gain, sets[name])
         tracks["policy"].add(window, gain, slots.published)
-        rows.append((int(window.tokens.max()), *_tick(control, counts, slots, window)))
+        slots.now += float(window.tokens.max()) / machine.tokens_per_second
+        seen = Window(*window, top_k=trace.header.top_k, upgraded=slots.published.copy())
+        begun = sum(move.promote for move in control.step(seen, slots))
+        rows.append((int(window.tokens.max()), begun, control.auto_pause.paused))
     tokens, promotions, paused = (np.array(column) for column in zip(*rows, strict=True))
     verdict = control.verdict(slots.published)
     return Replay(machine, trace.phases, tokens, routed, tracks, promotions, paused, verdict)
-
-
-def _tick(control: ControlLoop, counts: Counts, slots: Slots, window: Window) -> tuple[int, bool]:
-    """One tick after `window`, in the order of `Runtime._tick`; promotions begun, and whether moves are paused."""
-    counts.window = window
-    slots.now += float(window.tokens.max()) / slots.machine.tokens_per_second
-    met = slots.published.copy()
-    slots.settle()
-    control.observe(window.steps, met)
-    moves = control.decide(slots.upgraded, slots.broken, slots.machine.num_slots, slots.num_free)
-    begun = sum(slots.submit(move) and move.promote for move in moves)
-    control.limit.spend(begun)
-    slots.settle()
-    return begun, control.watch.paused
 
 
 def _foreseen(trace: Trace, gain: np.ndarray, num_slots: int, settings: Settings) -> dict[str, np.ndarray]:

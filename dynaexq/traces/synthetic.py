@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynaexq.traces.trace_file import TraceHeader, TraceWriter, Window
+from dynaexq.traces.trace_file import TraceHeader, TraceWindow, TraceWriter
 from dynaexq.types import ExpertShape
 
 PHASES = ("text", "code", "arithmetic")
@@ -103,13 +103,13 @@ class _Traffic:
         self._standing = workload.skew * (np.sqrt(shared) * common + np.sqrt(1 - shared) * own)
         self._drift, self._local = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
 
-    def window(self, phase: int, tokens: int) -> Window:
+    def window(self, phase: int, tokens: int) -> TraceWindow:
         """What `tokens` tokens in a row are routed to."""
         mass = np.zeros(self._shape)
         for preference in self._preferences(phase, tokens):
             chosen, weights = self._choices(preference)
             mass[np.arange(len(mass))[:, None], chosen] += weights
-        return Window(mass, np.full(len(mass), tokens), tokens)
+        return TraceWindow(mass, np.full(len(mass), tokens), tokens)
 
     def _preferences(self, phase: int, tokens: int) -> Iterator[np.ndarray]:
         workload = self._workload

@@ -34,12 +34,16 @@ VERSION = 1
 WINDOWS_A_CHUNK = 64
 
 
-class Window(NamedTuple):
+class TraceWindow(NamedTuple):
     """What was routed over `steps` forward passes: mass `[L, E]` and tokens `[L]`."""
 
     mass: np.ndarray
     tokens: np.ndarray
     steps: int
+
+    def __add__(self, later: "TraceWindow") -> "TraceWindow":  # type: ignore[override]
+        """Both windows as one."""
+        return TraceWindow(self.mass + later.mass, self.tokens + later.tokens, self.steps + later.steps)
 
 
 class Phase(NamedTuple):
@@ -95,11 +99,11 @@ class TraceWriter:
     def __init__(self, path: str | Path, header: TraceHeader):
         self.header = header
         self._archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
-        self._pending: list[Window] = []
+        self._pending: list[TraceWindow] = []
         self._phases: list[tuple[str, int]] = []
         self._num_windows = self._num_chunks = 0
 
-    def add(self, window: Window) -> None:
+    def add(self, window: TraceWindow) -> None:
         """Append one window."""
         self._pending.append(window)
         self._num_windows += 1
@@ -179,7 +183,7 @@ class Trace:
         unmarked = [Phase("start", 0, starts[0] if starts else self.num_windows)]
         self.phases = [phase for phase in unmarked if phase.end] + marked
 
-    def windows(self) -> Iterator[Window]:
+    def windows(self) -> Iterator[TraceWindow]:
         """All windows in order."""
         num_layers, num_experts = self.header.shape
         with np.load(self.path, allow_pickle=False) as archive:
@@ -191,7 +195,7 @@ class Trace:
                     mass = np.zeros(num_layers * num_experts)
                     entries = slice(starts[i], starts[i + 1])
                     mass[index[entries]] = values[entries]
-                    yield Window(mass.reshape(num_layers, num_experts), tokens[i].astype(np.int64), int(steps[i]))
+                    yield TraceWindow(mass.reshape(num_layers, num_experts), tokens[i].astype(np.int64), int(steps[i]))
 
 
 def _read_header(archive: np.lib.npyio.NpzFile, path: Path) -> TraceHeader:

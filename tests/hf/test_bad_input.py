@@ -28,6 +28,7 @@ from dynaexq.errors import (
 )
 from dynaexq.memory import RamStore
 from dynaexq.quantization import ExpertCodec
+from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.experts import MixedPrecisionExperts
 
 AMPLE = 10**6
@@ -278,7 +279,7 @@ STEPS = {  # what patch goes through, and how often for two layers
     "write": (RamStore, "write", 2),
     "swap_class": (dynaexq.hf.model_patch, "swap_class", 4),
     "connect": (MixedPrecisionExperts, "connect", 2),
-    "show": (dynaexq.Runtime, "view", 2),
+    "show": (DeviceRuntime, "view", 2),
     "guard": (dynaexq.hf.model_patch.ModelPatch, "_guard_ancestors", 1),
     "attach": (dynaexq.hf.patcher, "DynaExqQuantizer", 1),
 }

@@ -27,7 +27,6 @@ from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.memory import DiskStore, RamStore
 from dynaexq.quantization import ExpertCodec, offered
-from dynaexq.runtime.multi_device import MultiDeviceRuntime
 from dynaexq.weights.quantize_experts import SourceStore
 
 AMPLE = 10**6
@@ -164,7 +163,7 @@ def test_any_ladder_that_the_planes_allow_reads_the_codes_that_were_stored(
     else:
         assert torch.equal(tiny.logits(model), tiny.logits(load(packed, tiers=("int4",))))
     if len(tiers) == 2:
-        gain = model.dynaexq._control.controller.gain
+        gain = model.dynaexq.devices[0].control.controller.gain
         assert (gain > 0).all()
 
 
@@ -219,7 +218,7 @@ def test_upgrades_of_a_16_bit_checkpoint_wait_where_they_are_told_to(
     source: Path, tiers: tuple[str, ...], host_copy: str, store: type
 ) -> None:
     model = load(source, tiers=tiers, host_copy=host_copy)
-    assert type(model.dynaexq._pipeline.store) is store
+    assert type(model.dynaexq.devices[0].pipeline.store) is store
     assert torch.equal(tiny.logits(model), tiny.logits(patched(source, tiers=tiers)))
 
 
@@ -228,7 +227,7 @@ def test_upgrades_of_a_packed_checkpoint_stay_in_its_files_unless_ram_is_asked_f
     packed: Path, host_copy: str, store: type
 ) -> None:
     model = load(packed, host_copy=host_copy)
-    assert type(model.dynaexq._pipeline.store) is store
+    assert type(model.dynaexq.devices[0].pipeline.store) is store
     assert model.dynaexq.stats()["host_bytes"] == (0 if store is PackedStore else 16 * 6144)
     assert torch.equal(tiny.logits(model), tiny.logits(load(packed)))
 
@@ -243,7 +242,7 @@ def test_a_full_disk_falls_back_to_ram_with_a_sentence(
     model = load(source, tiers=("int2", "int4"), host_copy="disk")
     assert "No space left on device" in caplog.text
     assert "wait in RAM instead" in caplog.text
-    assert type(model.dynaexq._pipeline.store) is RamStore
+    assert type(model.dynaexq.devices[0].pipeline.store) is RamStore
 
 
 def test_a_damaged_upgrade_costs_quality_and_not_the_answer(packed: Path, tmp_path: Path) -> None:
@@ -421,7 +420,7 @@ def test_patch_says_which_weights_it_expects_where(
 def test_a_device_map_of_one_device_is_that_device(source: Path) -> None:
     for device_map in ("cpu", {"": "cpu"}, "auto", torch.device("cpu")):
         model = load(source, device_map=device_map, tiers=("int4",))
-        assert model.dynaexq.device == torch.device("cpu")
+        assert model.dynaexq.devices[0].device == torch.device("cpu")
 
 
 def test_a_device_and_a_device_map_are_one_too_many(source: Path) -> None:
@@ -445,9 +444,9 @@ def test_layers_on_two_devices_get_a_runtime_and_a_budget_each(source: Path, mon
     one = load(source, tiers=("int2", "int4"))
     monkeypatch.setattr("dynaexq.hf.load._device_of", lambda model, layer: devices[layer.name])
     two = load(source, tiers=("int2", "int4"))
-    assert isinstance(two.dynaexq, MultiDeviceRuntime)
+    assert len(two.dynaexq.devices) == 2
     assert torch.equal(tiny.logits(two), tiny.logits(one))
-    first, second = two.dynaexq.runtimes
+    first, second = two.dynaexq.devices
     assert [runtime.plan.budget for runtime in (first, second)] == [AMPLE, AMPLE]
     assert (two.dynaexq.tiers() == one.dynaexq.tiers()).all()
     assert two.dynaexq.stats()["experts"] == 16

@@ -168,12 +168,7 @@ class EchoMachine(RuleBasedStateMachine):
     def resize(self, num_slots: int, now: bool) -> None:
         if not now:
             return
-        pool = self.memory.pool
-        surplus = pool.surplus(num_slots, self.pipeline.worth(SCORE))
-        if surplus:
-            self.pipeline.vacate(surplus)
-            pool.drop(surplus)
-        pool.grow(num_slots - pool.num_slots)
+        self.pipeline.resize(num_slots, SCORE)
         RAN["resizes"] += 1
 
     # What the program launches. Any of it may wait in the queue for long.

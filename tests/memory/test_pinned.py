@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 
-import dynaexq
 from dynaexq.errors import StoreError
 from dynaexq.memory import CudaCopier, HostMailbox, RamStore
 from dynaexq.memory.pinned import PageLocked
@@ -181,9 +180,9 @@ def test_a_runtime_that_is_collected_on_the_staging_thread_closes_without_waitin
         gc.collect()
         collected.set()
 
-    monkeypatch.setattr(dynaexq.runtime.runtime, "copier_for", copier_for)
+    monkeypatch.setattr("dynaexq.runtime.device_runtime.copier_for", copier_for)
     model = tiny.tiny_qwen3_moe()
-    pipeline = patching.patch(model, 10**6, tiers=("int2", "int4"), quantizer="rtn")._pipeline
+    pipeline = patching.patch(model, 10**6, tiers=("int2", "int4"), quantizer="rtn").devices[0].pipeline
     runtime = weakref.ref(model.dynaexq)
     assert pipeline.submit(Transition(0, 0, promote=False))
     monkeypatch.setattr(RamStore, "read_into", read_into)

@@ -25,13 +25,11 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 import dynaexq
-import dynaexq.runtime.runtime
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
 from dynaexq.memory import HostMailbox
 from dynaexq.memory.copy_engine import WORDS_PER_PAGE, Arrivals, last_word
-from dynaexq.runtime.multi_device import MultiDeviceRuntime
 from dynaexq.runtime.tick_loop import Poller, StepCount
 
 SECONDS = 20  # long enough for any thread on any machine
@@ -40,8 +38,8 @@ PLAYED_BACK: ContextVar[bool] = ContextVar("PLAYED_BACK", default=False)
 
 @pytest.fixture(autouse=True)
 def _a_gpu_played_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynaexq.runtime.runtime, "exchange_for", lambda device, dtype: PlainExchange())
-    monkeypatch.setattr(dynaexq.runtime.runtime, "is_capturing", lambda device: PLAYED_BACK.get())
+    monkeypatch.setattr("dynaexq.runtime.device_runtime.exchange_for", lambda device, dtype: PlainExchange())
+    monkeypatch.setattr("dynaexq.runtime.device_runtime.is_capturing", lambda device: PLAYED_BACK.get())
 
 
 @contextlib.contextmanager
@@ -99,8 +97,10 @@ def test_eager_forwards_and_replays_of_one_model_find_the_same_table() -> None:
     assert model.dynaexq.stats()["steps"] == 30 * 4
     assert_answers_as_published(model, original)
     tiny.logits(model)
-    entries, kinds = model.dynaexq._memory.table.entries.numpy(), model.dynaexq._memory.table.kinds()
-    np.testing.assert_array_equal(entries & 0xFF, kinds, "the device has what the host has published")
+    table = model.dynaexq.devices[0].memory.table
+    np.testing.assert_array_equal(
+        table.entries.numpy() & 0xFF, table.kinds(), "the device has what the host published"
+    )
     model.dynaexq.close()
 
 
@@ -177,7 +177,7 @@ def test_the_thread_ends_when_a_patch_is_taken_back() -> None:
 
 def test_the_thread_does_not_keep_a_forgotten_model_alive() -> None:
     model = patched()
-    runtime, slabs = weakref.ref(model.dynaexq), weakref.ref(model.dynaexq._memory.pool)
+    runtime, slabs = weakref.ref(model.dynaexq), weakref.ref(model.dynaexq.devices[0].memory.pool)
     with replaying():
         tiny.logits(model)
     (thread,) = pollers()
@@ -215,8 +215,8 @@ def test_the_budget_changes_between_replays_and_no_freed_slot_stays_in_the_devic
     for slots in (4, 0, 2, 7, 1, 4):
         runtime.set_budget(total + (slots - 4) * slot)
         assert runtime.memory()["total"] <= runtime.plan.budget
-        for entry in runtime._memory.table.entries[runtime._memory.table.entries > 0].tolist():
-            runtime._memory.pool.at(entry & ~0xFF)  # a KeyError says that its memory is gone
+        for entry in runtime.devices[0].memory.table.entries[runtime.devices[0].memory.table.entries > 0].tolist():
+            runtime.devices[0].memory.pool.at(entry & ~0xFF)  # a KeyError says that its memory is gone
         with replaying():
             for _ in range(5):
                 tiny.logits(model)
@@ -258,7 +258,8 @@ def test_generate_may_compile_where_precision_follows_replays(monkeypatch: pytes
     monkeypatch.undo()
     other = patched()
     assert not other.hf_quantizer.is_compileable, "on a CPU there is nothing to gain"
-    groups = [MultiDeviceRuntime([(model.dynaexq, [0, 1]), (rt, [2, 3])]) for rt in (model.dynaexq, other.dynaexq)]
+    first, second = (rt.dynaexq.devices[0] for rt in (model, other))
+    groups = [dynaexq.Runtime(model, [(first, [0, 1]), (part, [2, 3])]) for part in (first, second)]
     assert [group.follows_replays for group in groups] == [True, False], "every device must"
 
 

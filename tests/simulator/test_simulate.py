@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dynaexq.cli.app import app
 from dynaexq.errors import BudgetError, SettingsError, TraceError
 from dynaexq.settings import Settings
-from dynaexq.simulator.replay import Machine, Slots, replay
+from dynaexq.simulator.replay import ImaginedSlots, Machine, replay
 from dynaexq.simulator.simulate import gains, parse_options, provided, simulate
 from dynaexq.traces import WORKLOADS, Trace, generate
 from dynaexq.types import Transition
@@ -120,7 +120,7 @@ def test_yardsticks_keep_their_order(shifting: Trace) -> None:
 
 
 def test_slots_are_never_oversubscribed_and_copies_take_the_time_of_the_link() -> None:
-    slots = Slots(Machine(2, 100, link=100.0, tokens_per_second=1.0), (1, 4))
+    slots = ImaginedSlots(Machine(2, 100, link=100.0, tokens_per_second=1.0), (1, 4))
     promote = [Transition(0, expert, promote=True) for expert in range(4)]
     assert [slots.submit(move) for move in promote] == [True, True, False, False]
     assert not slots.submit(promote[0])
@@ -135,7 +135,7 @@ def test_slots_are_never_oversubscribed_and_copies_take_the_time_of_the_link() -
 
 
 def test_an_expert_on_its_way_cannot_be_demoted() -> None:
-    slots = Slots(Machine(1, 100, link=1.0, tokens_per_second=1.0), (1, 2))
+    slots = ImaginedSlots(Machine(1, 100, link=1.0, tokens_per_second=1.0), (1, 2))
     slots.submit(Transition(0, 0, promote=True))
     assert not slots.submit(Transition(0, 0, promote=False))
     assert slots.upgraded[0, 0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shifting import EVENING, MORNING, patched, run
 
 from dynaexq.errors import ClosedError, TraceError
-from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, TraceWriter, Window, generate
+from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, TraceWindow, TraceWriter, generate
 from dynaexq.traces.synthetic import Workload, _Traffic
 from dynaexq.traces.trace_file import WINDOWS_A_CHUNK
 from dynaexq.types import ExpertShape
@@ -32,7 +32,7 @@ def test_every_window_comes_back(tmp_path_factory, num_windows, num_layers, num_
         for _ in range(num_windows):
             shape = num_layers, num_experts
             mass = (rng.random(shape, dtype=np.float32) * (rng.random(shape) < 0.3)).astype(float)
-            windows.append(Window(mass, rng.integers(0, 9, num_layers), int(rng.integers(1, 9))))
+            windows.append(TraceWindow(mass, rng.integers(0, 9, num_layers), int(rng.integers(1, 9))))
             writer.add(windows[-1])
     trace = Trace(path)
     assert trace.num_windows == num_windows
@@ -57,7 +57,7 @@ def test_the_header_comes_back(tmp_path):
 
 
 def test_phases_begin_where_they_are_marked(tmp_path):
-    window = Window(np.ones((2, 5)), np.ones(2, dtype=int), 1)
+    window = TraceWindow(np.ones((2, 5)), np.ones(2, dtype=int), 1)
     with TraceWriter(tmp_path / "a.npz", header()) as writer:
         for name, count in (("", 2), ("text", 3), ("empty", 0), ("code", WINDOWS_A_CHUNK)):
             if name:
@@ -71,13 +71,13 @@ def test_phases_begin_where_they_are_marked(tmp_path):
 def test_no_more_than_a_chunk_is_held(tmp_path):
     with TraceWriter(tmp_path / "a.npz", header()) as writer:
         for _ in range(3 * WINDOWS_A_CHUNK):
-            writer.add(Window(np.ones((2, 5)), np.ones(2, dtype=int), 1))
+            writer.add(TraceWindow(np.ones((2, 5)), np.ones(2, dtype=int), 1))
             assert len(writer._pending) < WINDOWS_A_CHUNK
 
 
 def spoilt(path: Path, how: str) -> None:
     with TraceWriter(path, header()) as writer:
-        writer.add(Window(np.ones((2, 5)), np.ones(2, dtype=int), 1))
+        writer.add(TraceWindow(np.ones((2, 5)), np.ones(2, dtype=int), 1))
     whole = path.read_bytes()
     if how == "cut off":
         path.write_bytes(whole[: len(whole) // 2])
@@ -132,7 +132,7 @@ def test_a_model_is_recorded_while_it_runs(tmp_path):
     assert before.sum() > 0
     found = trace.header
     assert (found.layers, found.top_k, found.tiers) == (("model.layers.0.mlp", "model.layers.1.mlp"), 2, rt.plan.tiers)
-    np.testing.assert_allclose(found.errors, rt._errors, rtol=1e-6)
+    np.testing.assert_allclose(found.errors, rt.devices[0].errors, rtol=1e-6)
     assert found.dense == rt.memory()["dense"]
 
 

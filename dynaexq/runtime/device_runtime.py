@@ -1,0 +1,230 @@
+"""Precision management of the layers of a model that lie on one device: it owns the memory, and ticks.
+
+A move spans several ticks, none of which waits: `policy.ControlLoop.step` has the story. Layers never see this object;
+each is handed what joins it to the memory (`LayerPorts`) when the model is patched. Users see `Runtime`.
+"""
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynaexq.errors import BudgetError, ClosedError
+from dynaexq.kernels import exchange_for
+from dynaexq.memory import DeviceMemory, SwapPipeline, bytes_per_second, copier_for, on_device
+from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
+from dynaexq.policy.controller import ControlLoop, Window
+from dynaexq.policy.rate_limit import CopyRateLimiter
+from dynaexq.quantization import ExpertCodec
+from dynaexq.runtime.experts import LayerPorts
+from dynaexq.runtime.moe import LayerView
+from dynaexq.runtime.report import RoutingTotals
+from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
+from dynaexq.settings import Settings
+from dynaexq.types import BITS, MemoryPlan
+from dynaexq.weights.export import StoredExperts
+from dynaexq.weights.sources import ExpertLoader
+
+logger = logging.getLogger(__name__)
+
+Listener = Callable[[Window], None]
+
+
+class DeviceRuntime:
+    """Experts of `plan.num_layers` layers on one device, loaded when the constructor returns.
+
+    Every expert is put in its place, then every upgrade slot is filled by the error it removes. If that fails,
+    everything that was allocated is freed.
+
+    Args:
+        loader: where the experts come from.
+        base: the base slab, if it was prefetched; see `memory.DeviceMemory`.
+        listener: called with every tick's window.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: MemoryPlan,
+        codec: ExpertCodec,
+        settings: Settings,
+        device: torch.device,
+        loader: ExpertLoader,
+        base: Tensor | None = None,
+    ):
+        self.plan, self.codec, self.settings, self.device = plan, codec, settings, device
+        self.frozen = self.closed = False
+        self.ticks, self.totals = 0, RoutingTotals()
+        self.listener: Listener | None = None
+        self._model = weakref.ref(model)
+        self._ticking = threading.Lock()
+        slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)
+        self.memory = DeviceMemory(
+            plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base, exchange
+        )
+        self.steps, self.poller = StepCount(self.memory, settings.update_interval), Poller(self._look)
+        with on_device(device):  # where memory is locked
+            self.errors, store = loader.place(codec, self.memory.base, settings)
+        try:
+            copier = copier_for(device, slot_nbytes, staged=store.page_locked(0) is None)
+        except BaseException:
+            store.close()
+            raise
+        self.pipeline = SwapPipeline(self.memory.table, self.memory.pool, store, copier, BITS[plan.tiers[-1]])
+        weakref.finalize(self, SwapPipeline.forget, self.pipeline)
+        weakref.finalize(self, Poller.stop, self.poller)  # the later one goes first
+        limit = CopyRateLimiter(bytes_per_second(settings.copy_rate_limit, device), slot_nbytes)
+        gain = self.errors[..., 0] - self.errors[..., -1]
+        self.control = ControlLoop((plan.num_layers, plan.num_experts), gain, limit, settings)
+        try:
+            self._fill()
+        except BaseException:
+            self.pipeline.close()
+            raise
+
+    @property
+    def follows_replays(self) -> bool:
+        """Whether precision goes on changing while CUDA graphs of the model are replayed, where no Python runs."""
+        return self.memory.follows_replays
+
+    def ports(self, layer: int) -> LayerPorts:
+        """What joins one layer's experts to the memory; the first layer's forward is where steps are counted."""
+        return LayerPorts(layer, self.memory, self._on_forward if layer == 0 else None)
+
+    def view(self, layer: int) -> LayerView:
+        """What one layer's sparse block shows."""
+        return LayerView(layer, self.control.tracker, self.control.controller, self.pipeline, self.plan.base.bits)
+
+    @property
+    def stored(self) -> StoredExperts:
+        """Its experts where they lie; once closed, without those that wait on the host."""
+        return StoredExperts(self.codec, self.memory.base, self.errors, None if self.closed else self.pipeline.store)
+
+    def tick(self) -> bool:
+        """One step of control, unless another one is at work or a CUDA graph is being captured; whether it ran."""
+        self._check_open()
+        return not is_capturing(self.device) and self._try_tick()
+
+    def drain(self) -> None:
+        """Wait for every copy in flight and publish it."""
+        self._check_open()
+        with self._ticking:
+            self.pipeline.drain()
+
+    def freeze(self) -> None:
+        """Publish what is in flight, then leave every expert at its precision."""
+        with self._ticking:
+            self.pipeline.drain()
+            self.frozen = True
+
+    def thaw(self) -> None:
+        """Undo `freeze`."""
+        self._check_open()
+        self.frozen = False
+
+    def slots_within(self, budget: int) -> int:
+        """Upgrade slots that `budget` bytes leave room for; a BudgetError if not even the bases fit."""
+        self._check_open()
+        parts = self.nbytes()
+        fixed = sum(parts.values()) - parts["upgrade"]
+        if budget < fixed:
+            raise BudgetError(
+                f"hbm_budget of {budget:,} bytes is too small: dense weights, workspace and every expert's "
+                f"{self.plan.base.precision} base take {fixed:,}; give that much, or patch again with lower tiers",
+                budget,
+                fixed,
+            )
+        slot_nbytes = self.memory.pool.slot_nbytes
+        return min(self.memory.table.kinds().size, (budget - fixed) // slot_nbytes) if slot_nbytes else 0
+
+    @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
+    def set_budget(self, budget: int) -> None:
+        """Shrink or grow the upgrade slab; the new ceiling holds when this returns."""
+        with self._ticking:
+            num_slots = self.slots_within(budget)
+            self.pipeline.resize(num_slots, self.control.controller.score(self.control.tracker.hotness))
+            self.plan = replace(self.plan, budget=budget, num_slots=num_slots)
+            if not self.frozen:
+                self._fill()
+
+    @torch.inference_mode(False)  # as above
+    def warm_start(self, hotness: np.ndarray) -> None:
+        """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them."""
+        self._check_open()
+        with self._ticking:
+            self.control.tracker.hotness = np.array(hotness, dtype=np.float64)
+            self.pipeline.keep(self.control.best_set(self.pipeline))
+            self._fill()
+
+    def close(self) -> None:
+        """Wait once for what is in flight, then stop for good."""
+        self.poller.stop()
+        with self._ticking:
+            if not self.closed:
+                self.frozen = self.closed = True
+                self.pipeline.close()
+
+    def nbytes(self) -> dict[str, int]:
+        """Device bytes really allocated, by purpose."""
+        model = self._model()
+        held = () if model is None else (t for t in held_tensors(model) if t.device == self.device)
+        return {"dense": weight_bytes(held), **self.memory.parts()}
+
+    def upgraded(self) -> np.ndarray:
+        """Experts with a published upgrade, bool `[L, E]`."""
+        return self.memory.table.kinds() > 0
+
+    def _on_forward(self, tokens: int) -> None:
+        if not is_capturing(self.device):
+            self.steps.add()
+            self._look()
+            self.steps.add_tokens(tokens)
+        elif self.follows_replays:
+            self.poller.start()
+
+    def _look(self) -> int:
+        """Tick if it is time, from a forward or from the poller; how many forwards there were so far."""
+        try:
+            if self.steps.is_due:
+                self._try_tick()
+        except Exception:
+            if not callable(self.settings.policy):
+                raise
+            logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
+            self.frozen = True
+        return self.steps.total
+
+    @torch.inference_mode(False)  # as above
+    def _try_tick(self) -> bool:
+        if not self._ticking.acquire(blocking=False):
+            return False
+        try:
+            if not self.closed:
+                self._tick()
+            return not self.closed
+        finally:
+            self._ticking.release()
+
+    def _tick(self) -> None:
+        """One tick: what was routed since the last one, and what that decides."""
+        self.ticks += 1
+        upgraded, steps = self.upgraded(), self.steps.take()
+        mass, tokens = self.memory.counter.drain()
+        window = Window(mass, tokens, steps, self.memory.counter.top_k, upgraded)
+        self.totals.add(window)
+        if self.listener is not None:
+            self.listener(window)
+        self.control.step(window, self.pipeline, self.frozen)
+
+    def _fill(self) -> None:
+        self.control.fill(self.pipeline)
+        self.pipeline.drain()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("this runtime was closed; patch the model again to manage its precision")

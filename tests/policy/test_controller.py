@@ -1,0 +1,105 @@
+"""One tick, told once: whatever holds the slots, the same windows begin the same moves."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynaexq.memory import DeviceMemory, EagerCopier, RamStore, SwapPipeline
+from dynaexq.policy.controller import ControlLoop, Slots, Window
+from dynaexq.policy.rate_limit import CopyRateLimiter
+from dynaexq.settings import Settings
+from dynaexq.simulator.replay import ImaginedSlots, Machine
+
+SHAPE = LAYERS, EXPERTS = 3, 6
+SLOT_NBYTES = 256
+
+
+def best_by_score(score: np.ndarray, upgraded: np.ndarray, slots: int) -> np.ndarray:
+    """A policy of a user's own."""
+    wanted = np.zeros(score.size, dtype=bool)
+    wanted[np.argsort(-score, axis=None)[:slots]] = True
+    return wanted.reshape(score.shape)
+
+
+OPTIONS = (
+    {"policy": "topn", "auto_pause": False, "half_life": 4.0},
+    {"policy": "topn", "auto_pause": True, "half_life": 4.0},
+    {"policy": "topn", "auto_pause": False, "allocation": "per_layer", "alpha": 0.5},
+    {"policy": "threshold", "tau_h": 0.2, "tau_c": 0.1},
+    {"policy": "frozen"},
+    {"policy": best_by_score},
+)
+
+
+def pipeline(num_slots: int) -> SwapPipeline:
+    """A real pipeline on the CPU: real slots, copied to at once."""
+    memory = DeviceMemory(LAYERS, EXPERTS, 256, SLOT_NBYTES, num_slots, torch.device("cpu"))
+    store = RamStore(LAYERS * EXPERTS, SLOT_NBYTES)
+    return SwapPipeline(memory.table, memory.pool, store, EagerCopier(), kind=4)
+
+
+def loop(options: dict, seed: int) -> ControlLoop:
+    gain = np.random.default_rng(seed).random(SHAPE) + 0.1
+    return ControlLoop(SHAPE, gain, CopyRateLimiter(None, SLOT_NBYTES), Settings(**options))
+
+
+def routed(seed: int, count: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Mass, tokens and steps of several windows, some of them empty."""
+    rng = np.random.default_rng(seed)
+    return [
+        (rng.random(SHAPE) ** 4 * tokens, np.full(LAYERS, tokens), int(rng.integers(1, 4)))
+        for tokens in rng.integers(0, 9, count)
+    ]
+
+
+@settings(max_examples=60)
+@given(
+    options=st.sampled_from(OPTIONS),
+    num_slots=st.integers(0, LAYERS * EXPERTS),
+    seed=st.integers(0, 999),
+    frozen=st.sets(st.integers(0, 11)),
+)
+def test_a_pipeline_and_an_imagined_one_begin_the_same_moves(options, num_slots, seed, frozen):
+    real, imagined = pipeline(num_slots), ImaginedSlots(Machine(num_slots, SLOT_NBYTES, np.inf, 1.0), SHAPE)
+    loops = loop(options, seed), loop(options, seed)
+    slots: tuple[Slots, Slots] = (real, imagined)
+    for control, held in zip(loops, slots, strict=True):
+        control.fill(held)
+        held.drain()
+    for number, (mass, tokens, steps) in enumerate(routed(seed, 12)):
+        imagined.now += 1.0
+        upgraded = real.table.kinds() > 0
+        np.testing.assert_array_equal(upgraded, imagined.published)
+        window = Window(mass, tokens, steps, top_k=2, upgraded=upgraded)
+        begun = [control.step(window, held, number in frozen) for control, held in zip(loops, slots, strict=True)]
+        assert begun[0] == begun[1]
+        assert real.num_free == imagined.num_free
+        np.testing.assert_array_equal(real.upgraded, imagined.upgraded)
+    assert str(loops[0].verdict(real.upgraded)) == str(loops[1].verdict(imagined.upgraded))
+
+
+def test_a_tick_without_slots_observes_and_moves_nothing():
+    control, held = loop(OPTIONS[0], 0), pipeline(0)
+    before = control.tracker.hotness.copy()
+    window = Window(np.eye(LAYERS, EXPERTS), np.full(LAYERS, 5), 1, 2, np.zeros(SHAPE, dtype=bool))
+    assert control.step(window, held) == []
+    assert (control.tracker.hotness != before).any()
+
+
+def test_where_copies_fail_no_expert_loses_its_upgrade_to_another():
+    control, held = loop(OPTIONS[0], 3), pipeline(4)
+    control.fill(held)
+    held.drain()
+    kept = held.upgraded.copy()
+    windows = [Window(*parts, 2, kept) for parts in routed(5, 8)]
+    held.failing = True
+    assert not any(control.step(window, held) for window in windows)
+    np.testing.assert_array_equal(held.upgraded, kept)
+    held.failing = False
+    assert any(control.step(window, held) for window in windows), "else this test shows nothing"
+
+
+def test_the_coverage_of_a_window_without_mass_is_none():
+    empty = Window(np.zeros(SHAPE), np.zeros(LAYERS, dtype=int), 0, 1, np.ones(SHAPE, dtype=bool))
+    assert empty.coverage == 0.0
