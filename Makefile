@@ -30,18 +30,13 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# `make bench` lists the benchmarks; `make bench NAME=layers/cpu` runs one.
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/precision_table.py
-	$(BIN)/python benchmarks/policy_speed.py
-	$(BIN)/python benchmarks/cpu_layer.py
-	$(BIN)/python benchmarks/cpu_model.py
+	$(BIN)/python benchmarks/registry.py $(NAME)
 
-# Table 1 needs lm-evaluation-harness besides: see benchmarks/table1_accuracy.py.
+# The paper's figures. Table 1 needs lm-evaluation-harness besides: `make bench NAME=figures/table1`.
 figures: $(VENV)/installed
-	$(BIN)/python benchmarks/fig1_activation.py
-	$(BIN)/python benchmarks/fig3_timeline.py
-	$(BIN)/python benchmarks/fig4_perplexity.py
-	$(BIN)/python benchmarks/fig5_latency.py
+	for number in 1 3 4 5; do $(BIN)/python benchmarks/registry.py figures/$$number || exit 1; done
 
 # torch goes first: what depends on it would otherwise bring the newest build with every CUDA library.
 $(VENV)/installed: pyproject.toml

@@ -3,7 +3,12 @@
 >>> import dynaexq
 >>> runtime = dynaexq.patch(model, hbm_budget="20GiB")   # doctest: +SKIP
 >>> model.generate(**inputs)                             # doctest: +SKIP
+
+Importing this package is cheap: what is named below is imported when it is first used.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dynaexq.errors import (
     BudgetError,
@@ -19,10 +24,20 @@ from dynaexq.errors import (
     UnpatchError,
     UnsupportedModelError,
 )
-from dynaexq.hf import DynaExqConfig, calibrate, patch, unpatch
-from dynaexq.runtime.moe import DynaExqMoE
-from dynaexq.runtime.runtime import Runtime
-from dynaexq.settings import Settings
+from dynaexq.hf import registration
+
+if TYPE_CHECKING:
+    from dynaexq.hf.calibration import calibrate
+    from dynaexq.hf.config import DynaExqConfig
+    from dynaexq.hf.patcher import patch, unpatch
+    from dynaexq.policy.benefit import Verdict
+    from dynaexq.quantization.moments import Moments
+    from dynaexq.runtime.moe import DynaExqMoE
+    from dynaexq.runtime.report import Report
+    from dynaexq.runtime.runtime import Runtime
+    from dynaexq.settings import Settings
+    from dynaexq.traces.recorder import Recording
+    from dynaexq.types import MemoryPlan
 
 __version__ = "0.1.0"
 
@@ -34,8 +49,12 @@ __all__ = [
     "DynaExqError",
     "DynaExqMoE",
     "HotnessError",
+    "MemoryPlan",
+    "Moments",
     "PatchError",
     "QuantizationError",
+    "Recording",
+    "Report",
     "Runtime",
     "Settings",
     "SettingsError",
@@ -43,8 +62,39 @@ __all__ = [
     "TraceError",
     "UnpatchError",
     "UnsupportedModelError",
+    "Verdict",
     "__version__",
     "calibrate",
     "patch",
     "unpatch",
 ]
+
+_HOME = {
+    "DynaExqConfig": "dynaexq.hf.config",
+    "DynaExqMoE": "dynaexq.runtime.moe",
+    "MemoryPlan": "dynaexq.types",
+    "Moments": "dynaexq.quantization.moments",
+    "Recording": "dynaexq.traces.recorder",
+    "Report": "dynaexq.runtime.report",
+    "Runtime": "dynaexq.runtime.runtime",
+    "Settings": "dynaexq.settings",
+    "Verdict": "dynaexq.policy.benefit",
+    "calibrate": "dynaexq.hf.calibration",
+    "patch": "dynaexq.hf.patcher",
+    "unpatch": "dynaexq.hf.patcher",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynaexq' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+registration.announce()

@@ -1,10 +1,14 @@
 """The command line: `dynaexq demo`, `plan`, `quantize`, `simulate`, `version`."""
 
+import gc
+import os
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+import dynaexq
 from dynaexq.errors import SettingsError
 
 
@@ -20,6 +24,21 @@ def _tiers_of(text: str) -> tuple[str, ...]:
 
 
 app = typer.Typer(help="Mixture-of-experts models under a hard memory budget.", no_args_is_help=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    """Mixture-of-experts models under a hard memory budget."""
 
 
 @app.command()
@@ -51,6 +70,16 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the card, such as 24GiB; several common ones if left out.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu: plan for this machine's RAM; cuda: for its card, if it has one.")
+    ] = None,
+    tiers: Annotated[
+        str | None, typer.Option(help="Base and upgrade, such as int4,int8; the best if left out.")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Dense linear layers in bnb-4bit or bnb-8bit; sizes by arithmetic.")
+    ] = None,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     context: Annotated[int, typer.Option(help="Tokens of a sequence that the cache must hold.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
@@ -60,30 +89,13 @@ def plan(
     ] = None,
 ) -> None:
     """Show what of a model fits a card, from its configuration alone: no weights are read, and no GPU is needed."""
-    import transformers
+    named = {"tiers": tiers and _tiers_of(tiers), "dense": dense, "device": device}
+    options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    options |= {"group_size": group_size} if group_size != 64 else {}
+    gc.disable()  # what heavy imports create is not garbage, and searching it takes a fifth of their time
+    from dynaexq.cli.plan import run
 
-    from dynaexq.cli.plan_tables import show_card, show_cards, write_json
-    from dynaexq.hf.config import DynaExqConfig
-    from dynaexq.hf.model_size import model_size
-    from dynaexq.planning.estimate import estimate_card, require_fit
-    from dynaexq.planning.hardware import CARDS
-    from dynaexq.settings import parse_bytes
-
-    transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
-    cards = CARDS if gpu is None else {gpu: parse_bytes(gpu, "--gpu")}
-    room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
-    size = model_size(source, DynaExqConfig(max_context=context, max_batch=batch))
-    estimates = {name: estimate_card(size, card, room) for name, card in cards.items()}
-    if gpu is not None:
-        require_fit(size, estimates[gpu])
-    if json is not None:
-        write_json(size, estimates, str(json))
-    if str(json) == "-":
-        return
-    if gpu is None:
-        show_cards(size, estimates)
-    else:
-        show_card(size, estimates[gpu])
+    run(source, gpu, options, context, batch, host_ram, None if json is None else str(json))
 
 
 @app.command()
@@ -200,12 +212,10 @@ def simulate(
 @app.command()
 def version() -> None:
     """Print the versions of dynaexq and of what it builds on."""
-    import torch
-    import transformers
+    from importlib.metadata import version as installed
 
-    import dynaexq
-
-    typer.echo(f"dynaexq {dynaexq.__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    packages = ("torch", "transformers")
+    typer.echo(", ".join([f"dynaexq {dynaexq.__version__}", *(f"{name} {installed(name)}" for name in packages)]))
 
 
 def main() -> None:
@@ -216,7 +226,18 @@ def main() -> None:
         app()
     except (DynaExqError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        raise SystemExit(1) from error
+        _exit(1)
+    except SystemExit as leaving:
+        _exit(leaving.code)
+
+
+def _exit(code: Any) -> NoReturn:
+    """Leave; at once after a short command, as taking apart what PyTorch has set up takes a second."""
+    if gc.isenabled() or not isinstance(code, int):
+        raise SystemExit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.errors import CheckpointError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
-from dynaexq.hf import DynaExqConfig, patch
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.meta_model import meta_model
+from dynaexq.hf.patcher import patch
 from dynaexq.runtime.runtime import Runtime
 
 SHARE_UPGRADED = 0.2

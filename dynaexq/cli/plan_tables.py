@@ -1,8 +1,8 @@
-"""What `dynaexq plan` found, as tables for people and as JSON for programs. It decides nothing."""
+"""What `dynaexq plan` found, as tables of 80 columns for people and as JSON for programs. It decides nothing."""
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,60 +10,103 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dynaexq.planning.budget import RESERVED_SHARE
-from dynaexq.planning.estimate import CardEstimate, ModelSize, TierEstimate, least_card
+from dynaexq.planning.budget import RESERVED_SHARE, ModelSpec
+from dynaexq.planning.estimate import CardEstimate, Remedy, TierEstimate, least_card
 from dynaexq.planning.hardware import DISK_RATE, DRIVER_BYTES, ENCODE_RATE
-from dynaexq.types import MemoryPlan
 
+WIDTH = 80
 INDEX_TOLERANCE = 0.01  # of the weights; beyond it, the index and the configuration count different things
-PRICE = ("upgrades wait", "start: packed", "16 bit")
 
 
-def show_card(size: ModelSize, found: CardEstimate) -> None:
-    """Print all ladders that fit on one card."""
-    columns = ("", "ladder", "hot a layer", "share", "base", "upgrade", "weights", "loss", *PRICE)
-    table = _table(columns, names=("", "ladder"))
+def show_card(spec: ModelSpec, found: CardEstimate, source: str, options: Mapping[str, Any]) -> None:
+    """Print all tiers that fit on one card, and the call that takes the best.
+
+    Args:
+        source: where the model is, for the call to paste.
+        options: those that are not defaults, for the call to paste.
+    """
+    columns = ("", "tiers", "hot/layer", "share", "base", "upgr.", "total", "loss", "upgrades wait")
+    table = _table(columns, names=("", "tiers"))
     for estimate in found.estimates:
         plan, mark = estimate.plan, "*" if estimate.is_auto else ""
         parts = map(gib, (plan.base_bytes, plan.upgrade_bytes, plan.total))
-        table.add_row(mark, *_ladder(estimate), *parts, f"{estimate.loss:.4f}", *_price(estimate))
+        table.add_row(mark, *_tiers(estimate), *parts, f"{estimate.loss:.4f}", _waiting(estimate))
     taken = (
-        f"{amount(found.card)} less driver {amount(found.driver)}, reserve {amount(found.reserve)}, KV cache "
-        f"{amount(found.cache)}, activations {amount(found.activations)}: hbm_budget {amount(found.budget)}, with "
-        f"dense weights {amount(size.dense)}, workspace {amount(size.workspace)}"
+        f"{amount(found.card.nbytes)} less driver {amount(found.card.driver)}, reserve {amount(found.reserve)}, "
+        f"KV cache {amount(found.cache)}, activations {amount(found.activations)}: hbm_budget {amount(found.budget)}, "
+        f"with dense weights {amount(spec.dense)}, workspace {amount(spec.workspace)}"
     )
-    _show(size, taken, table, ['* what tiers="auto" takes', *_notes(size, [found])])
+    notes = ["* what patch takes", *_notes(spec, [found])]
+    if found.auto is not None:
+        notes.insert(1, _start(spec, found.auto))
+    console = _console()
+    _show(console, spec, taken, table, notes)
+    if found.auto is not None:
+        console.print("\n".join(["", *calls(found.auto, source, options)]), style="bold", markup=False, soft_wrap=True)
 
 
-def show_cards(size: ModelSize, estimates: Mapping[str, CardEstimate]) -> None:
-    """Print what `tiers="auto"` takes on each of several cards."""
-    table = _table(("card", "hbm_budget", "ladder", "hot a layer", "share", "weights", "loss", *PRICE), ("ladder",))
-    for name, found in estimates.items():
+def show_cards(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> None:
+    """Print what `patch` takes on each of several cards."""
+    estimates = list(estimates)
+    columns = ("card", "hbm_budget", "tiers", "hot/layer", "share", "total", "loss", "upgrades wait")
+    table = _table(columns, ("tiers",))
+    for found in estimates:
         estimate, budget = found.auto, gib(max(found.budget, 0))
         if estimate is None:
-            table.add_row(name, budget, "nothing fits", style="dim")
+            table.add_row(found.card.name, budget, "nothing fits", style="dim")
             continue
         figures = gib(estimate.plan.total), f"{estimate.loss:.4f}"
-        table.add_row(name, budget, *_ladder(estimate), *figures, *_price(estimate))
-    least, base = least_card(size)
+        table.add_row(found.card.name, budget, *_tiers(estimate), *figures, _waiting(estimate))
+    least, base = least_card(spec, spec.choices)
     taken = (
-        f"less driver {amount(DRIVER_BYTES)}, reserve {RESERVED_SHARE:.0%}, KV cache {amount(size.cache)}, "
-        f"activations {amount(size.activations)}; dense weights {amount(size.dense)}, workspace "
-        f"{amount(size.workspace)}"
+        f"less driver {amount(DRIVER_BYTES)}, reserve {RESERVED_SHARE:.0%}, KV cache {amount(spec.cache)}, "
+        f"activations {amount(spec.activations)}; dense weights {amount(spec.dense)}, workspace "
+        f"{amount(spec.workspace)}"
     )
     smallest = f"The least card, with all experts at {base}, has {amount(least)}."
-    _show(size, taken, table, [smallest, *_notes(size, estimates.values())])
+    _show(_console(), spec, taken, table, [smallest, *_notes(spec, estimates)])
 
 
-def write_json(size: ModelSize, estimates: Mapping[str, CardEstimate], target: str) -> None:
+def no_fit(spec: ModelSpec, found: CardEstimate, remedies: Sequence[Remedy], source: str) -> str:
+    """Why nothing fits on a card, and what would, each with the call to paste."""
+    card = found.card
+    least, base = least_card(spec, spec.choices)
+    reason = (
+        f"{card.name} with {card.nbytes:,} bytes is too small for {spec.name}: {card.driver:,} for the driver, "
+        f"{max(found.reserve, 0):,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and "
+        f"{found.activations:,} of activations leave {max(found.budget, 0):,} for weights; with all experts at "
+        f"{base} it takes at least {least:,} ({amount(least)})"
+    )
+    lines = [reason]
+    for remedy in remedies:
+        changes = ", ".join(f"{name}={value!r}" for name, value in remedy.changes.items())
+        assert remedy.found.auto is not None, "a remedy is a fit"
+        lines += [f"It fits with {changes}:", *calls(remedy.found.auto, source, remedy.changes)]
+    return "\n".join(lines)
+
+
+def calls(estimate: TierEstimate, source: str, options: Mapping[str, Any]) -> list[str]:
+    """The two calls that take an estimate: on a loaded model, and from a checkpoint."""
+    chosen = {"hbm_budget": _size_to_paste(estimate), "tiers": estimate.plan.tiers}
+    named = chosen | {name: value for name, value in options.items() if name not in chosen}
+    common = {name: value for name, value in named.items() if name in ("hbm_budget", "tiers", "device", "dense")}
+    others = {name: value for name, value in named.items() if name not in common}
+    config = f", config=dynaexq.DynaExqConfig({_arguments(others)})" if others else ""
+    loading = f"quantization_config=dynaexq.DynaExqConfig({_arguments(named)})"
+    return [
+        f"dynaexq.patch(model, {_arguments(common)}{config})",
+        f'AutoModelForCausalLM.from_pretrained("{source}", {loading})',
+    ]
+
+
+def write_json(spec: ModelSpec, estimates: Iterable[CardEstimate], target: str) -> None:
     """Everything in the tables, in bytes and seconds and not rounded, to a file, or to the standard output for `-`."""
-    model = {key: figure for key, figure in asdict(size).items() if key not in ("ladders", "eligible")}
+    model = {key: figure for key, figure in asdict(spec).items() if key not in ("choices", "offered")}
     record = {
-        "model": model | {"least_card": least_card(size)[0]},
-        "rates": {"disk": DISK_RATE, "weights_quantized_per_core": ENCODE_RATE[size.quantizer]},
+        "model": model | {"least_card": least_card(spec)[0]},
+        "rates": {"disk": DISK_RATE, "weights_quantized_per_core": ENCODE_RATE[spec.quantizer]},
         "cards": {
-            name: asdict(found) | {"estimates": list(map(_record, found.estimates))}
-            for name, found in estimates.items()
+            found.card.name: asdict(found) | {"estimates": list(map(_record, found.estimates))} for found in estimates
         },
     }
     text = json.dumps(record, indent=2) + "\n"
@@ -90,6 +133,23 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def _arguments(options: Mapping[str, Any]) -> str:
+    def shown(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"({', '.join(map(shown, value))}{',' if len(value) == 1 else ''})"
+        return f'"{value}"' if isinstance(value, str) else repr(value)
+
+    return ", ".join(f"{name}={shown(value)}" for name, value in options.items())
+
+
+def _size_to_paste(estimate: TierEstimate) -> int | str:
+    """The budget to the tenth of a GiB below, or in bytes where so little would not do."""
+    budget, plan = estimate.plan.budget, estimate.plan
+    tenths = budget * 10 // 2**30
+    enough = tenths * 2**30 // 10 >= plan.total - plan.upgrade_bytes
+    return f"{tenths / 10:.1f}GiB" if enough and tenths >= 10 else budget
+
+
 def _table(columns: tuple[str, ...], names: tuple[str, ...]) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for column in columns:
@@ -97,51 +157,56 @@ def _table(columns: tuple[str, ...], names: tuple[str, ...]) -> Table:
     return table
 
 
-def _ladder(estimate: TierEstimate) -> tuple[str, str, str]:
-    """Ladder, upgraded experts a layer, their share."""
+def _tiers(estimate: TierEstimate) -> tuple[str, str, str]:
+    """Tiers, upgraded experts per layer, their share."""
     plan = estimate.plan
     if plan.upgrade is None:
         return plan.base.precision, "", ""
-    return " + ".join(plan.tiers), f"{estimate.hot_per_layer:.1f} of {plan.num_experts}", f"{plan.share_upgraded:.0%}"
+    return " + ".join(plan.tiers), f"{estimate.hot_per_layer:.1f}/{plan.num_experts}", f"{plan.share_upgraded:.0%}"
 
 
-def _price(estimate: TierEstimate) -> tuple[str, str, str]:
-    """Where the upgrades wait, start from a packed checkpoint, start from 16 bit."""
-    waiting = f"{gib(estimate.waiting)} {estimate.waits_in}" if estimate.waits_in else ""
-    if estimate.start_reading is None or estimate.start_quantizing is None:
-        return waiting, duration(estimate.start_packed), ""
-    return waiting, duration(estimate.start_packed), duration(estimate.start_reading + estimate.start_quantizing)
+def _waiting(estimate: TierEstimate) -> str:
+    return f"{gib(estimate.waiting)} {estimate.waits_in}" if estimate.waits_in else ""
 
 
-def _show(size: ModelSize, taken: str, table: Table, notes: list[str]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    experts, whole = amount(size.experts), amount(size.experts + size.dense)
-    headline = f"{size.name}: {size.num_layers} layers of {size.num_experts} experts, {experts} of {whole}"
-    console.print(f"{headline} in {size.dtype}", style="bold", markup=False)
-    console.print(taken)
+def _start(spec: ModelSpec, estimate: TierEstimate) -> str:
+    start = f"  starts in {duration(estimate.start_packed)} from a packed checkpoint"
+    if estimate.start_reading is not None and estimate.start_quantizing is not None:
+        start += f", {duration(estimate.start_reading + estimate.start_quantizing)} from 16 bit"
+    rate = f", one CPU core at {ENCODE_RATE[spec.quantizer] / 1e6:.0f} million weights per second"
+    return f"{start} (a disk of {DISK_RATE / 1e9:.0f} GB/s assumed{'' if spec.packed else rate})"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # of a file or a pipe nobody knows the width
+        console.width = WIDTH  # a file or a pipe has no width of its own
+    return console
+
+
+def _show(console: Console, spec: ModelSpec, taken: str, table: Table, notes: list[str]) -> None:
+    experts, whole = amount(spec.experts), amount(spec.experts + spec.dense)
+    headline = f"{spec.name}: {spec.num_layers} layers of {spec.num_experts} experts, {experts} of {whole}"
+    console.print(f"{headline} in {spec.dtype}", style="bold", markup=False)
+    console.print(taken)
     console.print(table)
     for note in notes:
         console.print(note, style="dim")
 
 
-def _notes(size: ModelSize, estimates: Iterable[CardEstimate]) -> list[str]:
+def _notes(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> list[str]:
     waits_in = {estimate.waits_in for found in estimates for estimate in found.estimates}
-    whole, rate = size.experts + size.dense, ENCODE_RATE[size.quantizer] / 1e6
-    start = f"Start: a disk of {DISK_RATE / 1e9:.0f} GB/s (assumed)"
-    if not size.packed:
-        start += f"; from 16 bit, one CPU core at {rate:.0f} million weights a second (measured; a GPU is not)"
-    notes = ["Bytes in GiB. Loss was measured on the embedded model: only its order counts here.", f"{start}."]
+    whole = spec.experts + spec.dense
+    notes = ["Bytes in GiB. Loss was measured on the embedded model: only its order counts here."]
     if "disk" in waits_in:
         notes.append('Upgrades that wait on disk are more than --host-ram: set host_copy="disk".')
-    if not size.packed and size.index is not None and abs(size.index - whole) > INDEX_TOLERANCE * whole:
-        notes.append(f"The index counts {amount(size.index)} of weights, the configuration {amount(whole)}.")
+    if not spec.packed and spec.index is not None and abs(spec.index - whole) > INDEX_TOLERANCE * whole:
+        notes.append(f"The index counts {amount(spec.index)} of weights, the configuration {amount(whole)}.")
     return notes
 
 
 def _record(estimate: TierEstimate) -> dict[str, Any]:
-    plan: MemoryPlan = estimate.plan
+    plan = estimate.plan
     return {
         "tiers": plan.tiers,
         "hot_per_layer": estimate.hot_per_layer,

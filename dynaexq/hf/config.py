@@ -7,17 +7,16 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dynaexq.checkpoint import FORMAT_VERSION
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.compat import take_loading_attributes
+from dynaexq.hf.registration import METHOD
 from dynaexq.settings import OPTION_NAMES, Options, Settings, resolve, strict_init
 
 logger = logging.getLogger(__name__)
-
-METHOD = "dynaexq"
 
 OF_THE_MACHINE = {"device", "host_copy", "calibration"}
 """Options that say nothing about a model, and are not kept with it."""
@@ -28,7 +27,6 @@ RENAMED = {"margin": "hysteresis", "tick_every": "update_interval", "traffic_lim
 PACKED_FIELDS = {"format_version", "tiers", "group_size", "quantizer"}
 
 
-@register_quantization_config(METHOD)
 @strict_init
 @dataclass(kw_only=True, repr=False, eq=False)
 class DynaExqConfig(Options, QuantizationConfigMixin):
@@ -136,5 +134,6 @@ def _check_packed(packed: Any) -> None:
     Settings(tiers=packed["tiers"], group_size=packed["group_size"], quantizer=packed["quantizer"])
 
 
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DynaExqConfig  # in the place of the stand-in
 take_loading_attributes(DynaExqConfig)
 DynaExqConfig.__doc__ = f"{DynaExqConfig.__doc__}\n{(Options.__doc__ or '').partition('Raises:')[0]}"  # for help()

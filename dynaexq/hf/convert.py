@@ -20,7 +20,7 @@ from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, ope
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.meta_model import meta_model
-from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan, resolve_device, tier_choices
+from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device
 from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard, write_index
 from dynaexq.quantization import ExpertCodec, Moments
 from dynaexq.settings import Settings, parse_bytes
@@ -95,15 +95,14 @@ def annotate_checkpoint(source: str | Path, target: str | Path, config: DynaExqC
 
 
 def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> ExpertCodec:
-    codecs = make_codecs(layers[0], tier_choices(settings), settings)
-    if len(codecs) == 1:
-        return next(iter(codecs.values()))
-    if isinstance(settings.hbm_budget, str):
+    if isinstance(settings.hbm_budget, str) and isinstance(settings.tiers, str):
         raise SettingsError(
-            'a checkpoint is packed for one ladder: give tiers, such as ("int4", "int8"), or hbm_budget'
+            'a checkpoint is packed at one pair of tiers: give tiers, such as ("int4", "int8"), or hbm_budget'
         )
-    device, dense = torch.device("cpu"), dense_bytes(model, layers)
-    return codecs[make_plan(model, layers, codecs, settings, device, dense, layers[0].num_experts).tiers]
+    tiers = settings.tiers
+    if isinstance(tiers, str):
+        tiers = plan(inspect_model(model, layers, settings), settings, torch.device("cpu")).tiers
+    return make_codec(layers[0], tiers, settings)
 
 
 def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig, moments: Moments | None) -> str:

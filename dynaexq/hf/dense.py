@@ -1,5 +1,6 @@
 """The dense linear layers of a model in 4 or 8 bits, through bitsandbytes and Transformers' quantizers for it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -7,6 +8,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
+
+NF4_BLOCK = 64
+NF4_TABLE_NBYTES = 64
+"""Weights that share a float32 scale in bitsandbytes' NF4, and the bytes of each layer's table of sixteen values."""
 
 
 def dense_quantizer(dense: str, dtype: torch.dtype, pre_quantized: bool) -> HfQuantizer:
@@ -19,13 +24,34 @@ def dense_quantizer(dense: str, dtype: torch.dtype, pre_quantized: bool) -> HfQu
 
 
 def quantized_linears(model: Any, dense: str, device: torch.device) -> dict[str, nn.Module]:
-    """Quantised twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone."""
+    """Quantized twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone."""
+    return {path: _quantized(linear, dense, device) for path, linear in _linears(model)}
+
+
+def bytes_saved(model: Any, dense: str | None) -> int:
+    """Bytes that `dense` takes off the weights of `model`, which may be on the meta device.
+
+    A weight takes half a byte and its share of a float32 per 64 of them in 4 bits, a byte and its share of a float32
+    per row in 8.
+    """
+    if dense is None:
+        return 0
+    return sum(linear.weight.nbytes - _quantized_nbytes(linear, dense) for _, linear in _linears(model))
+
+
+def _quantized_nbytes(linear: nn.Linear, dense: str) -> int:
+    weights = linear.weight.numel()
+    if dense == "bnb-8bit":
+        return weights + 4 * linear.out_features
+    return -(-weights // 2) + 4 * -(-weights // NF4_BLOCK) + NF4_TABLE_NBYTES
+
+
+def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers that Transformers would have quantized, by path."""
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, getattr(model, "_keep_in_fp32_modules", None))
-    return {
-        path: _quantized(module, dense, device)
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear and not any(path == skip or path.startswith(f"{skip}.") for skip in skipped)
-    }
+    for path, module in model.named_modules():
+        if type(module) is nn.Linear and not any(path == skip or path.startswith(f"{skip}.") for skip in skipped):
+            yield path, module
 
 
 def _quantized(linear: nn.Linear, dense: str, device: torch.device) -> nn.Module:

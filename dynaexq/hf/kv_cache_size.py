@@ -1,10 +1,11 @@
-"""The bytes that a model's cache takes, found by trial: two short forwards over tensors without data.
+"""Bytes that a context takes beside the weights: the KV cache, found by trial, and activations, estimated.
 
-What is kept for a token is each family's own affair: keys and values of few heads or many, a latent, an index beside
-it, a window, or a state that never grows. The model's own code knows, and on the meta device it costs nothing to ask.
-Only the dynamic cache that `generate` makes by default is known here.
+What is kept per token differs by family: keys and values of few heads or many, a latent, an index beside it, a window,
+or a state that never grows. The model's own code knows, and on the meta device two short forwards cost little. Only
+the dynamic cache that `generate` makes by default is known here.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,13 +13,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynaexq.hf.compat import returned_cache
+from dynaexq.hf.compat import returned_cache, text_config
 from dynaexq.hf.discovery import SparseLayer
 
 TRIAL_LENGTHS = (128, 256)
 """Tokens of the two trials: whole chunks for the families that compress their cache by the chunk."""
 
+ACTIVATION_COPIES = 16
+"""Hidden-sized buffers alive at once in a decoder layer, counted for the whole context."""
+
+GROWS_NO_CACHE = ("linear_attention", "conv", "mamba", "moe", "mlp")
+"""What `layer_types` of a configuration calls a layer without keys and values."""
+
+logger = logging.getLogger(__name__)
+
 Way = tuple[Any, ...]
+
+
+class Context(NamedTuple):
+    """Bytes that a context takes beside the weights."""
+
+    cache: int
+    activations: int
+
+
+def context_bytes(model: Any, layers: Sequence[SparseLayer], tokens: int, batch: int) -> Context:
+    """Bytes of cache and activations for `batch` sequences of `tokens` tokens, in the dtype of a model on meta."""
+    config, element_size = text_config(model), model.dtype.itemsize
+    try:
+        cache = cache_bytes(model, layers, tokens, batch)
+    except Exception as error:  # a model's own code may raise anything where it finds no data
+        logger.warning(
+            "%s shows no cache without data (%s); taking keys and values in full", type(model).__name__, error
+        )
+        cache = _cache_by_config(config) * tokens * batch * element_size
+    return Context(cache, ACTIVATION_COPIES * config.hidden_size * tokens * batch * element_size)
 
 
 class _Kept(NamedTuple):
@@ -34,7 +63,7 @@ def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: 
     What grows is taken to grow by the same bytes a token, up to its window.
 
     Args:
-        model: a meta_model (`hf/meta_model`); as it was, afterwards.
+        model: on the meta device; as it was, afterwards.
         layers: its sparse layers.
 
     Raises:
@@ -75,6 +104,15 @@ def _tensors(thing: Any, way: Way, seen: set[int], limit: float = float("inf")) 
         limit = window - 1 if isinstance(window, int) else limit  # the newest token sees itself and those kept
     for name, child in children.items():
         yield from _tensors(child, (*way, name), seen, limit)
+
+
+def _cache_by_config(config: Any) -> int:
+    """Elements per token, keys and values in every layer that has any: an upper bound for those that compress."""
+    heads = getattr(config, "num_attention_heads", 1)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return 2 * kv_heads * head_dim * sum(kind not in GROWS_NO_CACHE for kind in kinds)
 
 
 @contextmanager

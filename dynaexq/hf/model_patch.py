@@ -5,10 +5,12 @@ runtime, a quantizer and guards (`attach`). It decides nothing, and both doors u
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynaexq.errors import UnpatchError
@@ -44,7 +46,10 @@ RECORD = "_dynaexq_installation"
 
 
 class ModelPatch:
-    """The changes made to one model.
+    """The changes made to one model, each with the step that undoes it, on a stack.
+
+    A step is registered before its change is made, and is harmless where that was not reached. So whatever interrupts
+    a patch, `restore` leaves the model as it was.
 
     Args:
         layers: its sparse layers, in order, as found before anything was changed.
@@ -53,13 +58,11 @@ class ModelPatch:
     def __init__(self, model: Any, layers: list[SparseLayer]):
         self.model, self.layers = model, layers
         self.source: ExpertSource | None = None
+        self._undo_steps = ExitStack()
         self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
         self._linears: dict[str, nn.Module] = {}
         self._lost_linears = False
-        on_meta = layers[0].device.type == "meta"
-        self._original_device = None if on_meta else layers[0].device
-        self._loaded_here = getattr(model, "is_quantized", False) and on_meta
-        self._quantizer = getattr(model, "hf_quantizer", None)
+        self._loaded_here = getattr(model, "is_quantized", False) and layers[0].device.type == "meta"
 
     def replace_modules(self, placeholders: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
         """Take the parameters away from all experts and give experts and blocks their new classes.
@@ -68,6 +71,7 @@ class ModelPatch:
             placeholders: what to leave in the place of the parameters for a while, by layer and name.
         """
         for layer in self.layers:
+            self._undo_steps.callback(_restore_modules, layer)
             for name in layer.parameters:
                 del layer.experts._parameters[name]
             layer.experts._parameters.update((placeholders or {}).get(layer.name, {}))
@@ -81,9 +85,17 @@ class ModelPatch:
         for layer in self.layers:
             layer.experts._parameters.clear()
 
+    def move_dense(self, device: torch.device) -> None:
+        """Move what is not experts to `device`; called while the experts have no parameters and no bytes."""
+        original = self.layers[0].device
+        if device != original:
+            self._undo_steps.callback(self.model.to, original)
+            self.model.to(device)
+
     def replace_linears(self, twins: Mapping[str, nn.Module]) -> None:
-        """Put quantised twins in the place of dense linear layers."""
+        """Put quantized twins in the place of dense linear layers."""
         self._linears = {path: self.model.get_submodule(path) for path in twins}
+        self._undo_steps.callback(self._restore_linears)
         for path, twin in twins.items():
             self.model.set_submodule(path, twin)
 
@@ -95,6 +107,7 @@ class ModelPatch:
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
             base = runtime.stored.base[index]
             constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
+            self._undo_steps.callback(_disconnect, layer)
             experts.connect(constant, runtime.ports(index))
             self._homes[layer.name] = runtime, index
             if layer.block is not None:
@@ -104,8 +117,9 @@ class ModelPatch:
         """Give the model its runtime and its quantizer, and keep its experts from being moved or copied.
 
         Args:
-            save: takes the place of `save_pretrained`, with the installation before its arguments.
+            save: takes the place of `save_pretrained`, with this patch before its arguments.
         """
+        self._undo_steps.callback(self._detach, self.model.__dict__.get("hf_quantizer"))
         self._guard_ancestors()
         self.model.save_pretrained = partial(save, self)
         self.model.dynaexq = runtime
@@ -142,20 +156,18 @@ class ModelPatch:
         self.restore()
 
     def restore(self) -> None:
-        """Take every change back, from whatever point was reached."""
-        for layer in self.layers:
-            experts, block = layer.experts, layer.block
-            if isinstance(block, DynaExqMoE):
-                block.__dict__.pop("_view", None)
-                restore_class(block)
-            if isinstance(experts, MixedPrecisionExperts):
-                experts.disconnect()
-                with _detached_hook(experts):
-                    restore_class(experts)
-            for name, parameter in layer.parameters.items():
-                experts._parameters[name] = parameter
+        """Take every change back, the last one first, from whatever point was reached."""
+        self._undo_steps.close()
+
+    def homes(self) -> list[tuple[SparseLayer, DeviceRuntime, int]]:
+        """Every layer in order, with its runtime and its number there."""
+        return [(layer, *self._homes[layer.name]) for layer in self.layers]
+
+    def _restore_linears(self) -> None:
         for path, linear in self._linears.items():
             self.model.set_submodule(path, linear)
+
+    def _detach(self, quantizer: Any) -> None:
         for path in self._ancestors():
             for guard in ("_apply", "__reduce_ex__", "save_pretrained"):
                 self.model.get_submodule(path).__dict__.pop(guard, None)
@@ -163,14 +175,8 @@ class ModelPatch:
             self.model.hf_quantizer.remove_quantization_config(self.model)
         for name in ("dynaexq", RECORD, "hf_quantizer"):
             self.model.__dict__.pop(name, None)
-        if self._quantizer is not None:
-            self.model.hf_quantizer = self._quantizer
-        if self._original_device is not None:
-            self.model.to(self._original_device)
-
-    def homes(self) -> list[tuple[SparseLayer, DeviceRuntime, int]]:
-        """Every layer in order, with its runtime and its number there."""
-        return [(layer, *self._homes[layer.name]) for layer in self.layers]
+        if quantizer is not None:
+            self.model.hf_quantizer = quantizer
 
     def _original_parameters(self, index: int, layer: SparseLayer) -> dict[str, nn.Parameter]:
         if layer.device.type != "meta":
@@ -210,6 +216,23 @@ class ModelPatch:
             module = self.model.get_submodule(path)
             module._apply = partial(_guarded_apply, module)
             module.__reduce_ex__ = partial(MixedPrecisionExperts.__reduce_ex__, module)
+
+
+def _restore_modules(layer: SparseLayer) -> None:
+    """Give experts and block of a layer their own classes back, and the experts their parameters."""
+    if isinstance(layer.block, DynaExqMoE):
+        restore_class(layer.block)
+    if isinstance(layer.experts, MixedPrecisionExperts):
+        with _detached_hook(layer.experts):
+            restore_class(layer.experts)
+    for name, parameter in layer.parameters.items():
+        layer.experts._parameters[name] = parameter
+
+
+def _disconnect(layer: SparseLayer) -> None:
+    layer.experts.disconnect()
+    if layer.block is not None:
+        layer.block.__dict__.pop("_view", None)
 
 
 def _guarded_apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:

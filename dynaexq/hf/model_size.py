@@ -1,84 +1,78 @@
-"""How large a model is, from its configuration and index alone: experts, dense weights, cache. No weights are read."""
+"""`inspect_checkpoint`: what planning must know of a model, from its configuration and index. No weights are read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.checkpoint_source import INDEX
-from dynaexq.hf.config import METHOD, DynaExqConfig
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.hf.kv_cache_size import context_bytes
 from dynaexq.hf.meta_model import build_meta_model, quantization_method, read_config
-from dynaexq.hf.planning import context_bytes, dense_bytes, make_codec, tier_choices
-from dynaexq.memory import DeviceMemory
-from dynaexq.planning.budget import TIER_CHOICES
-from dynaexq.planning.estimate import Ladder, ModelSize
-from dynaexq.quantization import offered
+from dynaexq.hf.planning import inspect_model
+from dynaexq.hf.registration import METHOD
+from dynaexq.planning.budget import ModelSpec
 from dynaexq.settings import Settings
 
 
-def model_size(source: Path, config: DynaExqConfig) -> ModelSize:
-    """The sizes of the model at `source`: a checkpoint directory, a config.json, or a repository on the Hub.
+class InspectedCheckpoint:
+    """A model on the meta device, built once, of which specs for several options can be had.
 
     Args:
-        config: its `max_context` and `max_batch` say what the cache must hold.
+        source: a checkpoint directory, a config.json, or a repository on the Hub.
 
     Raises:
-        SettingsError: an option has a value it cannot take.
-        CheckpointError: there is no configuration, or the weights are quantised by somebody else.
+        CheckpointError: there is no configuration, or the weights are quantized by another method.
         UnsupportedModelError: the model has no experts that dynaexq could take over.
     """
-    model_config = read_config(source)
-    stored, settings = _stored(source, model_config, config)
-    model = build_meta_model(model_config)
-    layers = find_sparse_layers(model, on_meta=True)
-    first, num_layers = layers[0], len(layers)
-    context = context_bytes(model, layers, settings.max_context, settings.max_batch)
-    eligible = tier_choices(settings, stored)
-    return ModelSize(
-        name=type(model).__name__ if source.is_file() else source.resolve().name,
-        dtype=str(first.dtype).removeprefix("torch."),
-        num_layers=num_layers,
-        num_experts=first.num_experts,
-        experts=sum(parameter.nbytes for layer in layers for parameter in layer.parameters.values()),
-        num_weights=num_layers * first.num_experts * first.shape().num_weights,
-        dense=dense_bytes(model, layers),
-        workspace=DeviceMemory.workspace_bytes(num_layers, first.num_experts),
-        cache=context.cache,
-        activations=context.activations,
-        ladders=_tiers(first, offered(stored) if stored else TIER_CHOICES, settings),
-        eligible=_tiers(first, eligible, settings),
-        quantizer=settings.quantizer,
-        packed=stored is not None,
-        index=_indexed(source),
-    )
+
+    def __init__(self, source: Path):
+        self._source, self._config = source, read_config(source)
+        self._kept = _kept_options(source, self._config)
+        self._model = build_meta_model(self._config)
+        self._layers: list[SparseLayer] = find_sparse_layers(self._model, on_meta=True)
+
+    def settings(self, config: DynaExqConfig) -> Settings:
+        """The options of `config`, over those that the checkpoint keeps."""
+        if self._kept is None:
+            return config.settings()
+        kept = self._kept.updated()
+        for name, value in config.get_loading_attributes().items():
+            setattr(kept, name, value)
+        return kept.settings(stored=True)
+
+    def spec(self, config: DynaExqConfig) -> ModelSpec:
+        """What planning must know under the options of `config`; `max_context` and `max_batch` size the context.
+
+        Raises:
+            SettingsError: an option has a value it cannot take.
+        """
+        settings, stored = self.settings(config), self._kept.stored_tiers() if self._kept else None
+        context = context_bytes(self._model, self._layers, settings.max_context, settings.max_batch)
+        spec = inspect_model(self._model, self._layers, settings, stored=stored, context=context)
+        name = type(self._model).__name__ if self._source.is_file() else self._source.resolve().name
+        return replace(spec, name=name, index=_indexed(self._source))
 
 
-def _stored(source: Path, model_config: Any, config: DynaExqConfig) -> tuple[tuple[str, ...] | None, Settings]:
-    """The ladder of a packed checkpoint, None for 16-bit weights; and the options, those kept with it among them."""
+def inspect_checkpoint(source: Path, config: DynaExqConfig) -> ModelSpec:
+    """The spec of the model at `source`; raises as `InspectedCheckpoint` and its `spec` do."""
+    return InspectedCheckpoint(source).spec(config)
+
+
+def _kept_options(source: Path, model_config: Any) -> DynaExqConfig | None:
+    """The options kept with a packed or annotated checkpoint, None for plain 16-bit weights."""
     method = quantization_method(model_config)
     if method is None:
-        return None, config.settings()
+        return None
     if method != METHOD:
         raise CheckpointError(
-            f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
+            f"{source} is quantized already (quant_method={method!r}), and its packing cannot be taken over exactly; "
             "give the 16-bit checkpoint it was made from, or its config.json"
         )
-    kept = DynaExqConfig.from_dict(model_config.quantization_config)
-    for name, value in config.get_loading_attributes().items():
-        setattr(kept, name, value)
-    settings = kept.settings(stored=True)
-    if settings.dense is not None:
-        raise CheckpointError(
-            f"the dense weights of {source} are kept with dense={settings.dense!r}, whose bytes no configuration "
-            "tells; load it and see runtime.memory()"
-        )
-    return kept.stored_tiers(), settings
-
-
-def _tiers(layer: SparseLayer, ladders: tuple[tuple[str, ...], ...], settings: Settings) -> tuple[Ladder, ...]:
-    codecs = [make_codec(layer, ladder, settings) for ladder in ladders]
-    return tuple((codec.base, codec.upgrade) for codec in codecs)
+    kept: DynaExqConfig = DynaExqConfig.from_dict(model_config.quantization_config)
+    return kept
 
 
 def _indexed(source: Path) -> int | None:

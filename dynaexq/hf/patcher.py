@@ -19,15 +19,14 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
 from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers
 from dynaexq.hf.model_patch import RECORD, ModelPatch
-from dynaexq.hf.planning import dense_bytes, make_codecs, make_plan, resolve_device, tier_choices
+from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_device
+from dynaexq.hf.planning import plan as make_plan
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.save import save_packed
-from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
-from dynaexq.settings import Settings
 from dynaexq.weights.quantize_experts import QuantizingLoader
-from dynaexq.weights.sources import ExpertLoader, ExpertSource
+from dynaexq.weights.sources import ExpertSource
 
 
 @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
@@ -87,7 +86,9 @@ def patch(
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
     twins = quantized_linears(model, settings.dense, target) if settings.dense else {}
     moments = moments_for(settings, layers)
-    loaded = _load(model, layers, twins, settings, target, QuantizingLoader(source, moments))
+    plan = make_plan(inspect_model(model, layers, settings), settings, target, held_bytes(model, target))
+    codec = make_codec(layers[0], plan.tiers, settings)
+    loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, moments))
     return _commit(ModelPatch(model, layers), loaded, source, twins, config)
 
 
@@ -100,10 +101,10 @@ def unpatch(model: nn.Module) -> None:
         PatchError: the model is not patched.
         UnpatchError: the original weights are gone; the model stays patched and works on.
     """
-    installation = model.__dict__.get(RECORD)
-    if installation is None:
+    changes = model.__dict__.get(RECORD)
+    if changes is None:
         raise PatchError("the model is not patched; there is nothing to undo")
-    installation.undo()
+    changes.undo()
 
 
 def _source_in(directory: Path, model: nn.Module, layers: Sequence[SparseLayer]) -> ExpertSource:
@@ -120,48 +121,30 @@ def _is_of(name: str, layers: Sequence[SparseLayer]) -> bool:
     return any(name.startswith(f"{layer.name}.") for layer in layers)
 
 
-def _load(
-    model: nn.Module,
-    layers: list[SparseLayer],
-    twins: dict[str, nn.Module],
-    settings: Settings,
-    device: torch.device,
-    loader: ExpertLoader,
-) -> DeviceRuntime:
-    """All experts loaded beside the model, at the best tiers that fit beside the dense weights."""
-    codecs = make_codecs(layers[0], tier_choices(settings), settings)
-    replaced = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
-    quantized = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
-    dense = dense_bytes(model, layers) - replaced + quantized
-    plan = make_plan(model, layers, codecs, settings, device, dense, layers[0].num_experts)
-    return DeviceRuntime(model, plan, codecs[plan.tiers], settings, device, loader)
-
-
 def _commit(
-    installation: ModelPatch,
+    changes: ModelPatch,
     loaded: DeviceRuntime,
     source: ExpertSource,
     twins: dict[str, nn.Module],
     config: DynaExqConfig,
 ) -> Runtime:
     """Change the model; whatever fails, everything is put back."""
-    model, layers, dense = installation.model, installation.layers, loaded.settings.dense
+    model, layers, dense = changes.model, changes.layers, loaded.settings.dense
     runtime = Runtime(model, [(loaded, range(len(layers)))])
     try:
-        installation.replace_modules()
-        installation.connect(loaded, layers)
-        installation.replace_linears(twins)
-        if loaded.device != layers[0].device:
-            model.to(loaded.device)
+        changes.replace_modules()
+        changes.move_dense(loaded.device)
+        changes.connect(loaded, layers)
+        changes.replace_linears(twins)
         wrapped = getattr(model, "hf_quantizer", None)
         if dense is not None:
             wrapped = dense_quantizer(dense, layers[0].dtype, pre_quantized=False)
-        installation.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), save_packed)
+        changes.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), save_packed)
     except BaseException:
         runtime.close()
-        installation.restore()
+        changes.restore()
         raise
     if isinstance(source, CheckpointSource):
-        installation.source = source
-    installation.free_originals(keep_experts=loaded.stored.keeps_source)
+        changes.source = source
+    changes.free_originals(keep_experts=loaded.stored.keeps_source)
     return runtime

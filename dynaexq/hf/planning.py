@@ -1,31 +1,146 @@
-"""From settings and a model to a device, codecs for the ladders in question, and a memory plan; touching nothing."""
+"""The one planner: `inspect_model` says what planning must know of a model, `plan` how its budget is spent.
 
-import logging
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+`patch`, `from_pretrained`, `quantize` and `dynaexq plan` all go through these two, so they agree by construction. No
+weight is read and no codec is made.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynaexq.errors import SettingsError
-from dynaexq.hf.compat import text_config
+from dynaexq.errors import BudgetError, SettingsError
+from dynaexq.hf.dense import bytes_saved
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.kv_cache_size import cache_bytes
+from dynaexq.hf.kv_cache_size import Context, context_bytes
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.memory import DeviceMemory
 from dynaexq.memory.tensor_bytes import weight_bytes
-from dynaexq.planning.budget import TIER_CHOICES, plan_memory, weights_budget
-from dynaexq.quantization import ExpertCodec, offered
+from dynaexq.planning.budget import TIER_CHOICES, ModelSpec, TierPair, loss_of, plan_memory, weights_budget
+from dynaexq.quantization import ExpertCodec, offered, tier_layout
 from dynaexq.settings import Settings
 from dynaexq.types import MemoryPlan
 
-Ladder = tuple[str, ...]
+Tiers = tuple[str, ...]
+
+
+def inspect_model(
+    model: Any,
+    layers: Sequence[SparseLayer],
+    settings: Settings,
+    *,
+    stored: Tiers | None = None,
+    dense: int | None = None,
+    num_experts: int | None = None,
+    context: Context | None = None,
+) -> ModelSpec:
+    """What planning must know of `model`, on the meta device or not.
+
+    Args:
+        layers: its sparse layers, or those on one device.
+        stored: the tiers of a packed checkpoint that the experts come from.
+        dense: bytes of what is not experts; counted in `model`, as `settings.dense` will hold it, if left out.
+        num_experts: per layer; fewer than there are where ranks share them out.
+        context: what the context takes, where that is known; else it is found out if `settings` need it.
+
+    Raises:
+        SettingsError: the tiers that were asked for are not among those that `stored` planes allow.
+    """
+    first = layers[0]
+    shape, num_experts = first.shape(), num_experts or first.num_experts
+    context = context_for(model, settings) if context is None else context
+    return ModelSpec(
+        name=type(model).__name__,
+        dtype=str(first.dtype).removeprefix("torch."),
+        num_layers=len(layers),
+        num_experts=num_experts,
+        experts=sum(parameter.nbytes for layer in layers for parameter in layer.parameters.values()),
+        num_weights=len(layers) * num_experts * shape.num_weights,
+        dense=dense_bytes(model, layers) - bytes_saved(model, settings.dense) if dense is None else dense,
+        workspace=DeviceMemory.workspace_bytes(len(layers), num_experts),
+        choices=_sizes(first, tier_choices(settings, stored), settings),
+        offered=_sizes(first, offered(stored) if stored else TIER_CHOICES, settings),
+        quantizer=settings.quantizer,
+        cache=context.cache,
+        activations=context.activations,
+        packed=stored is not None,
+    )
+
+
+def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 0) -> MemoryPlan:
+    """How `settings.hbm_budget` is spent on `device`, at the best of the tiers in question.
+
+    Args:
+        held: bytes of the model on `device`, which count as free for `hbm_budget="auto"`.
+
+    Raises:
+        BudgetError: nothing fits.
+        SettingsError: `hbm_budget="auto"`, and the context alone does not fit.
+    """
+    budget = settings.hbm_budget
+    return plan_memory(spec, auto_budget(spec, settings, device, held) if isinstance(budget, str) else budget)
+
+
+def plan_together(
+    specs: Mapping[torch.device, ModelSpec], settings: Settings, held: Mapping[torch.device, int]
+) -> dict[torch.device, MemoryPlan]:
+    """The plans of the devices that the layers of one model lie on, all at the same tiers: those with the least loss.
+
+    Raises as `plan` does, where no tiers fit on every device.
+    """
+    plans = {device: plan(spec, settings, device, held[device]) for device, spec in specs.items()}
+    if len({found.tiers for found in plans.values()}) == 1:
+        return plans
+    candidates = []
+    for number in range(len(next(iter(specs.values())).choices)):
+        alone = {device: replace(spec, choices=(spec.choices[number],)) for device, spec in specs.items()}
+        with suppress(BudgetError):
+            candidates.append({device: plan(spec, settings, device, held[device]) for device, spec in alone.items()})
+    if not candidates:  # each device has tiers that fit, and no two the same
+        least = max(spec.weights(base) for spec in specs.values() for base, _ in spec.choices[:1])
+        raise BudgetError(
+            f"hbm_budget is too small for the same tiers on all of {', '.join(map(str, specs))}; raise it to at least "
+            f"{least}, or give tiers",
+            min(found.budget for found in plans.values()),
+            least,
+        )
+    return min(candidates, key=lambda found: sum(loss_of(part) * part.num_layers for part in found.values()))
+
+
+def context_for(model: Any, settings: Settings) -> Context:
+    """What the context takes, where `settings` ask for a budget that leaves room for it; else nothing.
+
+    Nothing is known of the cache of a model that is not one of Transformers'.
+    """
+    if settings.hbm_budget != "auto" or not isinstance(model, PreTrainedModel):
+        return Context(0, 0)
+    twin = model if next(model.parameters()).is_meta else meta_twin(model)
+    return context_bytes(twin, find_sparse_layers(twin, on_meta=True), settings.max_context, settings.max_batch)
+
+
+def auto_budget(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 0) -> int:
+    """Bytes that the weights may take on `device`: what is free, less room for the context."""
+    available = held + free_bytes(device)
+    if device.type == "cpu" and settings.host_copy != "disk":  # there, upgrades wait in the same memory
+        largest = max(upgrade.nbytes if upgrade else 0 for _, upgrade in spec.choices)
+        available -= largest * spec.num_layers * spec.num_experts
+    budget = weights_budget(available, spec.context)
+    if budget <= 0:
+        raise SettingsError(
+            f'hbm_budget="auto" found {available:,} bytes on {device} and max_context={settings.max_context}, '
+            f"max_batch={settings.max_batch} need {available - budget:,} of them; lower these or give hbm_budget "
+            "yourself"
+        )
+    return budget
 
 
 def resolve_device(settings: Settings) -> torch.device:
-    """The device that `settings` names, or the accelerator if there is one, else the CPU; a SettingsError if none."""
+    """The device that `settings` name, or the accelerator if there is one, else the CPU; a SettingsError if none."""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -46,11 +161,11 @@ def resolve_device(settings: Settings) -> torch.device:
     return device
 
 
-def tier_choices(settings: Settings, stored: Ladder | None = None) -> tuple[Ladder, ...]:
-    """The ladders to choose from: the user's, all that there are, or what a packed checkpoint holds.
+def tier_choices(settings: Settings, stored: Tiers | None = None) -> tuple[Tiers, ...]:
+    """The tiers to choose from: those that were asked for, all that there are, or what a packed checkpoint holds.
 
     Raises:
-        SettingsError: the user's ladder is not among those that the `stored` planes allow.
+        SettingsError: the tiers that were asked for are not among those that the `stored` planes allow.
     """
     if stored is None:
         return TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
@@ -60,54 +175,14 @@ def tier_choices(settings: Settings, stored: Ladder | None = None) -> tuple[Ladd
         allowed = ", ".join(map(str, offered(stored)))
         raise SettingsError(
             f"tiers={settings.tiers} cannot be read from a checkpoint packed as {stored}; it allows {allowed}; choose "
-            "one of them, or quantise the 16-bit source again"
+            "one of them, or quantize the 16-bit source again"
         )
     return (settings.tiers,)
 
 
-def make_codec(layer: SparseLayer, tiers: Ladder, settings: Settings) -> ExpertCodec:
-    """The codec of one ladder for the experts of `layer`."""
+def make_codec(layer: SparseLayer, tiers: Tiers, settings: Settings) -> ExpertCodec:
+    """The codec of the experts of `layer` at `tiers`."""
     return ExpertCodec(layer.shape(), layer.dtype, tiers, settings.group_size, settings.quantizer)
-
-
-def make_codecs(layer: SparseLayer, ladders: Iterable[Ladder], settings: Settings) -> dict[Ladder, ExpertCodec]:
-    """The codec of each of several ladders."""
-    return {tiers: make_codec(layer, tiers, settings) for tiers in ladders}
-
-
-def make_plan(
-    model: nn.Module,
-    layers: Sequence[SparseLayer],
-    codecs: dict[Ladder, ExpertCodec],
-    settings: Settings,
-    device: torch.device,
-    dense: int,
-    num_experts: int,
-) -> MemoryPlan:
-    """How `hbm_budget` is spent on `device`, on the best of the ladders in `codecs`.
-
-    Args:
-        dense: bytes there of all weights that are not experts.
-        num_experts: experts of a layer on this device.
-
-    Raises:
-        BudgetError: nothing fits.
-    """
-    budget = settings.hbm_budget
-    if isinstance(budget, str):
-        in_memory = settings.host_copy in ("ram", "pinned", "auto")
-        largest = max(codec.upgrade_layout.nbytes for codec in codecs.values())
-        budget = auto_budget(model, settings, device, in_memory * largest * len(layers) * num_experts)
-    others = {tiers: make_codec(layers[0], tiers, settings) for tiers in TIER_CHOICES}
-    return plan_memory(
-        [(codec.base, codec.upgrade) for codec in codecs.values()],
-        len(layers),
-        num_experts,
-        dense=dense,
-        workspace=DeviceMemory.workspace_bytes(len(layers), num_experts),
-        budget=budget,
-        alternatives=[(codec.base, codec.upgrade) for codec in others.values()],
-    )
 
 
 def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.device | None = None) -> int:
@@ -119,78 +194,19 @@ def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.d
     return weight_bytes(t for t in tensors if id(t) not in experts and device in (None, t.device))
 
 
-logger = logging.getLogger(__name__)
+def held_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes of the model's weights and buffers on `device`."""
+    return weight_bytes(t for t in [*model.parameters(), *model.buffers()] if t.device == device)
 
 
-ACTIVATION_COPIES = 16  # hidden-sized buffers alive at once in a decoder layer, counted for the whole context
-
-
-GROWS_NO_CACHE = ("linear_attention", "conv", "mamba", "moe", "mlp")
-"""What `layer_types` of a configuration calls a layer without keys and values."""
-
-
-class Context(NamedTuple):
-    """Bytes that a context takes beside the weights."""
-
-    cache: int
-    activations: int
-
-
-def auto_budget(model: nn.Module, settings: Settings, device: torch.device, host_bytes: int) -> int:
-    """Bytes that the weights may take on `device`, with the model's own bytes there counted as free.
-
-    Args:
-        host_bytes: host memory that the upgrades will take; on a CPU it comes out of the same memory.
-
-    Raises:
-        SettingsError: the context alone does not fit.
-    """
-    held = weight_bytes(t for t in [*model.parameters(), *model.buffers()] if t.device == device)
-    available = held + _free_bytes(device) - (host_bytes if device.type == "cpu" else 0)
-    needed = sum(_context_of(model, settings))
-    budget = weights_budget(available, needed)
-    if budget <= 0:
-        raise SettingsError(
-            f'hbm_budget="auto" found {available:,} bytes on {device} and max_context={settings.max_context}, '
-            f"max_batch={settings.max_batch} need {available - budget:,} of them; lower these or give hbm_budget "
-            "yourself"
-        )
-    return budget
-
-
-def context_bytes(model: Any, layers: Sequence[SparseLayer], tokens: int, batch: int) -> Context:
-    """Bytes of cache and activations for `batch` sequences of `tokens` tokens, in a meta_model's own dtype."""
-    config, element_size = text_config(model), model.dtype.itemsize
-    try:
-        cache = cache_bytes(model, layers, tokens, batch)
-    except Exception as error:  # a model's own code may raise anything where it finds no data
-        logger.warning(
-            "%s shows no cache without data (%s); taking keys and values in full", type(model).__name__, error
-        )
-        cache = _cache_by_config(config) * tokens * batch * element_size
-    return Context(cache, ACTIVATION_COPIES * config.hidden_size * tokens * batch * element_size)
-
-
-def _context_of(model: nn.Module, settings: Settings) -> Context:
-    """The context of a live model; nothing where it is none of Transformers', and nobody knows what it keeps."""
-    if not isinstance(model, PreTrainedModel):
-        return Context(0, 0)
-    twin = meta_twin(model)
-    layers = find_sparse_layers(twin, on_meta=True)
-    return context_bytes(twin, layers, settings.max_context, settings.max_batch)
-
-
-def _cache_by_config(config: Any) -> int:
-    """Elements a token, keys and values in every layer that has any: more than a family with a trick of its own."""
-    heads = getattr(config, "num_attention_heads", 1)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return 2 * kv_heads * head_dim * sum(kind not in GROWS_NO_CACHE for kind in kinds)
-
-
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of `device` that could be allocated now."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
+
+
+def _sizes(layer: SparseLayer, choices: Iterable[Tiers], settings: Settings) -> tuple[TierPair, ...]:
+    shape = layer.shape()
+    return tuple(tier_layout(shape, layer.dtype, tiers, settings.group_size).sizes() for tiers in choices)

@@ -7,19 +7,19 @@ Without it `save_pretrained` would drop the experts in silence, `generate` would
 from typing import Any
 
 import torch
-from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import PatchError, SettingsError
-from dynaexq.hf.config import METHOD, DynaExqConfig
+from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.hf.planning import resolve_device
+from dynaexq.hf.registration import METHOD
 from dynaexq.hf.save import save_packed
 from dynaexq.runtime.experts import saved_apart
 
 
-@register_quantizer(METHOD)
 class DynaExqQuantizer(HfQuantizer):
     """Hides the experts while Transformers loads the rest, then reads them itself, a few at a time.
 
@@ -143,3 +143,6 @@ class DynaExqQuantizer(HfQuantizer):
         raise PatchError(
             "a patched model cannot be dequantised in place; use dynaexq.unpatch(model), or load it again"
         )
+
+
+AUTO_QUANTIZER_MAPPING[METHOD] = DynaExqQuantizer  # in the place of the stand-in

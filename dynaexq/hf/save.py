@@ -32,7 +32,7 @@ SHARD_METADATA = {"format": "pt", "dynaexq_format_version": str(FORMAT_VERSION)}
 
 
 def save_packed(
-    installation: ModelPatch,
+    patch: ModelPatch,
     save_directory: str | Path,
     is_main_process: bool = True,
     push_to_hub: bool = False,
@@ -48,7 +48,7 @@ def save_packed(
         PatchError: `push_to_hub` or `variant` were asked for, or the model is spread over ranks.
         CheckpointError: the directory cannot be written, or holds weights that are no packed checkpoint.
     """
-    model: Any = installation.model
+    model: Any = patch.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
         type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         return
@@ -61,7 +61,7 @@ def save_packed(
         raise PatchError("the model is spread over ranks, and none has all of it; load it in one process to save it")
     if not is_main_process:
         return
-    homes = installation.homes()
+    homes = patch.homes()
     refuse_foreign_weights(Path(save_directory))
     codec: ExpertCodec = homes[0][1].codec
     config: DynaExqConfig = model.hf_quantizer.quantization_config

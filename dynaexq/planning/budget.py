@@ -1,26 +1,27 @@
-"""How a byte budget is spent: which ladder of tiers, how many upgrade slots. Pure arithmetic, before a byte moves.
+"""How a byte budget is spent: which tiers, how many upgrade slots. Arithmetic only, before a byte is copied.
 
-`tiers="auto"` takes the ladder with the least predicted loss. The prediction combines two measured tables: the loss
-of a model whose experts all have one precision, and the share of the gap between base and upgrade that a given share
-of upgraded experts recovers.
+`tiers="auto"` takes the tiers with the least predicted loss. The prediction combines two measured tables: the loss of
+a model whose experts all have one precision, and the share of the gap between base and upgrade that a given share of
+upgraded experts recovers.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dynaexq.errors import BudgetError
 from dynaexq.types import MemoryPlan, Tier
 
-Ladder = tuple[Tier, Tier | None]
+TierPair = tuple[Tier, Tier | None]
+"""Base and upgrade with the bytes of a block and of a slot; no upgrade for a single tier."""
 
 LOSS = {"fp16": 0.0, "int8": 0.0009, "int4": 0.0108, "int2": 0.130}
-"""KL divergence from the 16-bit model, nats a token, all experts at one precision (benchmarks/precision_table.py on
-the embedded model)."""
+"""KL divergence from the 16-bit model in nats per token, all experts at one precision: measured on the embedded model
+by `python benchmarks/quality/precision_table.py`."""
 
 SHARED_LOSS = {("int2", "int4"): 0.162, ("int2", "int8"): 0.170}
-"""The same with a code that can be refined: its 2-bit reading costs more than a code fitted for two bits alone."""
+"""The same for a code that can be refined: read at 2 bits it loses more than a code fitted for 2 bits alone."""
 
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 _SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)
@@ -38,63 +39,83 @@ TIER_CHOICES = (
 )
 """What `tiers="auto"` chooses from. Not ("int2", "fp16"): the same bytes as planes serve three times the experts."""
 
-
 RESERVED_SHARE = 0.1
-"""Of the memory at hand, kept for allocator rounding and everybody else."""
+"""Of the memory at hand, kept for rounding by the allocator and for other programs."""
 
 
-def predicted_loss(base: str, upgrade: str | None, share_upgraded: float) -> float:
-    """Predicted KL, nats a token, of a model with `share_upgraded` of its experts at `upgrade`, the rest at `base`."""
-    if upgrade is None:
-        return LOSS[base]
-    floor = SHARED_LOSS.get((base, upgrade), LOSS[base])
-    recovered = float(np.interp(share_upgraded, _SHARE_UPGRADED, _SHARE_RECOVERED))
-    return (1 - recovered) * floor + recovered * LOSS[upgrade]
+@dataclass(frozen=True)
+class ModelSpec:
+    """What planning knows of a model, or of its share on one device. Bytes unless the name says otherwise.
+
+    Qwen3-30B-A3B in bfloat16 has 48 layers of 128 experts of 4,718,592 weights; `experts` is 57,982,058,496 and
+    `dense` 3,086,073,600.
+
+    Attributes:
+        name: of the model, as people know it.
+        dtype: of its experts, such as `"bfloat16"`.
+        num_experts: per layer.
+        experts, num_weights: all experts in the model's own dtype, and how many weights they have.
+        dense: all weights and buffers that are not experts, as they will be held.
+        workspace: tables and counters on the device.
+        choices: the tiers that may be chosen: those that were asked for, or all for `tiers="auto"`.
+        offered: all tiers that the experts can be had at.
+        quantizer: `"als"` or `"rtn"`.
+        cache, activations: what the context takes; 0 where that was not asked for.
+        packed: whether the experts come from a packed checkpoint, and need no quantizing.
+        index: what the checkpoint's index says all weights take; None without an index.
+    """
+
+    name: str
+    dtype: str
+    num_layers: int
+    num_experts: int
+    experts: int
+    num_weights: int
+    dense: int
+    workspace: int
+    choices: tuple[TierPair, ...]
+    offered: tuple[TierPair, ...]
+    quantizer: str
+    cache: int = 0
+    activations: int = 0
+    packed: bool = False
+    index: int | None = None
+
+    @property
+    def context(self) -> int:
+        """Bytes of cache and activations."""
+        return self.cache + self.activations
+
+    def weights(self, base: Tier) -> int:
+        """The least bytes of all weights with every expert at `base`."""
+        return self.dense + self.workspace + self.num_layers * self.num_experts * base.nbytes
 
 
-def plan_memory(
-    ladders: Iterable[Ladder],
-    num_layers: int,
-    num_experts: int,
-    dense: int,
-    workspace: int,
-    budget: int,
-    alternatives: Iterable[Ladder] = (),
-) -> MemoryPlan:
-    """The plan with the least predicted loss among `ladders`; ties go to the fewer bytes, then to a single tier.
-
-    Args:
-        ladders: (base, upgrade or None) with the bytes of a block and of a slot.
-        dense: bytes of all weights that are not experts.
-        workspace: bytes of tables, counters and kernel workspace.
-        alternatives: further ladders, named in the error when one of them would fit.
+def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
+    """The plan with the least predicted loss among `spec.choices`; ties go to fewer bytes, then to a single tier.
 
     Raises:
-        BudgetError: not even the base of any ladder fits; names the least budget that does, and the remedy.
+        BudgetError: not even the base of any choice fits; names the least budget that does, and the remedy.
     """
-    ladders = list(ladders)
-    fixed = dense + workspace
-    experts = num_layers * num_experts
-    fitting = fitting_plans(ladders, num_layers, num_experts, dense, workspace, budget)
-    if not fitting:
-        least, base = min((fixed + experts * base.nbytes, base.precision) for base, _ in ladders)
-        others = [(fixed + experts * base.nbytes, base.precision) for base, _ in alternatives]
-        smaller = [precision for needed, precision in sorted(others) if needed <= budget]
-        remedy = f', or take tiers=("{smaller[-1]}",), which fits' if smaller else ""
-        raise BudgetError(
-            f"hbm_budget of {budget:,} bytes is too small: {dense:,} of dense weights, {workspace:,} of workspace and "
-            f"{experts:,} experts at {base} need {least:,}; raise hbm_budget to at least {least}{remedy}",
-            budget,
-            least,
-        )
-    return fitting[0]
+    fitting = fitting_plans(spec, spec.choices, budget)
+    if fitting:
+        return fitting[0]
+    least, base = min((spec.weights(base), base.precision) for base, _ in spec.choices)
+    others = sorted((spec.weights(base), base.precision) for base, _ in spec.offered)
+    smaller = [precision for needed, precision in others if needed <= budget]
+    remedy = f', or take tiers=("{smaller[-1]}",), which fits' if smaller else ""
+    raise BudgetError(
+        f"hbm_budget of {budget:,} bytes is too small: {spec.dense:,} of dense weights, {spec.workspace:,} of "
+        f"workspace and {spec.num_layers * spec.num_experts:,} experts at {base} need {least:,} "
+        f"({least / 2**30:.1f} GiB); raise hbm_budget to at least {least}{remedy}",
+        budget,
+        least,
+    )
 
 
-def fitting_plans(
-    ladders: Iterable[Ladder], num_layers: int, num_experts: int, dense: int, workspace: int, budget: int
-) -> list[MemoryPlan]:
-    """One plan for each of `ladders` whose base fits, the best first; arguments as those of `plan_memory`."""
-    plans = (_filled(ladder, num_layers, num_experts, dense, workspace, budget) for ladder in ladders)
+def fitting_plans(spec: ModelSpec, pairs: Iterable[TierPair], budget: int) -> list[MemoryPlan]:
+    """One plan for each of `pairs` whose base fits, the best first."""
+    plans = (_filled(spec, pair, budget) for pair in pairs)
     fitting = [plan for plan in plans if plan is not None]
     return sorted(fitting, key=lambda plan: (loss_of(plan), plan.total, len(plan.tiers)))
 
@@ -103,6 +124,15 @@ def loss_of(plan: MemoryPlan) -> float:
     """`predicted_loss` of a plan."""
     upgrade = plan.upgrade.precision if plan.upgrade else None
     return predicted_loss(plan.base.precision, upgrade, plan.share_upgraded)
+
+
+def predicted_loss(base: str, upgrade: str | None, share_upgraded: float) -> float:
+    """Predicted KL in nats per token, with `share_upgraded` of the experts at `upgrade` and the rest at `base`."""
+    if upgrade is None:
+        return LOSS[base]
+    floor = SHARED_LOSS.get((base, upgrade), LOSS[base])
+    recovered = float(np.interp(share_upgraded, _SHARE_UPGRADED, _SHARE_RECOVERED))
+    return (1 - recovered) * floor + recovered * LOSS[upgrade]
 
 
 def weights_budget(available: int, context: int) -> int:
@@ -118,14 +148,13 @@ def least_available(budget: int, context: int) -> int:
     return available
 
 
-def _filled(
-    ladder: Ladder, num_layers: int, num_experts: int, dense: int, workspace: int, budget: int
-) -> MemoryPlan | None:
-    base, upgrade = ladder
-    plan = MemoryPlan(budget, dense, workspace, num_layers, num_experts, base, upgrade, num_slots=0)
+def _filled(spec: ModelSpec, pair: TierPair, budget: int) -> MemoryPlan | None:
+    base, upgrade = pair
+    sizes = (spec.dense, spec.workspace, spec.num_layers, spec.num_experts)
+    plan = MemoryPlan(budget, *sizes, base, upgrade, num_slots=0)
     if plan.total > budget:
         return None
     if upgrade is None:
         return plan
-    slots = min(num_layers * num_experts, (budget - plan.total) // upgrade.nbytes)
+    slots = min(spec.num_layers * spec.num_experts, (budget - plan.total) // upgrade.nbytes)
     return replace(plan, num_slots=slots)

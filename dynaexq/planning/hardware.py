@@ -20,5 +20,5 @@ DISK_RATE = 2_000_000_000
 """Bytes a second read from a disk. Assumed: an NVMe drive of the slower kind."""
 
 ENCODE_RATE = {"als": 20_000_000, "rtn": 75_000_000}
-"""Weights a second that one CPU core quantises, by quantizer: the least of what benchmarks/encode_speed.py measured on
+"""Weights a second that one CPU core quantises, by quantizer: the least of what benchmarks/layers/encode_speed.py measured on
 an AMD EPYC, over the experts of two models and four ladders. How far more cores, or a GPU, shorten it is not in it."""

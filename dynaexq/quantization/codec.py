@@ -35,6 +35,8 @@ class Plane(NamedTuple):
     shift: int
 
 
+_Array = tuple[str, torch.dtype, tuple[int, ...]]
+
 _TOP2, _MIDDLE2, _TOP4, _LOW4 = Plane("top2", 2, 6), Plane("middle2", 2, 4), Plane("top4", 4, 4), Plane("low4", 4, 0)
 
 BASE_PLANES = {"int2": (_TOP2,), "int4": (_TOP4,), "int8": (_TOP4, _LOW4)}
@@ -70,6 +72,63 @@ class Encoded(NamedTuple):
     errors: np.ndarray
 
 
+@dataclass(frozen=True)
+class TierLayout:
+    """Where the parts of an expert lie at the tiers `tiers`; known without a codec.
+
+    Attributes:
+        matrices: how each of the two matrices is cut up.
+        planes, refine_planes: of the base's code, and those that an upgrade adds to it.
+        base, upgrade: the parts of a base block and of an upgrade slot.
+    """
+
+    tiers: tuple[str, ...]
+    matrices: dict[str, MatrixLayout]
+    planes: tuple[Plane, ...]
+    refine_planes: tuple[Plane, ...]
+    base: BlockLayout
+    upgrade: BlockLayout
+
+    def sizes(self) -> tuple[Tier, Tier | None]:
+        """Bytes of a base block and of an upgrade slot."""
+        base, *upgrade = self.tiers
+        return Tier(base, self.base.nbytes), Tier(upgrade[0], self.upgrade.nbytes) if upgrade else None
+
+
+def tier_layout(shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], group_size: int) -> TierLayout:
+    """The layout of an expert at one or two tiers, the base first; see `ExpertCodec` for the arguments."""
+    matrices = {
+        "up": MatrixLayout.of(shape.up_rows, shape.hidden_size, group_size),
+        "down": MatrixLayout.of(shape.hidden_size, shape.intermediate_size, group_size),
+    }
+
+    def bias(name: str) -> list[_Array]:
+        return [(f"{name}.bias", dtype, (matrices[name].rows,))] if shape.has_bias else []
+
+    def dense_block() -> BlockLayout:
+        flip = -1 if shape.transposed else 1
+        arrays: list[_Array] = []
+        for name, matrix in matrices.items():
+            arrays += [(f"{name}.weight", dtype, (matrix.rows, matrix.columns)[::flip]), *bias(name)]
+        return BlockLayout(arrays)
+
+    def planes_of(name: str, planes: tuple[Plane, ...]) -> list[_Array]:
+        return [(f"{name}.{plane.name}", torch.int32, matrices[name].words(plane.bits)) for plane in planes]
+
+    def code_block(planes: tuple[Plane, ...]) -> BlockLayout:
+        arrays: list[_Array] = []
+        for name, matrix in matrices.items():
+            meta = (f"{name}.meta", torch.float16, (matrix.num_groups, matrix.rows, 2))
+            arrays += [*planes_of(name, planes), meta, *bias(name)]
+        return BlockLayout(arrays)
+
+    base, upgrade = tiers[0], tiers[1] if len(tiers) > 1 else None
+    planes, refine = BASE_PLANES.get(base, ()), REFINE_PLANES.get((base, upgrade), ()) if upgrade else ()
+    base_block = dense_block() if base == "fp16" else code_block(planes)
+    refinement = BlockLayout([array for name in matrices for array in planes_of(name, refine)])
+    return TierLayout(tiers, matrices, planes, refine, base_block, dense_block() if upgrade == "fp16" else refinement)
+
+
 class ExpertCodec:
     """Bytes of one expert at the one or two precisions of `tiers`, the base first.
 
@@ -83,18 +142,11 @@ class ExpertCodec:
         self, shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], group_size: int = 64, method: str = "als"
     ):
         self.shape, self.dtype, self.tiers, self.method = shape, dtype, tiers, method
-        self.matrices = {
-            "up": MatrixLayout.of(shape.up_rows, shape.hidden_size, group_size),
-            "down": MatrixLayout.of(shape.hidden_size, shape.intermediate_size, group_size),
-        }
-        base, upgrade = tiers[0], tiers[1] if len(tiers) > 1 else None
-        self.replaces = upgrade == "fp16"
-        self.planes = BASE_PLANES.get(base, ())
-        self.refine_planes = REFINE_PLANES.get((base, upgrade), ()) if upgrade else ()
-        self.base_layout = self._dense_layout() if base == "fp16" else self._code_layout(self.planes)
-        self.upgrade_layout = self._dense_layout() if self.replaces else self._plane_layout(self.refine_planes)
-        self.base = Tier(base, self.base_layout.nbytes)
-        self.upgrade = Tier(upgrade, self.upgrade_layout.nbytes) if upgrade else None
+        layout = tier_layout(shape, dtype, tiers, group_size)
+        self.matrices, self.base_layout, self.upgrade_layout = layout.matrices, layout.base, layout.upgrade
+        self.base, self.upgrade = layout.sizes()
+        self.planes, self.refine_planes = layout.planes, layout.refine_planes
+        self.replaces = tiers[-1] == "fp16" and len(tiers) > 1
 
     @property
     def fit_bits(self) -> int:
@@ -147,34 +199,6 @@ class ExpertCodec:
             planes, bits = planes + self.refine_planes, BITS[self.tiers[1]]
         up, down = (self._read_code(parts, name, planes, bits, dtype) for name in MATRICES)
         return ExpertWeights(up, down, parts.get("up.bias"), parts.get("down.bias"))
-
-    def _dense_layout(self) -> BlockLayout:
-        flip = -1 if self.shape.transposed else 1
-        arrays = []
-        for name, matrix in self.matrices.items():
-            arrays.append((f"{name}.weight", self.dtype, (matrix.rows, matrix.columns)[::flip]))
-            arrays += self._bias(name)
-        return BlockLayout(arrays)
-
-    def _code_layout(self, planes: tuple[Plane, ...]) -> BlockLayout:
-        arrays: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-        for name, matrix in self.matrices.items():
-            arrays += [(f"{name}.{plane.name}", torch.int32, matrix.words(plane.bits)) for plane in planes]
-            arrays.append((f"{name}.meta", torch.float16, (matrix.num_groups, matrix.rows, 2)))
-            arrays += self._bias(name)
-        return BlockLayout(arrays)
-
-    def _plane_layout(self, planes: tuple[Plane, ...]) -> BlockLayout:
-        return BlockLayout(
-            [
-                (f"{name}.{plane.name}", torch.int32, matrix.words(plane.bits))
-                for name, matrix in self.matrices.items()
-                for plane in planes
-            ]
-        )
-
-    def _bias(self, name: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        return [(f"{name}.bias", self.dtype, (self.matrices[name].rows,))] if self.shape.has_bias else []
 
     def _oriented(self, weights: Tensor) -> Tensor:
         return weights.transpose(1, 2) if self.shape.transposed else weights

@@ -9,7 +9,7 @@ An expert that saw few tokens is known badly. Its moments are blended with those
 had seen 64 tokens of them; with none at all it is quantised as if nothing were known.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -76,11 +76,12 @@ class Moments:
     def num_experts(self) -> int:
         return self.tokens.shape[1]
 
-    def select(self, layers: list[int], first_expert: int, num_experts: int) -> "Moments":
+    def select(self, layers: Sequence[int], first_expert: int, num_experts: int) -> "Moments":
         """Those of some layers, and of the experts from `first_expert` on."""
         experts = slice(first_expert, first_expert + num_experts)
         names = tuple(self.layers[layer] for layer in layers)
-        return Moments(names, self.up[layers], self.down[layers, experts], self.tokens[layers, experts])
+        rows = list(layers)
+        return Moments(names, self.up[rows], self.down[rows, experts], self.tokens[rows, experts])
 
     def of_layer(self, layer: int, units: int, device: torch.device) -> Iterator[ExpertInputs]:
         """What is known of each expert of a layer in turn, whose second matrix has `units` inputs."""

@@ -27,7 +27,7 @@ from dynaexq.quantization.scales import Aim, centre, fitted_grid, nearest, range
 
 LARGEST_WEIGHT = 32768.0  # half of float16's range, so that minimum and scale stay finite
 COARSE = Aim(2, weight=0.5, length=1.1)
-"""How a code that is fitted for four bits looks after its 2-bit reading: benchmarks/quantisers.py."""
+"""How a code that is fitted for four bits looks after its 2-bit reading: benchmarks/quality/quantizers.py."""
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from rich.table import Table
 
 from dynaexq.errors import SettingsError
 from dynaexq.memory import DeviceMemory
-from dynaexq.planning.budget import TIER_CHOICES, plan_memory
-from dynaexq.quantization import ExpertCodec
+from dynaexq.planning.budget import TIER_CHOICES, ModelSpec, plan_memory
+from dynaexq.quantization import tier_layout
 from dynaexq.settings import Settings
 from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, replay
 from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, generate
-from dynaexq.types import MemoryPlan
 
 TIMELINE_POINTS = 200
 
@@ -153,38 +152,54 @@ def gains(header: TraceHeader, tiers: tuple[str, ...]) -> tuple[np.ndarray, bool
 def _sized(
     header: TraceHeader, settings: Settings, upgraded: float | None, dense: int | None
 ) -> tuple[tuple[str, ...], int, int]:
-    """The ladder, the number of upgrade slots and the bytes of one."""
-    if header.expert is None:
-        raise SettingsError("the trace does not say what shape an expert has, and so not how large it is")
-    dtype = getattr(torch, header.dtype)
-    ladders = TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
-    codecs = [ExpertCodec(header.expert, dtype, tiers, settings.group_size) for tiers in ladders]
+    """The tiers, the number of upgrade slots and the bytes of one."""
+    spec = _spec(header, settings, header.dense if dense is None else dense)
     if upgraded is not None:
-        return _share_upgraded(header, codecs, upgraded)
+        return _share_upgraded(spec, upgraded)
     if isinstance(settings.hbm_budget, str):
         raise SettingsError("give a budget for the weights, such as 20GiB, or the share of experts to upgrade")
-    plan = _plan(header, codecs, settings.hbm_budget, header.dense if dense is None else dense)
+    plan = plan_memory(spec, settings.hbm_budget)
     if plan.upgrade is None:
         raise SettingsError(
             f"{settings.hbm_budget:,} bytes are best spent on one tier, {plan.base.precision}, and nothing would "
-            "move; name a ladder of two tiers"
+            "move; name two tiers, such as int2,int4"
         )
     return plan.tiers, plan.num_slots, plan.upgrade.nbytes
 
 
-def _share_upgraded(
-    header: TraceHeader, codecs: list[ExpertCodec], upgraded: float
-) -> tuple[tuple[str, ...], int, int]:
-    if len(codecs) > 1 or codecs[0].upgrade is None:
-        raise SettingsError("a share of experts to upgrade needs a ladder of two tiers, such as int2,int4")
+def _share_upgraded(spec: ModelSpec, upgraded: float) -> tuple[tuple[str, ...], int, int]:
+    (base, upgrade), *others = spec.choices
+    if others or upgrade is None:
+        raise SettingsError("a share of experts to upgrade needs two tiers, such as int2,int4")
     if not 0 < upgraded <= 1:
         raise SettingsError(f"the share of experts to upgrade must lie in (0, 1], got {upgraded}")
-    return codecs[0].tiers, int(upgraded * np.prod(header.shape)), codecs[0].upgrade.nbytes
+    num_slots = int(upgraded * spec.num_layers * spec.num_experts)
+    return (base.precision, upgrade.precision), num_slots, upgrade.nbytes
 
 
-def _plan(header: TraceHeader, codecs: list[ExpertCodec], budget: int, dense: int) -> MemoryPlan:
-    workspace = DeviceMemory.workspace_bytes(*header.shape)
-    return plan_memory([(codec.base, codec.upgrade) for codec in codecs], *header.shape, dense, workspace, budget)
+def _spec(header: TraceHeader, settings: Settings, dense: int) -> ModelSpec:
+    """The model that a trace was taken from, as far as planning must know it."""
+    if header.expert is None:
+        raise SettingsError("the trace does not say what shape an expert has, and so not how large it is")
+    shape, dtype = header.expert, getattr(torch, header.dtype)
+    choices = TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
+    pairs = tuple(tier_layout(shape, dtype, tiers, settings.group_size).sizes() for tiers in choices)
+    num_layers, num_experts = header.shape
+    weights = num_layers * num_experts * shape.num_weights
+    workspace = DeviceMemory.workspace_bytes(num_layers, num_experts)
+    return ModelSpec(
+        "the model of the trace",
+        header.dtype,
+        num_layers,
+        num_experts,
+        experts=weights * dtype.itemsize,
+        num_weights=weights,
+        dense=dense,
+        workspace=workspace,
+        choices=pairs,
+        offered=pairs,
+        quantizer=settings.quantizer,
+    )
 
 
 @contextmanager

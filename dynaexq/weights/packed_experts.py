@@ -1,5 +1,6 @@
 """From a packed checkpoint to blocks in their places: base blocks are read, upgrades stay on disk until wanted."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -27,7 +28,7 @@ def packed_shape(codec: ExpertCodec, layers: tuple[str, ...], num_experts: int) 
 
 
 class PrefetchedBase:
-    """A base slab in host memory that fills itself while others are still at work, for a CPU that it can stay on."""
+    """A base slab in host memory that is read while dense weights are still being loaded; on a CPU it stays there."""
 
     def __init__(self, reader: PackedReader):
         shape = reader.shape
@@ -43,19 +44,45 @@ class PrefetchedBase:
             self._pool.shutdown()
 
 
+class PackedCheckpoint:
+    """A packed checkpoint; see `sources.ExpertCheckpoint`.
+
+    Args:
+        stored: the codec that its experts were packed with.
+    """
+
+    source = None
+
+    def __init__(self, reader: PackedReader, stored: ExpertCodec):
+        self._reader, self._stored = reader, stored
+        self._prefetched: PrefetchedBase | None = None
+
+    @property
+    def base(self) -> Tensor | None:
+        """The base slab, where it has been prefetched."""
+        return self._prefetched.base if self._prefetched else None
+
+    def prefetch(self) -> None:
+        """Begin to read the base slab on threads of its own."""
+        self._prefetched = PrefetchedBase(self._reader)
+
+    def loader(self, layers: Sequence[int], first_expert: int, num_experts: int) -> "PackedLoader":
+        return PackedLoader(self._reader.select(layers, first_expert, num_experts), self._stored, self._prefetched)
+
+
 class PackedLoader:
     """Experts of a packed checkpoint.
 
     Args:
-        stored: the codec they were packed with; another one can be placed if `formats.offered` says so.
-        early: what has been reading into the very slab that is to be filled.
+        stored: the codec they were packed with; another one can be placed if `quantization.offered` says so.
+        prefetched: what has been reading into the very slab that is to be filled.
     """
 
-    def __init__(self, reader: PackedReader, stored: ExpertCodec, early: PrefetchedBase | None = None):
-        self.reader, self.stored, self._early = reader, stored, early
+    def __init__(self, reader: PackedReader, stored: ExpertCodec, prefetched: PrefetchedBase | None = None):
+        self.reader, self.stored, self._prefetched = reader, stored, prefetched
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
-        """See `placement.ExpertLoader`. A block that does not match its checksum is a CheckpointError."""
+        """See `sources.ExpertLoader`. A block that does not match its checksum is a CheckpointError."""
         layers = range(len(base))
         quiet = base.numel() < PROGRESS_FROM
         with (
@@ -68,8 +95,8 @@ class PackedLoader:
         return LoadResult(errors, self._open_store(codec, settings))
 
     def _place_layer(self, codec: ExpertCodec, layer: int, base: Tensor) -> None:
-        if self._early is not None:
-            self._early.wait(layer)
+        if self._prefetched is not None:
+            self._prefetched.wait(layer)
             return
         if codec.tiers[0] == self.stored.tiers[0]:
             if base.is_cpu:

@@ -1,7 +1,7 @@
 """From 16-bit weights to packed blocks in their places, a few experts at a time. It decides and frees nothing."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -13,14 +13,11 @@ from dynaexq.errors import StoreError
 from dynaexq.memory import DiskStore, HostStore, RamStore
 from dynaexq.quantization import Encoded, ExpertCodec, Moments, check_representable
 from dynaexq.settings import Settings
-from dynaexq.weights.sources import ExpertSource, LoadResult
+from dynaexq.weights.sources import ExpertSource, LoadResult, SelectableSource
 
 logger = logging.getLogger(__name__)
 
-
 WEIGHTS_AT_ONCE = 2**22  # read together
-
-
 PROGRESS_FROM = 2**28  # weights; below that quantising takes a few seconds
 
 
@@ -58,6 +55,26 @@ class QuantizingLoader:
         if codec.replaces and source.is_lasting and host_copy in where_source_is:
             return SourceStore(source, codec)
         return open_store(source.num_layers * source.num_experts, codec.upgrade_layout.nbytes, host_copy)
+
+
+class SixteenBitCheckpoint:
+    """A checkpoint with 16-bit experts; see `sources.ExpertCheckpoint`.
+
+    Args:
+        moments: of the inputs of all its experts, where they are known.
+    """
+
+    base = None
+
+    def __init__(self, source: SelectableSource, moments: Moments | None):
+        self.source, self._moments = source, moments
+
+    def prefetch(self) -> None:
+        """Nothing: the base has yet to be quantized."""
+
+    def loader(self, layers: Sequence[int], first_expert: int, num_experts: int) -> QuantizingLoader:
+        part = layers, first_expert, num_experts
+        return QuantizingLoader(self.source.select(*part), self._moments and self._moments.select(*part))
 
 
 class SourceStore:

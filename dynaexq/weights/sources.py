@@ -1,5 +1,6 @@
-"""Where experts come from, and what is known once they are placed: the interfaces that both kinds of source share."""
+"""Where experts come from: the interfaces that 16-bit weights and packed checkpoints share."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from dynaexq.settings import Settings
 
 
 class ExpertSource(Protocol):
-    """Where the 16-bit experts come from.
+    """16-bit experts, readable a few at a time.
 
     Attributes:
         host_nbytes: host memory that the weights take for as long as the source lives; 0 where they lie in files.
@@ -30,15 +31,45 @@ class ExpertSource(Protocol):
         """Weights of experts `first` to `last` (exclusive), as the family stores them."""
 
 
+class SelectableSource(ExpertSource, Protocol):
+    """16-bit experts of which any part can be had by itself."""
+
+    def select(self, layers: Sequence[int], first_expert: int, num_experts: int) -> ExpertSource:
+        """The same source for some of the layers and a run of their experts only, both counted from 0 there."""
+
+
 class LoadResult(NamedTuple):
-    """What is known once all experts are in their places: errors `[L, E, tiers]`, and where the upgrades wait."""
+    """What is known once all experts are in their places.
+
+    Attributes:
+        errors: float64 `[L, E, tiers]`, relative squared error of each expert's weights at each tier.
+        store: where the upgrades wait.
+    """
 
     errors: np.ndarray
     store: HostStore
 
 
 class ExpertLoader(Protocol):
-    """Whatever can fill a base slab with experts."""
+    """Fills a base slab with experts."""
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
         """Put the base block of every expert into `base`, uint8 `[L, E, nbytes]` on the device."""
+
+
+class ExpertCheckpoint(Protocol):
+    """The experts of a checkpoint, 16-bit or packed."""
+
+    @property
+    def source(self) -> ExpertSource | None:
+        """The 16-bit weights, where it holds them; a patch can be undone with them."""
+
+    @property
+    def base(self) -> Tensor | None:
+        """The base slab, uint8 `[L, E, nbytes]` in host memory, where it has been prefetched."""
+
+    def prefetch(self) -> None:
+        """Begin to read the base slab, if that can be read as it is."""
+
+    def loader(self, layers: Sequence[int], first_expert: int, num_experts: int) -> ExpertLoader:
+        """What loads some of the layers and a run of their experts."""

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dynaexq.hf import planning
+from dynaexq.hf import kv_cache_size, planning
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.kv_cache_size import cache_bytes
 from dynaexq.hf.meta_model import meta_twin
+from dynaexq.settings import Settings
 
 BATCH = 2
 
@@ -84,13 +85,13 @@ def test_a_model_that_cannot_do_without_data_is_counted_in_full(
     model = build()
     meta_model = meta_twin(model)
     layers = find_sparse_layers(meta_model, on_meta=True)
-    expected = planning.context_bytes(meta_model, layers, 300, BATCH)
+    expected = kv_cache_size.context_bytes(meta_model, layers, 300, BATCH)
 
     def needs_data(*args: Any) -> int:
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
-    monkeypatch.setattr(planning, "cache_bytes", needs_data)
-    fallback = planning.context_bytes(meta_model, layers, 300, BATCH)
+    monkeypatch.setattr(kv_cache_size, "cache_bytes", needs_data)
+    fallback = kv_cache_size.context_bytes(meta_model, layers, 300, BATCH)
     assert "cannot be called on meta tensors" in caplog.text
     assert fallback.activations == expected.activations
     growing = sum(kind == "full_attention" for kind in getattr(model.config, "layer_types", ["full_attention"] * 2))
@@ -100,4 +101,4 @@ def test_a_model_that_cannot_do_without_data_is_counted_in_full(
 
 
 def test_a_module_that_is_none_of_transformers_has_no_context() -> None:
-    assert sum(planning._context_of(nn.Linear(2, 2), settings=None)) == 0
+    assert sum(planning.context_for(nn.Linear(2, 2), Settings())) == 0

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from specs import spec
 
 from dynaexq.errors import BudgetError
 from dynaexq.planning.budget import TIER_CHOICES, plan_memory, predicted_loss
@@ -256,39 +257,38 @@ def test_every_expert_starts_equal_and_a_layer_holds_one_token_of_mass():
 
 @st.composite
 def plannable(draw):
-    """Arguments of `plan_memory`, all but the budget, which is drawn round what they need."""
+    """A spec of any sizes; budgets are drawn round what it needs."""
     sizes = st.integers(1, 10**4)
-    tiers = draw(st.lists(st.sampled_from(TIER_CHOICES), min_size=1, max_size=4, unique=True))
-    ladders = [tuple(Tier(name, draw(sizes)) for name in ladder) for ladder in tiers]
-    return {
-        "ladders": [(ladder[0], ladder[1] if len(ladder) > 1 else None) for ladder in ladders],
-        "num_layers": draw(st.integers(1, 5)),
-        "num_experts": draw(st.integers(1, 16)),
-        "dense": draw(st.integers(0, 10**5)),
-        "workspace": draw(st.integers(0, 10**4)),
-    }
+    choices = draw(st.lists(st.sampled_from(TIER_CHOICES), min_size=1, max_size=4, unique=True))
+    pairs = [tuple(Tier(name, draw(sizes)) for name in tiers) for tiers in choices]
+    return spec(
+        [(pair[0], pair[1] if len(pair) > 1 else None) for pair in pairs],
+        num_layers=draw(st.integers(1, 5)),
+        num_experts=draw(st.integers(1, 16)),
+        dense=draw(st.integers(0, 10**5)),
+        workspace=draw(st.integers(0, 10**4)),
+    )
 
 
-def least(args: dict) -> int:
-    experts = args["num_layers"] * args["num_experts"]
-    return args["dense"] + args["workspace"] + experts * min(base.nbytes for base, _ in args["ladders"])
+def least(of):
+    return min(of.weights(base) for base, _ in of.choices)
 
 
 @given(plannable(), st.integers(1, 10**6))
-def test_a_budget_that_is_too_small_is_refused_with_the_least_that_fits(args, missing):
-    needed = least(args)
+def test_a_budget_that_is_too_small_is_refused_with_the_least_that_fits(model, missing):
+    needed = least(model)
     for budget in {needed - 1, max(0, needed - missing)}:
         with pytest.raises(BudgetError, match=f"raise hbm_budget to at least {needed}") as caught:
-            plan_memory(**args, budget=budget)
+            plan_memory(model, budget)
         assert (caught.value.budget, caught.value.least) == (budget, needed)
-    assert plan_memory(**args, budget=needed).total == needed
+    assert plan_memory(model, needed).total == needed
 
 
 @given(plannable(), st.integers(0, 10**6))
-def test_a_plan_fits_and_leaves_no_slot_out_that_would(args, spare):
-    budget = least(args) + spare
-    plan = plan_memory(**args, budget=budget)
-    assert (plan.base, plan.upgrade) in args["ladders"]
+def test_a_plan_fits_and_leaves_no_slot_out_that_would(model, spare):
+    budget = least(model) + spare
+    plan = plan_memory(model, budget)
+    assert (plan.base, plan.upgrade) in model.choices
     assert plan.total <= plan.budget == budget
     if plan.upgrade:
         experts = plan.num_layers * plan.num_experts
@@ -297,17 +297,17 @@ def test_a_plan_fits_and_leaves_no_slot_out_that_would(args, spare):
 
 
 @given(plannable(), st.integers(0, 10**6), st.integers(0, 10**6))
-def test_more_budget_never_predicts_more_loss(args, spare, more):
+def test_more_budget_never_predicts_more_loss(model, spare, more):
     def loss(budget: int) -> float:
-        plan = plan_memory(**args, budget=budget)
+        plan = plan_memory(model, budget)
         share = plan.num_slots / (plan.num_layers * plan.num_experts)
         return predicted_loss(plan.base.precision, plan.upgrade and plan.upgrade.precision, share)
 
-    budget = least(args) + spare
+    budget = least(model) + spare
     assert loss(budget + more) <= loss(budget) + 1e-12
 
 
-@pytest.mark.parametrize(("base", "upgrade"), [ladder for ladder in TIER_CHOICES if len(ladder) == 2])
+@pytest.mark.parametrize(("base", "upgrade"), [tiers for tiers in TIER_CHOICES if len(tiers) == 2])
 def test_no_upgrades_predict_the_loss_of_the_base_and_all_upgrades_that_of_the_upgrade(base, upgrade):
     assert predicted_loss(base, upgrade, 1.0) == predicted_loss(upgrade, None, 0.0)
     alone, shared = predicted_loss(base, None, 0.0), predicted_loss(base, upgrade, 0.0)
@@ -329,25 +329,27 @@ INT2, INT4, INT8 = Tier("int2", 1000), Tier("int4", 1800), Tier("int8", 3400)
 )
 def test_each_budget_gets_the_ladder_that_serves_it_best(budget, tiers):
     refined = [(INT2, Tier("int4", 800)), (INT4, Tier("int8", 1600))]
-    ladders = refined + [(base, None) for base in (INT2, INT4, INT8)]
-    assert plan_memory(ladders, 10, 10, dense=0, workspace=0, budget=budget).tiers == tiers
+    choices = refined + [(base, None) for base in (INT2, INT4, INT8)]
+    assert plan_memory(spec(choices, 10, 10), budget).tiers == tiers
 
 
 def test_a_refused_plan_says_what_it_needs_and_which_ladder_would_fit():
     with pytest.raises(BudgetError) as caught:
         plan_memory(
-            [(Tier("fp16", 6400), None), (INT8, Tier("fp16", 6400))],
-            num_layers=10,
-            num_experts=10,
-            dense=5000,
-            workspace=1000,
+            spec(
+                [(Tier("fp16", 6400), None), (INT8, Tier("fp16", 6400))],
+                num_layers=10,
+                num_experts=10,
+                dense=5000,
+                workspace=1000,
+                offered=[(INT8, None), (INT4, None), (INT2, None)],
+            ),
             budget=200_000,
-            alternatives=[(INT8, None), (INT4, None), (INT2, None)],
         )
     assert caught.value.least == 346_000
     assert str(caught.value) == (
         "hbm_budget of 200,000 bytes is too small: 5,000 of dense weights, 1,000 of workspace and 100 experts at int8 "
-        'need 346,000; raise hbm_budget to at least 346000, or take tiers=("int4",), which fits'
+        'need 346,000 (0.0 GiB); raise hbm_budget to at least 346000, or take tiers=("int4",), which fits'
     )
 
 

@@ -1,0 +1,99 @@
+"""`dynaexq plan`: inspect a model, estimate cards, search for a fit where there is none, and show what was found."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dynaexq.cli.plan_tables import no_fit, show_card, show_cards, write_json
+from dynaexq.errors import BudgetError
+from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.model_size import InspectedCheckpoint
+from dynaexq.hf.planning import free_bytes, resolve_device
+from dynaexq.planning.budget import ModelSpec
+from dynaexq.planning.estimate import Card, CardEstimate, estimate_card, find_remedies
+from dynaexq.planning.hardware import CARDS
+from dynaexq.settings import parse_bytes
+
+REMEDIES_SHOWN = 2
+SHORTEST_CONTEXT = 1024  # tokens
+
+
+def run(
+    source: Path,
+    gpu: str | None,
+    options: dict[str, Any],
+    context: int,
+    batch: int,
+    host_ram: str | None,
+    json: str | None,
+) -> None:
+    """Plan for one card if `gpu` or a device is named, for this machine's card and the common ones else.
+
+    Raises:
+        BudgetError: nothing fits on the one card; names what would.
+    """
+    transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
+    room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
+    sizes = {"max_context": context, "max_batch": batch}
+    checkpoint = InspectedCheckpoint(source)
+
+    def spec(changes: dict[str, Any]) -> ModelSpec:
+        return checkpoint.spec(DynaExqConfig(**{**sizes, **options, **changes}))
+
+    asked = spec({})
+    cards = _cards(gpu, options.get("device"))
+    estimates = [estimate_card(asked, card, room) for card in cards]
+    if len(cards) == 1 and estimates[0].auto is None:
+        trials = _trials(options, context, batch)
+        remedies = list(islice(find_remedies(spec, trials, cards[0]), REMEDIES_SHOWN))
+        least = asked.weights(min((base for base, _ in asked.choices), key=lambda base: base.nbytes))
+        raise BudgetError(no_fit(asked, estimates[0], remedies, str(source)), cards[0].nbytes, least)
+    _show(asked, estimates, str(source), options, json)
+
+
+def _show(
+    spec: ModelSpec, estimates: list[CardEstimate], source: str, options: dict[str, Any], json: str | None
+) -> None:
+    if json is not None:
+        write_json(spec, estimates, json)
+    if json == "-":
+        return
+    if len(estimates) == 1:
+        show_card(spec, estimates[0], source, options)
+    else:
+        show_cards(spec, estimates)
+
+
+def _cards(gpu: str | None, device: str | None) -> list[Card]:
+    """The card that was named, this machine's memory, or this machine's card before the common ones."""
+    if gpu is not None:
+        return [Card(gpu, parse_bytes(gpu, "--gpu"))]
+    if device is not None:
+        return [_here(resolve_device(DynaExqConfig(device=device).settings()))]
+    here = [_here(torch.device("cuda"))] if torch.cuda.is_available() else []
+    return here + [Card(name, nbytes) for name, nbytes in CARDS.items()]
+
+
+def _here(device: torch.device) -> Card:
+    """The memory of this machine that is free now."""
+    if device.type == "cpu":
+        return Card("RAM", free_bytes(device), driver=0, is_cpu=True)
+    return Card("here", free_bytes(device), driver=0)
+
+
+def _trials(options: dict[str, Any], context: int, batch: int) -> list[dict[str, Any]]:
+    """Changed options to try where nothing fits, what costs least first, and at last all of them together."""
+    tiers: list[dict[str, Any]] = [{"tiers": "auto"}] if "tiers" in options else []
+    groups: list[dict[str, Any]] = [{"group_size": 128}] if options.get("group_size", 64) < 128 else []
+    dense: list[dict[str, Any]] = [] if "dense" in options else [{"dense": "bnb-8bit"}, {"dense": "bnb-4bit"}]
+    alone = {"max_batch": 1} if batch > 1 else {}
+    shorter: list[dict[str, Any]] = [alone] if alone else []
+    while context > SHORTEST_CONTEXT:
+        context = max(SHORTEST_CONTEXT, context // 2)
+        shorter.append({"max_context": context, **alone})
+    kinds = [kind for kind in (tiers, groups, dense, shorter) if kind]
+    together = {name: value for kind in kinds for name, value in kind[-1].items()}
+    return [trial for kind in kinds for trial in kind] + [together]
