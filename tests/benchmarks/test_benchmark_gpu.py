@@ -25,13 +25,13 @@ TINY = {
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     path = os.pathsep.join([str(BENCHMARKS.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), *arguments]
+    command = [sys.executable, str(BENCHMARKS / "gpu" / "gpu.py"), *arguments]
     return subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True)
 
 
 @pytest.fixture
 def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "gpu"))
 
 
 def test_without_a_gpu_it_refuses_with_a_sentence(tmp_path):

@@ -20,7 +20,7 @@ WORKLOADS = ("prose", "code", "arithmetic")
 
 @pytest.fixture(autouse=True)
 def _scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "figures"))
     monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
@@ -43,7 +43,7 @@ def written(out, name):
 
 def test_activation_counts_the_choices_of_the_routers(tmp_path, texts):
     import fig1_activation
-    import figures
+    import figure_helpers as figures
 
     fig1_activation.main(windows=2, length=32, text=texts, out=tmp_path, **TOY)
     results = written(tmp_path, "fig1_activation")
@@ -59,7 +59,7 @@ def test_activation_counts_the_choices_of_the_routers(tmp_path, texts):
 
 
 def test_a_text_of_the_users_is_a_workload(tmp_path):
-    import figures
+    import figure_helpers as figures
 
     (tmp_path / "letter.txt").write_text("Dear reader, this is a letter. " * 20)
     found = figures.workloads(figures.EMBEDDED, [f"letter={tmp_path / 'letter.txt'}"], 2, 16, "cpu")
@@ -71,7 +71,7 @@ def test_a_text_of_the_users_is_a_workload(tmp_path):
 
 
 def test_a_budget_from_the_configuration_is_what_the_model_takes():
-    import figures
+    import figure_helpers as figures
 
     model = figures.patched(figures.EMBEDDED, "cpu", ("int2", "int4"), 0.25, quantizer="rtn")
     assert model.dynaexq.plan.num_slots == 32
@@ -116,7 +116,7 @@ def test_timeline_as_perfetto_reads_it(tmp_path):
 
 def test_perplexity_is_measured_with_exactly_the_coldest_demoted(texts):
     import fig4_perplexity
-    import figures
+    import figure_helpers as figures
 
     windows = figures.workloads(figures.EMBEDDED, texts, 1, 32, "cpu")["prose"]
     ladder = fig4_perplexity.Ladder(figures.EMBEDDED, "cpu", ("int2", "int4"), windows)

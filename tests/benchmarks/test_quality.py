@@ -1,4 +1,4 @@
-"""The contestants of benchmarks/quality.py: the paper's rule as the paper has it, and honest equal bytes."""
+"""The contestants of benchmarks/quality/quality.py: the paper's rule as the paper has it, and honest equal bytes."""
 
 import json
 import sys
@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from specs import spec
 
 from dynaexq.planning.budget import TIER_CHOICES, plan_memory
-from dynaexq.quantization import ExpertCodec
+from dynaexq.quantization import tier_layout
 from dynaexq.types import ExpertShape
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks" / "quality"))
 
 import quality_depths
 import quality_policies
@@ -57,9 +58,9 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "qual
 @pytest.mark.parametrize("row", json.loads(RESULTS.read_text())["bytes"], ids=lambda row: str(row["bits a weight"]))
 def test_auto_takes_the_ladder_that_was_measured_best_of_these_bytes(row: dict[str, Any]) -> None:
     shape = ExpertShape(256, 64, 128, has_bias=False, transposed=False)  # the embedded model's
-    codecs = [ExpertCodec(shape, torch.bfloat16, tiers) for tiers in TIER_CHOICES]
+    pairs = [tier_layout(shape, torch.bfloat16, tiers, 64).sizes() for tiers in TIER_CHOICES]
     budget = int(4 * 32 * shape.num_weights * row["bits a weight"] / 8)
-    plan = plan_memory([(c.base, c.upgrade) for c in codecs], 4, 32, dense=0, workspace=0, budget=budget)
+    plan = plan_memory(spec(pairs, 4, 32), budget)
     assert " + ".join(plan.tiers) == row["best that is offered"]
 
 

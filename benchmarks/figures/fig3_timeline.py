@@ -1,0 +1,178 @@
+"""The paper's figure 3: the swap pipeline against compute, on one clock.
+
+    python benchmarks/figures/fig3_timeline.py [--model DIR] [--device cpu] [--out DIR]
+
+A patched model reads one workload after another, a prompt and then a token a step, and follows the traffic from the
+first tick on (`auto_pause=False`: this shows how moves happen, not whether they pay). Written are fig3_timeline.json,
+a picture, and fig3_timeline.trace.json for Perfetto or chrome://tracing.
+
+On a CPU a copy runs on the spot, inside the tick, which is inside the first layer's forward: nothing overlaps, and the
+picture shows it. On CUDA, compute and copies are timed by events on their own streams, ticks on the host.
+"""
+
+import json
+import statistics
+from typing import Any
+
+import figure_helpers as figures
+import torch
+import typer
+from timeline import Timeline
+
+MOVES_DRAWN = 24
+COLOURS = dict(zip(("forward", "copy", "published", "tick", "layer"), figures.COLOURS, strict=False))
+
+
+def serve(timeline: Timeline, texts: dict[str, Any], prompt: int) -> None:
+    """Every workload in turn: `[batch, T]` ids, `prompt` of them at once and then one a step."""
+    for name, windows in texts.items():
+        ids = torch.stack(windows)
+        timeline.label = f"{name}, prompt"
+        cache = timeline.model(ids[:, :prompt], use_cache=True).past_key_values
+        timeline.label = f"{name}, token"
+        for position in range(prompt, ids.shape[1]):
+            timeline.model(ids[:, position : position + 1], past_key_values=cache)
+
+
+def summary(spans: dict[str, list], moves: list[dict], slot_nbytes: int) -> dict[str, Any]:
+    """What the timeline comes to; times in seconds, waits in microseconds."""
+    promotions = [move for move in moves if move["promote"]]
+    copying = sum(move["copy_end"] - move["copy_begin"] for move in promotions)
+    inside = sum(
+        max(0.0, min(move["copy_end"], end) - max(move["copy_begin"], begin))
+        for move in promotions
+        for _, begin, end in spans["tick"]
+    )
+    waits = [(move["published"] - move["decided"]) * 1e6 for move in promotions]
+    return {
+        "forwards": len(spans["forward"]),
+        "ticks": len(spans["tick"]),
+        "promotions": len(promotions),
+        "demotions": len(moves) - len(promotions),
+        "bytes_copied": len(promotions) * slot_nbytes,
+        "forward_seconds": sum(end - begin for _, begin, end in spans["forward"]),
+        "tick_seconds": sum(end - begin for _, begin, end in spans["tick"]),
+        "copy_seconds": copying,
+        "copying_inside_ticks": inside / copying if copying else None,
+        "decided_to_published_microseconds": statistics.median(waits) if waits else None,
+    }
+
+
+def chrome_trace(spans: dict[str, list], moves: list[dict], on_cpu: bool) -> dict[str, Any]:
+    """The timeline as Perfetto reads it. On a CPU there is one thread, and what runs inside what can be seen."""
+    tracks = {"forward": 0, "layer": 0, "tick": 0 if on_cpu else 1, "copy": 0 if on_cpu else 2}
+    names = ("the thread that computes",) if on_cpu else ("compute stream", "host", "copy stream")
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": track, "args": {"name": name}}
+        for track, name in enumerate(names)
+    ]
+    for kind, found in {**spans, "copy": copies_of(moves)}.items():
+        for name, begin, end in found:
+            event = {"ph": "X", "cat": kind, "name": f"{kind} {name}", "pid": 0, "tid": tracks[kind]}
+            events.append(event | {"ts": begin * 1e6, "dur": (end - begin) * 1e6})
+    for index, move in enumerate(moves):  # moves overlap one another, so each is a track of its own
+        event = {"cat": "move", "name": f"{'promote' if move['promote'] else 'demote'} {move['name']}", "id": index}
+        for phase, moment in (("b", "decided"), ("e", "published")):
+            events.append(event | {"ph": phase, "pid": 0, "tid": 0, "ts": move[moment] * 1e6})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def copies_of(moves: list[dict]) -> list[tuple[str, float, float]]:
+    """Copies as spans: name, begin, end."""
+    return [(move["name"], move["copy_begin"], move["copy_end"]) for move in moves if move["promote"]]
+
+
+def draw(figure: Any, results: dict[str, Any]) -> None:
+    """Above the whole run, below the tick with the most promotions and the forwards around it."""
+    whole, close = figure.subplots(2, 1, height_ratios=(1, 2))
+    spans, moves = results["spans"], results["moves"]
+    _draw_bars(whole, spans, moves, ("forward", "tick", "copy"))
+    whole.set_title(f"swap pipeline against compute, on {results['machine']['device']}: the whole run")
+    begin, end = busiest(spans, moves)
+    _draw_bars(close, spans, moves, ("forward", "layer", "tick", "copy"))
+    shown = [move for move in moves if move["published"] >= begin and move["decided"] <= end]
+    _draw_moves(close, shown[:MOVES_DRAWN])
+    close.set_xlim(begin * 1e3, end * 1e3)
+    close.set_title("around the tick with the most promotions; moves: | decided, red copying, ▲ published, ▼ demoted")
+    close.set_xlabel("milliseconds")
+
+
+def busiest(spans: dict[str, list], moves: list[dict]) -> tuple[float, float]:
+    """Seconds from where to where the picture looks closely."""
+    promotions = [move for move in moves if move["promote"]]
+
+    def started(tick: list) -> int:
+        return sum(tick[1] <= move["decided"] <= tick[2] for move in promotions)
+
+    _, begin, end = max(spans["tick"], key=started)
+    published = [move["published"] for move in promotions if begin <= move["decided"] <= end]
+    end = max([end, *published])
+    margin = max(end - begin, 1e-4)
+    return begin - 0.5 * margin, end + 0.5 * margin
+
+
+def _draw_moves(axes: Any, moves: list[dict]) -> None:
+    """A line for each move, below the bars."""
+    for row, move in enumerate(moves):
+        height = -0.8 - row * 0.25
+        decided, published = move["decided"] * 1e3, move["published"] * 1e3
+        axes.plot([decided, published], [height] * 2, color="#999999", lw=1)
+        if move["promote"]:
+            axes.plot([move["copy_begin"] * 1e3, move["copy_end"] * 1e3], [height] * 2, color=COLOURS["copy"], lw=3)
+        axes.plot(decided, height, "|", color="black", ms=6)
+        axes.plot(published, height, "^" if move["promote"] else "v", color=COLOURS["published"], ms=4)
+
+
+def _draw_bars(axes: Any, spans: dict[str, list], moves: list[dict], rows: tuple[str, ...]) -> None:
+    for row, kind in enumerate(reversed(rows)):
+        found = copies_of(moves) if kind == "copy" else spans[kind]
+        bars = [(begin * 1e3, (end - begin) * 1e3) for _, begin, end in found]
+        # What follows at once needs a gap to be told apart; a copy is so short that its edge is what is seen.
+        edge = "white" if kind in ("forward", "layer") else COLOURS[kind]
+        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=COLOURS[kind], edgecolors=edge, linewidth=0.4)
+    axes.set_yticks(range(len(rows)), reversed(rows))
+
+
+@torch.no_grad()
+def main(
+    model: figures.Model = figures.EMBEDDED,
+    device: figures.Device = figures.DEVICE,
+    text: figures.Texts = None,
+    tiers: figures.Tiers = "int2,int4",
+    upgraded: figures.Upgraded = 0.2,
+    batch: int = 4,
+    prompt: int = 64,
+    steps: int = 32,
+    update_interval: int = 4,
+    threads: figures.Threads = 1,
+    out: figures.Out = figures.RESULTS,
+) -> None:
+    """Record moves and compute on one clock."""
+    torch.set_num_threads(threads)
+    texts = figures.workloads(model, text, batch, prompt + steps, device)
+    ladder = tuple(tiers.split(","))
+    followed = figures.patched(model, device, ladder, upgraded, update_interval=update_interval, auto_pause=False)
+    before = figures.machine(device)
+    followed(next(iter(texts.values()))[0][None])  # kernels are compiled when they are first needed
+    timeline = Timeline(followed)
+    serve(timeline, texts, prompt)
+    spans, moves = timeline.finish()
+    totals = summary(spans, moves, timeline.slot_nbytes)
+    options = {
+        "tiers": ladder,
+        "upgraded": upgraded,
+        "batch": batch,
+        "prompt": prompt,
+        "update_interval": update_interval,
+    }
+    results = {"machine": before, "model": model.name, **options, "summary": totals, "spans": spans, "moves": moves}
+    figures.show(
+        f"{model.name} on {before['device']}", [{"": name, "figure": value} for name, value in totals.items()]
+    )
+    figures.save(out, "fig3_timeline", results, draw, (10, 7))
+    trace = chrome_trace(spans, moves, on_cpu=device == "cpu")
+    (out / "fig3_timeline.trace.json").write_text(json.dumps(trace) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
