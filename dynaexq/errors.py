@@ -10,7 +10,7 @@ DynaExqError
 ├── StoreError(OSError)               upgrade bytes could not be read or written
 ├── CheckpointError(OSError)          a checkpoint that is incomplete, damaged, of another kind, or cannot be written
 ├── TraceError(ValueError)            a routing trace that cannot be read, or a recording that cannot begin
-├── HotnessError(ValueError)          a heat profile that cannot be read, or of another model
+├── HotnessError(ValueError)          a hotness file that cannot be read, or of another model
 └── ClosedError(RuntimeError)         the runtime was closed
 """
 
@@ -70,4 +70,4 @@ class TraceError(DynaExqError, ValueError):
 
 
 class HotnessError(DynaExqError, ValueError):
-    """A heat profile that cannot be read, or that belongs to another model."""
+    """A hotness file that cannot be read, or that belongs to another model."""

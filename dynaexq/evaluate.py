@@ -66,9 +66,9 @@ def stream_logits(model: nn.Module, windows: Iterable[Tensor]) -> Iterator[Tenso
 
 
 def reference_logits(model: nn.Module, windows: Iterable[Tensor]) -> list[Tensor]:
-    """What the 16-bit model says to each window, in its own dtype, kept in host memory.
+    """Compute the 16-bit model's logits for each window, in its own dtype, and keep them in host memory.
 
-    That takes `2 * vocab_size` bytes a token at 16 bit: 0.3 MB a token of a vocabulary of 150,000.
+    That takes `2 * vocab_size` bytes per token at 16 bit: 0.3 MB a token of a vocabulary of 150,000.
     """
     return [logits.cpu() for logits in stream_logits(model, windows)]
 

@@ -1,4 +1,4 @@
-"""The small frozen records that pass between rooms. They carry facts and no behaviour beyond arithmetic on them."""
+"""The small frozen records that pass between rooms. They carry facts and no behavior beyond arithmetic on them."""
 
 from dataclasses import dataclass, replace
 
@@ -35,7 +35,7 @@ class ExpertShape:
         intermediate_size: I, columns of the second matrix.
         up_rows: rows of the first matrix; 2 I with a gate, I without.
         has_bias: both matrices are followed by a bias, kept in the model's dtype.
-        transposed: the source stores `[in, out]`; kept so at 16 bit, turned round when quantised.
+        transposed: the source stores `[in, out]`; kept so at 16 bit, turned round when quantized.
     """
 
     hidden_size: int
@@ -64,11 +64,11 @@ class Tier:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the device budget is spent on. All figures are bytes unless the name says otherwise.
+    """How the device budget is spent. Bytes unless the name says otherwise.
 
     Attributes:
         base: the precision every expert always has, and the bytes of its block.
-        upgrade: what a hot expert holds besides, and the bytes of its slot; None for a ladder of one tier.
+        upgrade: what a hot expert holds besides, and the bytes of its slot; None for a single tier.
         num_slots: upgrade slots, at most one an expert.
     """
 
@@ -91,7 +91,7 @@ class MemoryPlan:
 
     @property
     def share_upgraded(self) -> float:
-        """Upgrade slots an expert."""
+        """Upgrade slots per expert."""
         return self.num_slots / (self.num_layers * self.num_experts)
 
     @property
@@ -105,7 +105,7 @@ class MemoryPlan:
 
     @property
     def tiers(self) -> tuple[str, ...]:
-        """The ladder as `Settings.tiers` writes it, the base first."""
+        """The tiers as `Settings.tiers` writes them, the base first."""
         return (self.base.precision,) + ((self.upgrade.precision,) if self.upgrade else ())
 
 

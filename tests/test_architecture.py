@@ -117,7 +117,7 @@ def test_the_tree_in_the_docs_is_the_tree_on_disk():
     assert documented == found, f"missing: {sorted(found - documented)}; gone: {sorted(documented - found)}"
 
 
-def test_the_forward_never_synchronises_with_the_device():
+def test_the_forward_never_synchronizes_with_the_device():
     for path in modules():
         if room_of(path) in ("memory", "runtime"):
             continue  # these may wait: at close, at a drain, on the staging thread

@@ -13,7 +13,7 @@ PUBLIC = {
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",
-    "trace", "verdict", "close", "heat", "warm_start", "save_hotness", "load_hotness",
+    "trace", "verdict", "close", "warm_start", "save_hotness", "load_hotness",
 }  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_every_error_is_a_dynaexq_error_and_a_familiar_one():
     assert issubclass(dynaexq.UnsupportedModelError, TypeError)
 
 
-def test_importing_loads_neither_plots_nor_quantisation_libraries():
+def test_importing_loads_neither_plots_nor_quantization_libraries():
     code = "import sys, dynaexq; print([m for m in ('matplotlib', 'bitsandbytes') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"

@@ -58,7 +58,7 @@ BAD_TIERS = {
     "three": (("int2", "int4", "int8"), "('int2', 'int4', 'int8')"),
 }
 
-BAD_DIALS = [
+BAD_OPTIONS = [
     ("allocation", "per-layer"),
     ("policy", "greedy"),
     ("policy", None),
@@ -111,7 +111,7 @@ def test_a_budget_that_is_no_size_is_refused(size):
     refused(f"hbm_budget.*got {re.escape(repr(size))}", hbm_budget=size)
 
 
-@pytest.mark.parametrize(("option", "value"), BAD_DIALS, ids=lambda value: repr(value).strip("'"))
+@pytest.mark.parametrize(("option", "value"), BAD_OPTIONS, ids=lambda value: repr(value).strip("'"))
 def test_a_bad_value_is_refused_by_dial_and_value(option, value):
     refused(f"{option}.*got {re.escape(repr(value))}", **{option: value})
 

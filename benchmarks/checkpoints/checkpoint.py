@@ -1,4 +1,4 @@
-"""Loading, packing and reloading a generated 1.2 GB Qwen3-MoE checkpoint: memory, start-up, quantising speed.
+"""Loading, packing and reloading a generated 1.2 GB Qwen3-MoE checkpoint: memory, start-up, quantizing speed.
 
     python benchmarks/checkpoints/checkpoint.py [--dir DIR] [--json FILE]
 
@@ -193,8 +193,8 @@ def measure_start(packed: Path, least: int) -> dict[str, Any]:
     }
 
 
-def measure_quantising() -> dict[str, Any]:
-    """Seconds an expert of the 30B shape on all cores, and what 6,144 of them would take."""
+def measure_quantizing() -> dict[str, Any]:
+    """Seconds per expert of the 30B shape on all cores, and what 6,144 of them would take."""
     import torch
 
     from dynaexq.quantization import ExpertCodec, ExpertWeights
@@ -265,7 +265,7 @@ def main() -> None:
         least = least_budget(packed)
         result = {
             "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-            "quantising": measure_quantising(),
+            "quantizing": measure_quantizing(),
             "memory": measure_memory(source, packed, least),
             "start": measure_start(packed, least),
         }

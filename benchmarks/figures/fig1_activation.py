@@ -1,6 +1,6 @@
 """The paper's figure 1: how often each expert of an early and of a late layer is chosen, under several workloads.
 
-    python benchmarks/figures/fig1_activation.py [--model DIR] [--device cpu] [--text chat=chat.txt --text code=main.py]
+    python benchmarks/figures/fig1_activation.py [--model DIR] [--device cpu] [--text chat=chat.txt]
 
 The model is unpatched; what is counted is the choices of its own routers, as shares of the tokens.
 """
@@ -71,12 +71,12 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     """A column for each layer, a row for each workload; all experts in the order of their index."""
     layers, frequencies = results["layers"], results["frequencies"]
     grid = figure.subplots(len(frequencies), len(layers), sharex=True, sharey="col", squeeze=False)
-    for row, (colour, (name, by_layer)) in enumerate(
-        zip(itertools.cycle(figures.COLOURS), frequencies.items(), strict=False)
+    for row, (color, (name, by_layer)) in enumerate(
+        zip(itertools.cycle(figures.COLORS), frequencies.items(), strict=False)
     ):
         for column, layer in enumerate(layers):
             axes, frequency = grid[row, column], by_layer[column]
-            axes.bar(range(len(frequency)), [100 * share for share in frequency], width=0.9, color=colour)
+            axes.bar(range(len(frequency)), [100 * share for share in frequency], width=0.9, color=color)
             axes.axhline(100 * results["top_k"] / len(frequency), color="black", lw=0.8, ls="--")
             if row == 0:
                 axes.set_title(f"layer {layer}")

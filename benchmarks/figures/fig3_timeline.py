@@ -20,7 +20,7 @@ import typer
 from timeline import Timeline
 
 MOVES_DRAWN = 24
-COLOURS = dict(zip(("forward", "copy", "published", "tick", "layer"), figures.COLOURS, strict=False))
+COLORS = dict(zip(("forward", "copy", "published", "tick", "layer"), figures.COLORS, strict=False))
 
 
 def serve(timeline: Timeline, texts: dict[str, Any], prompt: int) -> None:
@@ -118,9 +118,9 @@ def _draw_moves(axes: Any, moves: list[dict]) -> None:
         decided, published = move["decided"] * 1e3, move["published"] * 1e3
         axes.plot([decided, published], [height] * 2, color="#999999", lw=1)
         if move["promote"]:
-            axes.plot([move["copy_begin"] * 1e3, move["copy_end"] * 1e3], [height] * 2, color=COLOURS["copy"], lw=3)
+            axes.plot([move["copy_begin"] * 1e3, move["copy_end"] * 1e3], [height] * 2, color=COLORS["copy"], lw=3)
         axes.plot(decided, height, "|", color="black", ms=6)
-        axes.plot(published, height, "^" if move["promote"] else "v", color=COLOURS["published"], ms=4)
+        axes.plot(published, height, "^" if move["promote"] else "v", color=COLORS["published"], ms=4)
 
 
 def _draw_bars(axes: Any, spans: dict[str, list], moves: list[dict], rows: tuple[str, ...]) -> None:
@@ -128,8 +128,8 @@ def _draw_bars(axes: Any, spans: dict[str, list], moves: list[dict], rows: tuple
         found = copies_of(moves) if kind == "copy" else spans[kind]
         bars = [(begin * 1e3, (end - begin) * 1e3) for _, begin, end in found]
         # What follows at once needs a gap to be told apart; a copy is so short that its edge is what is seen.
-        edge = "white" if kind in ("forward", "layer") else COLOURS[kind]
-        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=COLOURS[kind], edgecolors=edge, linewidth=0.4)
+        edge = "white" if kind in ("forward", "layer") else COLORS[kind]
+        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=COLORS[kind], edgecolors=edge, linewidth=0.4)
     axes.set_yticks(range(len(rows)), reversed(rows))
 
 
@@ -150,8 +150,8 @@ def main(
     """Record moves and compute on one clock."""
     torch.set_num_threads(threads)
     texts = figures.workloads(model, text, batch, prompt + steps, device)
-    ladder = tuple(tiers.split(","))
-    followed = figures.patched(model, device, ladder, upgraded, update_interval=update_interval, auto_pause=False)
+    pair = tuple(tiers.split(","))
+    followed = figures.patched(model, device, pair, upgraded, update_interval=update_interval, auto_pause=False)
     before = figures.machine(device)
     followed(next(iter(texts.values()))[0][None])  # kernels are compiled when they are first needed
     timeline = Timeline(followed)
@@ -159,7 +159,7 @@ def main(
     spans, moves = timeline.finish()
     totals = summary(spans, moves, timeline.slot_nbytes)
     options = {
-        "tiers": ladder,
+        "tiers": pair,
         "upgraded": upgraded,
         "batch": batch,
         "prompt": prompt,

@@ -1,11 +1,11 @@
 """The paper's figure 4: perplexity against the share of experts at the low precision, demoted coldest first.
 
-    python benchmarks/figures/fig4_perplexity.py [--model DIR] [--device cpu] [--ladder int2,int4 ...] [--out DIR]
+    python benchmarks/figures/fig4_perplexity.py [--model DIR] [--device cpu] [--pair int2,int4 ...] [--out DIR]
 
-The order is the paper's, by heat, and ours beside it, by heat times the error that the upgrade removes; a random one
-is what either must beat. Experts of all layers compete. Heat comes from the first half of every workload, perplexity
-and the KL divergence from the model in its own dtype from the second half. The low precision is the base of a ladder,
-the high one its upgrade.
+The order is the paper's, by hotness, and ours beside it, by hotness times the error that the upgrade removes; a random
+one is what either must beat. Experts of all layers compete. Hotness comes from the first half of every workload,
+perplexity and the KL divergence from the model in its own dtype from the second half. The low precision is the base of
+a pair of tiers, the high one its upgrade.
 """
 
 from pathlib import Path
@@ -21,17 +21,17 @@ from tqdm import tqdm
 from dynaexq.evaluate import evaluate, reference_logits, stream_logits
 
 SHARES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
-ORDERS = ("heat", "heat x error", "random")
+ORDERS = ("hotness", "hotness x error", "random")
 
 
-class Ladder:
+class Pair:
     """The model with every expert upgraded, whose coldest are then demoted.
 
     Args:
-        heat: windows to count routing on.
+        hotness: windows to count routing on.
     """
 
-    def __init__(self, path: Path, device: str, tiers: tuple[str, ...], heat: list[Tensor]):
+    def __init__(self, path: Path, device: str, tiers: tuple[str, ...], hotness: list[Tensor]):
         self._wanted: np.ndarray | None = None
 
         def as_told(score: np.ndarray, upgraded: np.ndarray, slots: int) -> np.ndarray:
@@ -41,7 +41,7 @@ class Ladder:
         self._runtime = self.model.dynaexq
         self._memory = self._runtime.memory()
         self._slot = self._memory["upgrade"] // self._runtime.plan.num_slots
-        for _ in stream_logits(self.model, heat):
+        for _ in stream_logits(self.model, hotness):
             pass
         mass = self._runtime.routed_mass()
         gain = self._runtime.devices[0].control.controller.gain
@@ -70,7 +70,7 @@ class Ladder:
         return self._runtime.tiers() > self._runtime.plan.base.bits
 
 
-def rows_of(ladder: Ladder, windows: list[Tensor], reference: list[Tensor], shares: list[float]) -> list[dict]:
+def rows_of(pair: Pair, windows: list[Tensor], reference: list[Tensor], shares: list[float]) -> list[dict]:
     """One row for each order and share; where all or none are demoted the order does not matter."""
     rows = []
     with tqdm(total=len(ORDERS) * len(shares), unit="point") as progress:
@@ -80,8 +80,8 @@ def rows_of(ladder: Ladder, windows: list[Tensor], reference: list[Tensor], shar
                 if known:
                     rows.append(known[0] | {"order": order})
                 else:
-                    nbytes = ladder.demote(order, share)
-                    found = evaluate(ladder.model, windows, reference)
+                    nbytes = pair.demote(order, share)
+                    found = evaluate(pair.model, windows, reference)
                     quality = {"perplexity": found.perplexity, "kl": found.kl}
                     rows.append({"order": order, "low": share, "bytes": nbytes, **quality})
                 progress.update()
@@ -89,21 +89,21 @@ def rows_of(ladder: Ladder, windows: list[Tensor], reference: list[Tensor], shar
 
 
 def draw(figure: Any, results: dict[str, Any]) -> None:
-    """Perplexity above, KL divergence below; a column for each ladder."""
-    ladders = results["ladders"]
-    grid = figure.subplots(2, len(ladders), sharex=True, squeeze=False)
-    for column, ladder in enumerate(ladders):
-        base, upgrade = ladder["tiers"]
+    """Perplexity above, KL divergence below; a column for each pair."""
+    pairs = results["pairs"]
+    grid = figure.subplots(2, len(pairs), sharex=True, squeeze=False)
+    for column, pair in enumerate(pairs):
+        base, upgrade = pair["tiers"]
         for axes, name in zip(grid[:, column], ("perplexity", "kl"), strict=True):
-            for colour, order in zip(figures.COLOURS, ORDERS, strict=False):
-                points = [(100 * row["low"], row[name]) for row in ladder["rows"] if row["order"] == order]
+            for color, order in zip(figures.COLORS, ORDERS, strict=False):
+                points = [(100 * row["low"], row[name]) for row in pair["rows"] if row["order"] == order]
                 style = "o:" if order == "random" else "o-"
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=order, ms=4)
+                axes.plot(*zip(*points, strict=True), style, color=color, label=order, ms=4)
         grid[0, column].axhline(results["perplexity"], color="black", lw=0.8, ls="--")
         grid[0, column].set_title(f"{upgrade} to {base}")
         grid[1, column].set_xlabel("% of the experts demoted")
     grid[0, 0].set_ylabel("perplexity (dashed: unpatched)")
-    grid[1, 0].set_ylabel("KL divergence, nats a token")
+    grid[1, 0].set_ylabel("KL divergence, nats per token")
     grid[0, 0].legend(frameon=False, title="demoted by least")
     figure.suptitle(results["model"])
 
@@ -112,9 +112,9 @@ def main(
     model: figures.Model = figures.EMBEDDED,
     device: figures.Device = figures.DEVICE,
     text: figures.Texts = None,
-    ladder: Annotated[list[str] | None, typer.Option(help="base,upgrade; by default int2,int4 and int4,fp16.")] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="base,upgrade; by default int2,int4 and int4,fp16.")] = None,
     shares: Annotated[str, typer.Option(help="Shares demoted.")] = ",".join(map(str, SHARES)),
-    windows: Annotated[int, typer.Option(help="Windows of a workload to measure, and as many for heat.")] = 24,
+    windows: Annotated[int, typer.Option(help="Windows of a workload to measure, and as many for hotness.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,
     threads: figures.Threads = 1,
     out: figures.Out = figures.RESULTS,
@@ -122,15 +122,15 @@ def main(
     """Measure quality against the share of experts at the low precision."""
     torch.set_num_threads(threads)
     texts = figures.workloads(model, text, 2 * windows, length, device)
-    heat = [window for found in texts.values() for window in found[:windows]]
+    hotness = [window for found in texts.values() for window in found[:windows]]
     measured = [window for found in texts.values() for window in found[windows:]]
     unpatched = figures.original(model, device)
     reference, exact = reference_logits(unpatched, measured), evaluate(unpatched, measured)
     del unpatched
-    points, ladders = sorted(float(share) for share in shares.split(",")), []
-    for tiers in ladder or ["int2,int4", "int4,fp16"]:
-        rows = rows_of(Ladder(model, device, tuple(tiers.split(",")), heat), measured, reference, points)
-        ladders.append({"tiers": tiers.split(","), "rows": rows})
+    points, pairs = sorted(float(share) for share in shares.split(",")), []
+    for tiers in pair or ["int2,int4", "int4,fp16"]:
+        rows = rows_of(Pair(model, device, tuple(tiers.split(",")), hotness), measured, reference, points)
+        pairs.append({"tiers": tiers.split(","), "rows": rows})
         figures.show(f"{model.name}: {tiers.replace(',', ' refined to ')}; unpatched {exact.perplexity:.4f}", rows)
     results = {
         "machine": figures.machine(device),
@@ -138,9 +138,9 @@ def main(
         "workloads": list(texts),
         "tokens": len(measured) * length,
         "perplexity": exact.perplexity,
-        "ladders": ladders,
+        "pairs": pairs,
     }
-    figures.save(out, "fig4_perplexity", results, draw, (4.5 * len(ladders), 6))
+    figures.save(out, "fig4_perplexity", results, draw, (4.5 * len(pairs), 6))
 
 
 if __name__ == "__main__":

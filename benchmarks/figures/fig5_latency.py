@@ -10,7 +10,7 @@ Three contestants read the same text, a prompt at once and then a token a step, 
 - dynamic: patched, with control on, following from the first tick (`auto_pause=False`): what control costs at most.
 
 They take turns request by request, in an order drawn for each round, so that what else the machine does meets all
-alike. TTFT (the prompt), TPOT (a step) and tokens a second are medians over the rounds, P99 is that of all steps of
+alike. TTFT (the prompt), TPOT (a step) and tokens per second are medians over the rounds, P99 is that of all steps of
 all rounds, ratios are medians of the ratios within a round. Where not all fit at once, leave some out with
 --contestants.
 """
@@ -32,7 +32,7 @@ PANELS = {
     "ttft_ms": "TTFT, ms",
     "tpot_ms": "TPOT, ms",
     "p99_ms": "P99 of a step, ms",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
 }
 
 
@@ -104,9 +104,9 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     rows = results["rows"]
     batches = sorted({row["batch"] for row in rows})
     for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for colour, contestant in zip(figures.COLOURS, dict.fromkeys(row["contestant"] for row in rows), strict=False):
+        for color, contestant in zip(figures.COLORS, dict.fromkeys(row["contestant"] for row in rows), strict=False):
             points = [(row["batch"], row[name]) for row in rows if row["contestant"] == contestant]
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=contestant, ms=4)
+            axes.plot(*zip(*points, strict=True), "o-", color=color, label=contestant, ms=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, batches)
         axes.set_ylim(bottom=0)
@@ -135,16 +135,16 @@ def main(
 ) -> None:
     """Measure latency and throughput."""
     torch.set_num_threads(threads)
-    sizes, ladder = [int(size) for size in batches.split(",")], tuple(tiers.split(","))
+    sizes, pair = [int(size) for size in batches.split(",")], tuple(tiers.split(","))
     texts = figures.workloads(model, text, max(sizes), prompt + steps, device)
-    entered = enter(contestants.split(","), model, device, ladder, upgraded)
+    entered = enter(contestants.split(","), model, device, pair, upgraded)
     before = figures.machine(device)
     measure(entered, texts, sizes, prompt, rounds)
     rows = rows_of(entered, sizes)
     results = {
         "machine": before,
         "model": model.name,
-        "tiers": ladder,
+        "tiers": pair,
         "upgraded": upgraded,
         "prompt": prompt,
         "steps": steps,

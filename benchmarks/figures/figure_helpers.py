@@ -27,15 +27,15 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import inspect_checkpoint
 
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent.parent / "results"))
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
-"""Seven that remain apart for colour-blind readers (Paul Tol's "bright")."""
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
+"""Seven that remain apart for color-blind readers (Paul Tol's "bright")."""
 
 Model = Annotated[Path, typer.Option(help="Checkpoint directory, by default the embedded model.")]
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default the accelerator if there is one.')]
 Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
 Out = Annotated[Path, typer.Option(help="Directory for the JSON and the picture.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", metavar="NAME=FILE", help="A workload; may be repeated.")]
-Tiers = Annotated[str, typer.Option(help="The ladder, as base,upgrade.")]
+Tiers = Annotated[str, typer.Option(help="The pair, as base,upgrade.")]
 Upgraded = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the experts with a slot for an upgrade.")]
 
 EMBEDDED = embedded_model()
@@ -59,7 +59,7 @@ def original(path: Path, device: str, implementation: str = "eager") -> PreTrain
 
 
 def patched(path: Path, device: str, tiers: Sequence[str], share: float, **options: Any) -> PreTrainedModel:
-    """The model with a slot for `share` of its experts on the ladder `tiers`; the 16-bit experts are never held."""
+    """The model with a slot for `share` of its experts on the pair `tiers`; the 16-bit experts are never held."""
     config = dynaexq.DynaExqConfig(
         hbm_budget=budget(path, tiers, share), tiers=tuple(tiers), **{"device": device} | options
     )

@@ -1,7 +1,7 @@
 """The paper's table 1: accuracy on tasks of lm-evaluation-harness, at high, low, static and dynamic precision.
 
     python benchmarks/figures/table1_accuracy.py [--model DIR] [--device cpu] [--out DIR]
-    python benchmarks/figures/table1_accuracy.py --model DIR --task gsm8k --task mmlu_pro --contestants int8,static,dynamic
+    python benchmarks/figures/table1_accuracy.py --model DIR --task gsm8k --contestants int8,static,dynamic
 
 Needs lm_eval: pip install "dynaexq[benchmarks]". Without --task it writes a task of its own, so that it runs without a
 network: arithmetic of `dynaexq.corpus`, the result to be chosen among four. Tasks of yours come from --tasks-dir.
@@ -129,7 +129,7 @@ def draw(figure: Any, results: dict[str, Any]) -> None:
     names = [row["contestant"] for row in rows]
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
         errors = [row.get(f"{metric}_stderr", 0.0) for row in rows]
-        bars = axes.bar(names, [row[metric] for row in rows], yerr=errors, color=figures.COLOURS[0])
+        bars = axes.bar(names, [row[metric] for row in rows], yerr=errors, color=figures.COLORS[0])
         axes.bar_label(bars, fmt="%.3g")
         axes.set_title(metric)
         axes.tick_params(axis="x", rotation=30)
@@ -158,22 +158,22 @@ def main(
     from lm_eval.tasks import TaskManager
 
     torch.set_num_threads(threads)
-    ladder, tokenizer, rows = tuple(tiers.split(",")), AutoTokenizer.from_pretrained(model), []
+    pair, tokenizer, rows = tuple(tiers.split(",")), AutoTokenizer.from_pretrained(model), []
     with TemporaryDirectory() as scratch:
         if not task:
             write_own_task(Path(scratch), questions)
         where = str(tasks_dir) if task and tasks_dir else scratch
         manager = TaskManager(include_path=where, include_defaults=bool(task))
         for name in contestants.split(","):
-            contestant = enter(name, model, device, ladder, upgraded)
+            contestant = enter(name, model, device, pair, upgraded)
             found = scores(contestant, tokenizer, task or [OWN_TASK], manager, batch, limit)
             row = {f"{title}: {metric}": v for title, values in found.items() for metric, v in values.items()}
             rows.append({"contestant": name, "bytes": weights_bytes(contestant), **row})
             del contestant
     shares = recovered(rows)
-    options = {"tiers": ladder, "upgraded": upgraded, "limit": limit}
+    options = {"tiers": pair, "upgraded": upgraded, "limit": limit}
     results = {"machine": figures.machine(device), "model": model.name, **options, "rows": rows, "recovered": shares}
-    figures.show(f"{model.name}, {' + '.join(ladder)}, {upgraded:.0%} upgraded", rows)
+    figures.show(f"{model.name}, {' + '.join(pair)}, {upgraded:.0%} upgraded", rows)
     if shares:
         figures.show("share of the distance between low and high that is recovered", shares)
     figures.save(out, "table1_accuracy", results, draw, (6, 4))

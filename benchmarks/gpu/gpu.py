@@ -66,7 +66,7 @@ def write(found: dict[str, Any], out: Path) -> str:
     models = dict.fromkeys(row["model"] for row in found["layers"])
     for model in models:
         rows = [row for row in found["layers"] if row["model"] == model]
-        parts += [f"## {model}: microseconds a layer, by tokens", table(by_tokens(rows))]
+        parts += [f"## {model}: microseconds per layer, by tokens", table(by_tokens(rows))]
     for title in ("link", "swapping", "model", "overlap"):
         if title in found:
             parts += [f"## {title}", table(found[title])]

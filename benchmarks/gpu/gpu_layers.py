@@ -30,7 +30,7 @@ MIXES = {
     "20 % fp16 over int4": (("int4", "fp16"), 0.2),
     "fp16": (("fp16",), 0.0),
 }
-"""Ladder, and the share of experts with their upgrade; routing is uniform, so it is the share of traffic, too."""
+"""Pair, and the share of experts with their upgrade; routing is uniform, so it is the share of traffic, too."""
 
 GATHERED_PAIRS = 512  # batched_mm copies the weights of every pair
 REPEATS = 30

@@ -1,6 +1,6 @@
 """A whole model on a GPU: prompts and tokens, eager and from a graph, while precision stands still and while it moves.
 
-The model has the shape of Qwen3-30B-A3B and random weights; a few random experts are quantised and serve as all of
+The model has the shape of Qwen3-30B-A3B and random weights; a few random experts are quantized and serve as all of
 them, so that no 16-bit expert is ever held but these. *Static* is frozen; *dynamic* demotes and promotes all the time,
 as much as the traffic limit allows, wherever the traffic goes: the worst case. A token is a forward of one position a
 sequence that keeps no cache, so attention costs next to nothing, to all contestants alike.
@@ -66,7 +66,7 @@ class Workload:
 
 
 class RepeatedLoader:
-    """A few random experts, quantised once, in the place of all."""
+    """A few random experts, quantized once, in the place of all."""
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
         """See `placement.ExpertLoader`."""
@@ -76,7 +76,7 @@ class RepeatedLoader:
             for size in ((shape.up_rows, shape.hidden_size), (shape.hidden_size, shape.intermediate_size))
         )
         encoded = codec.encode(ExpertWeights(up, down))
-        assert encoded.upgrade is not None, "a ladder of two"
+        assert encoded.upgrade is not None, "a pair of two"
         which = torch.arange(num_experts) % DIFFERENT_EXPERTS
         store = open_store(num_layers * num_experts, codec.upgrade_layout.nbytes, settings.host_copy)
         upgrades = encoded.upgrade.cpu()[which]
@@ -185,7 +185,7 @@ def measure(model: PreTrainedModel, policy: Rotation, ids: Tensor, workload: Wor
             times, seconds = step_times(contestant.step, steps, workload.device)
             copied = runtime.stats()["bytes_copied"] - before
             yield {
-                "ladder": "+".join(runtime.plan.tiers),
+                "pair": "+".join(runtime.plan.tiers),
                 "what": "token" if ids.shape[1] == 1 else "prompt",
                 "sequences": ids.shape[0],
                 "positions": ids.shape[1],
@@ -237,7 +237,7 @@ def _union(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 def run(workload: Workload, out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every ladder, batch and prompt; the trace is of the first ladder's first batch."""
+    """Every pair, batch and prompt; the trace is of the first pair's first batch."""
     found: dict[str, list[dict[str, Any]]] = {"model": [], "overlap": []}
     vocabulary = workload.shape["vocab_size"]
     for tiers in TIERS:

@@ -28,7 +28,7 @@ class Decoder:
 
     def __init__(self, shape: Shape, tiers: tuple[str, ...], pinned: bool, idle: bool = False):
         codec = ExpertCodec(shape.expert, torch.bfloat16, tiers, method="rtn")
-        assert codec.upgrade is not None, "a ladder of two"
+        assert codec.upgrade is not None, "a pair of two"
         count, slots = LAYERS * shape.num_experts, int(UPGRADED * LAYERS * shape.num_experts)
         self.shape, self.slot_nbytes = shape, codec.upgrade.nbytes
         self.memory = DeviceMemory(
@@ -107,7 +107,7 @@ def link(shape: Shape, tiers: tuple[str, ...], pinned: bool) -> dict[str, Any]:
     decoder.pipeline.close()
     return {
         "model": shape.name,
-        "ladder": "+".join(tiers),
+        "pair": "+".join(tiers),
         "store": "pinned" if pinned else "ram",
         "gigabytes_a_second": begun * decoder.slot_nbytes / seconds / 1e9,
         "promotion_microseconds": statistics.median(single),
@@ -137,7 +137,7 @@ def swapping(shape: Shape, tiers: tuple[str, ...], steps: int) -> list[dict[str,
         rows.append(
             {
                 "model": shape.name,
-                "ladder": "+".join(tiers),
+                "pair": "+".join(tiers),
                 "moves": begun,
                 "megabytes_a_second": begun * decoder.slot_nbytes / seconds / 1e6,
                 "tokens_a_second": steps * BATCH / seconds,

@@ -73,7 +73,7 @@ MODELS = (Model("Qwen3-30B-A3B", 128, 128, 8, 2048, 768), Model("Qwen3-Next-80B-
 
 
 class Packed:
-    """Random experts in one ladder, on slabs like those of a patched model."""
+    """Random experts in one pair, on slabs like those of a patched model."""
 
     def __init__(self, model: Model, tiers: tuple[str, ...]):
         gated = ExpertShape(model.hidden_size, model.intermediate_size, 2 * model.intermediate_size, False, False)
@@ -173,7 +173,7 @@ def measure(
     memory: Tensor,
     clock: Callable[[], float],
 ) -> list[dict]:
-    """Median time of each contestant, its speed-up over the best of Transformers, and its bytes a second."""
+    """Median time of each contestant, its speed-up over the best of Transformers, and its bytes per second."""
     implementations = ["eager", "grouped_mm"] + ["batched_mm"] * (num_tokens == 1)
     run = {f"transformers {name}, bf16": original.by(name) for name in implementations}
     run |= {f"dynaexq {name}": layer for name, layer in packed.items()}
@@ -185,7 +185,7 @@ def measure(
     bandwidth = 0.0
     for _ in range(ROUNDS[num_tokens]):
         routing = routing_of(model, num_tokens)
-        for name in random.sample(list(run), len(run)):  # whoever follows batched_mm finds the caches swept
+        for name in random.sample(list(run), len(run)):  # the one after batched_mm finds the caches swept
             function = run[name]
             memory[:WAKING].sum()  # PyTorch's threads are awake, as they are inside a model
             seconds = timed(clock, function, *routing)
@@ -226,7 +226,7 @@ def main(
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Count the thread's time on a core only.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Measure every ladder at 1, 16 and 512 tokens."""
+    """Measure every pair at 1, 16 and 512 tokens."""
     if cpu_time and threads != 1:
         raise typer.BadParameter("--cpu-time tells the time of one thread; add --threads 1")
     clock = time.thread_time if cpu_time else time.perf_counter

@@ -1,4 +1,4 @@
-"""Weights a second that one core quantises, at the shapes of real experts: what `dynaexq plan` takes for start-up.
+"""Weights per second that one core quantizes, at the shapes of real experts: what `dynaexq plan` takes for start-up.
 
 python benchmarks/layers/encode_speed.py [--json FILE]
 
@@ -24,7 +24,7 @@ REPEATS = 5
 
 
 def main(json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None) -> None:
-    """Time the quantisers."""
+    """Time the quantizers."""
     torch.set_num_threads(1)
     rows = []
     for model, (hidden, intermediate) in SHAPES.items():
@@ -37,7 +37,7 @@ def main(json_path: Annotated[Path | None, typer.Option("--json", help="Write th
                 seconds = min(_encode_seconds(codec, weights) for _ in range(REPEATS))
                 rate = shape.num_weights / seconds / 1e6
                 rows.append({"model": model, "quantizer": quantizer, "tiers": tiers, "million_weights_a_second": rate})
-    table = Table(title=f"million weights a second, one core, best of {REPEATS}")
+    table = Table(title=f"million weights per second, one core, best of {REPEATS}")
     for column in rows[0]:
         table.add_column(column)
     for row in rows:

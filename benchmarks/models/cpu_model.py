@@ -1,4 +1,4 @@
-"""Whole models on the CPU: tokens a second patched and unpatched, and what the control of precision costs.
+"""Whole models on the CPU: tokens per second patched and unpatched, and what the control of precision costs.
 
     python benchmarks/models/cpu_model.py [--threads 2] [--json FILE]
 
@@ -108,7 +108,7 @@ def patched(model: PreTrainedModel, tiers: tuple[str, ...]) -> PreTrainedModel:
 
 
 def measure(name: str, model: PreTrainedModel) -> list[dict]:
-    """Tokens a second of every contestant, its ratio to the best unpatched one, and the share of control."""
+    """Tokens per second of every contestant, its ratio to the best unpatched one, and the share of control."""
     decoders, controls = {}, {}
     for tiers in TIER_CHOICES:
         decoders["dynaexq " + "+".join(tiers)] = decoder = Decoder(patched(model, tiers))

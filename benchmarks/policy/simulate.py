@@ -2,7 +2,7 @@
 
 python benchmarks/policy/simulate.py [--tokens 4000] [--json FILE]
 
-Moves may take a tenth of a PCIe 4 link (25 GB/s); 50 tokens a second; a fifth of the experts is upgraded.
+Moves may take a tenth of a PCIe 4 link (25 GB/s); 50 tokens per second; a fifth of the experts is upgraded.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/quality.py [--model DIR] [--tokens 10000] [--only policies,parts] [--json FILE]
 
-KL divergence from the model in its own dtype, nats a token, on a stream of held-out prose, code and arithmetic, one
+KL divergence from the model in its own dtype, nats per token, on a stream of held-out prose, code and arithmetic, one
 forward for each window of 128 tokens, with the control loop deciding after every window. Everybody starts from the
 same calibration text, which comes from elsewhere.
 """
@@ -19,7 +19,7 @@ from quality_bytes import equal_bytes
 from quality_policies import Contest, HotnessAlone, bounds, compete
 from rich.console import Console
 from rich.table import Table
-from streams import Heat, Stream, use_one_thread
+from streams import Hotness, Stream, use_one_thread
 from tqdm import tqdm
 
 import dynaexq
@@ -47,43 +47,43 @@ PARTS: dict[str, dict[str, Any]] = {
 Row = dict[str, Any]
 
 
-def policies(stream: Stream, heat: Heat) -> list[Row]:
+def policies(stream: Stream, hotness: Hotness) -> list[Row]:
     """int4 over a fifth of int2: every policy, the paper's at many settings."""
-    contest = Contest(stream, TIER_CHOICES[0], 0.2, heat)
+    contest = Contest(stream, TIER_CHOICES[0], 0.2, hotness)
     return compete(contest, *bounds(contest), sweep=True)
 
 
-def parts(stream: Stream, heat: Heat) -> list[Row]:
+def parts(stream: Stream, hotness: Hotness) -> list[Row]:
     """The same, with one part of dynaexq changed at a time."""
-    contest = Contest(stream, TIER_CHOICES[0], 0.2, heat)
+    contest = Contest(stream, TIER_CHOICES[0], 0.2, hotness)
     return [contest.run(name, **options) for name, options in tqdm(PARTS.items(), desc="parts", unit="option")]
 
 
-def ladders(stream: Stream, heat: Heat) -> list[Row]:
-    """Every ladder and share of upgraded experts, over one cycle of the workloads."""
+def pairs(stream: Stream, hotness: Hotness) -> list[Row]:
+    """Every pair and share of upgraded experts, over one cycle of the workloads."""
     rows, stream = [], stream.first_cycle()
     for tiers in TIER_CHOICES:
-        contest = Contest(stream, tiers, 0.0, heat)
+        contest = Contest(stream, tiers, 0.0, hotness)
         low, high = bounds(contest)
         for share in SHARES:
             found = compete(replace(contest, share=share), dict(low), dict(high))
-            rows += [{"ladder": " < ".join(tiers), "upgraded": share} | row for row in found]
+            rows += [{"pair": " < ".join(tiers), "upgraded": share} | row for row in found]
     return rows
 
 
-def calibrated(stream: Stream, heat: Heat) -> list[Row]:
+def calibrated(stream: Stream, hotness: Hotness) -> list[Row]:
     """int4 over a fifth of int2, every policy on calibrated codes, as `--calibrate self` makes them."""
     with TemporaryDirectory() as scratch:
         path = Path(scratch) / "moments.safetensors"
         dynaexq.calibrate(stream.model, path)
-        contest = Contest(stream, TIER_CHOICES[0], 0.2, heat, {"calibration": str(path)})
+        contest = Contest(stream, TIER_CHOICES[0], 0.2, hotness, {"calibration": str(path)})
         return compete(contest, *bounds(contest))
 
 
 def prompts(path: Path, tokens: int) -> list[Row]:
     """Long prompts and short continuations: time counted in tokens against the paper's factor a step."""
     stream = Stream(path, tokens, lengths=PROMPT_AND_STEPS)
-    contest = Contest(stream, TIER_CHOICES[0], 0.2, stream.heat())
+    contest = Contest(stream, TIER_CHOICES[0], 0.2, stream.hotness())
     options: list[Row] = [{}, *({"alpha": alpha} for alpha in (0.5, 0.8, 0.9, 0.95, 0.98))]
     return [
         contest.run(", ".join(f"{name} {value}" for name, value in option.items()) or "half-life 128 tokens", **option)
@@ -115,7 +115,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Checkpoint directory; the embedded model by default.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each phase.")] = 10_000,
     cycles: Annotated[int, typer.Option(help="Times that every workload comes.")] = 2,
-    only: Annotated[str, typer.Option(help="Which tables.")] = "policies,calibrated,parts,prompts,ladders,bytes",
+    only: Annotated[str, typer.Option(help="Which tables.")] = "policies,calibrated,parts,prompts,pairs,bytes",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; other tables there stay.")
     ] = None,
@@ -123,23 +123,23 @@ def main(
     """Measure the tables, and print them."""
     use_one_thread()
     stream = Stream(model or embedded_model(), tokens, cycles)
-    heat, console = stream.heat(), Console()
+    hotness, console = stream.hotness(), Console()
     results: dict[str, Any] = {"torch": torch.__version__}
     wanted = only.split(",")
     for name, title, measure in (
         ("policies", "int4 over a fifth of int2", policies),
         ("calibrated", "int4 over a fifth of int2, calibrated", calibrated),
         ("parts", "int4 over a fifth of int2, one part changed at a time", parts),
-        ("ladders", "every ladder and share", ladders),
+        ("pairs", "every pair and share", pairs),
     ):
         if name in wanted:
-            results[name] = measure(stream, heat)
+            results[name] = measure(stream, hotness)
             show(console, title, results[name])
     if "prompts" in wanted:
         results["prompts"] = prompts(model or embedded_model(), tokens)
         show(console, "prompts of 512 tokens, then 32 windows of 16", results["prompts"])
     if "bytes" in wanted:
-        rows, uniforms = equal_bytes(stream, heat)
+        rows, uniforms = equal_bytes(stream, hotness)
         results["bytes"], results["uniform"] = rows, [{**vars(u)} for u in uniforms]
         show(console, "equal bytes", rows)
         show(console, "uniform", [{"assignment": u.name, "bits": u.bits, "KL": u.kl} for u in uniforms])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from streams import Heat, Stream
+from streams import Hotness, Stream
 from tqdm import tqdm
 
 import dynaexq
@@ -31,7 +31,7 @@ class Assignment:
 
 
 def emulated_int3(stream: Stream, group_size: int) -> Assignment:
-    """What int3 would give, which dynaexq does not offer: weights rounded by the same quantiser, read at 3 bits."""
+    """What int3 would give, which dynaexq does not offer: weights rounded by the same quantizer, read at 3 bits."""
     model, bits, weights = copy.deepcopy(stream.model), 0.0, 0
     for layer in find_sparse_layers(model):
         for matrix in (layer.weights().up.data, layer.weights().down.data):
@@ -54,7 +54,9 @@ def uniform(stream: Stream, tier: str, group_size: int) -> Assignment:
     return Assignment(f"{tier} g{group_size}", bits_a_weight(runtime, outcome.nbytes), outcome.mean_kl, (tier,))
 
 
-def mix(stream: Stream, tiers: tuple[str, str], bits: float, heat: Heat, oracle: bool = False) -> Assignment | None:
+def mix(
+    stream: Stream, tiers: tuple[str, str], bits: float, hotness: Hotness, oracle: bool = False
+) -> Assignment | None:
     """Hot experts upgraded while the stream runs, as many as `bits` a weight allow; None where the base is larger.
 
     Args:
@@ -67,10 +69,12 @@ def mix(stream: Stream, tiers: tuple[str, str], bits: float, heat: Heat, oracle:
     if share <= 0:
         return None
     model, runtime = stream.patched(share, tiers=tiers)
-    runtime.warm_start(heat.calibrated)
+    runtime.warm_start(hotness.calibrated)
     if oracle:
         runtime.freeze()
-    outcome = stream.send(model, runtime, lambda index: runtime.warm_start(heat.foreseen[index]) if oracle else None)
+    outcome = stream.send(
+        model, runtime, lambda index: runtime.warm_start(hotness.foreseen[index]) if oracle else None
+    )
     name = f"{tiers[0]} + {share:.0%} {tiers[1]}"
     return Assignment(name, bits_a_weight(runtime, outcome.nbytes), outcome.mean_kl, tiers)
 
@@ -82,7 +86,7 @@ def bits_a_weight(runtime: dynaexq.Runtime, nbytes: int) -> float:
 
 
 def chosen_by_auto(stream: Stream, bits: float) -> tuple[str, ...]:
-    """The ladder that `tiers="auto"` takes for that many bits a weight of experts."""
+    """The pair that `tiers="auto"` takes for that many bits per weight of experts."""
     model = copy.deepcopy(stream.model)
     with dynaexq.patch(model, "1TiB", tiers=("int2",), config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
         memory, plan = runtime.memory(), runtime.plan
@@ -92,20 +96,20 @@ def chosen_by_auto(stream: Stream, bits: float) -> tuple[str, ...]:
         return runtime.plan.tiers
 
 
-def equal_bytes(stream: Stream, heat: Heat) -> tuple[list[Row], list[Assignment]]:
+def equal_bytes(stream: Stream, hotness: Hotness) -> tuple[list[Row], list[Assignment]]:
     """One row for each of `BITS_A_WEIGHT`, and everything that was uniform."""
     uniforms = [uniform(stream, tier, group) for tier, group in tqdm(UNIFORM, desc="uniform", unit="precision")]
     rows = []
     for bits in tqdm(BITS_A_WEIGHT, desc="equal bytes", unit="budget"):
         fitting = [assignment for assignment in uniforms if assignment.bits <= bits + 1e-6]
-        mixes = [found for tiers in MIXES if (found := mix(stream, tiers, bits, heat)) is not None]
+        mixes = [found for tiers in MIXES if (found := mix(stream, tiers, bits, hotness)) is not None]
         offered = mixes + [assignment for assignment in fitting if assignment.tiers and "g64" in assignment.name]
         best_uniform, best_mix, best = (min(group, key=lambda a: a.kl) for group in (fitting, mixes, offered))
-        assert best_mix.tiers is not None, "a mix is a ladder"
-        foreseen = mix(stream, best_mix.tiers, bits, heat, oracle=True)
+        assert best_mix.tiers is not None, "a mix is a pair"
+        foreseen = mix(stream, best_mix.tiers, bits, hotness, oracle=True)
         rows.append(
             {
-                "bits a weight": bits,
+                "bits per weight": bits,
                 "best uniform": best_uniform.name,
                 "its KL": best_uniform.kl,
                 "best mix": best_mix.name,

@@ -91,12 +91,12 @@ def main(
     """Measure and print the table."""
     use_one_thread()
     stream = Stream(model or embedded_model(), tokens)
-    heat, layers = stream.heat().foreseen, readings(stream)
-    table, results = Table("code bits a weight", *ALLOWED, title="KL of oracle assignments"), []
+    hotness, layers = stream.hotness().foreseen, readings(stream)
+    table, results = Table("code bits per weight", *ALLOWED, title="KL of oracle assignments"), []
     for bits in tqdm(CODE_BITS, unit="budget"):
         row: dict[str, Any] = {"code bits": bits}
         for name, allowed in ALLOWED.items():
-            depths = [assignment(mass, allowed, bits) for mass in heat]
+            depths = [assignment(mass, allowed, bits) for mass in hotness]
             row[name] = None if depths[0] is None else kl(stream, layers, depths)
             row[f"at int8, {name}"] = None if depths[0] is None else float(np.mean([(d == 8).mean() for d in depths]))
         table.add_row(f"{bits:.1f}", *("" if row[name] is None else f"{row[name]:.4f}" for name in ALLOWED))

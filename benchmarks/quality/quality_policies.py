@@ -1,11 +1,11 @@
-"""Who gets the upgrades: the contestants of benchmarks/quality/quality.py, from nobody to an oracle."""
+"""Who gets the upgrades: the contestants of benchmarks/quality/quality.py, from none to an oracle."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from streams import Heat, Outcome, Stream
+from streams import Hotness, Outcome, Stream
 from tqdm import tqdm
 
 import dynaexq
@@ -66,7 +66,7 @@ class HotnessAlone:
 
 @dataclass(frozen=True)
 class Contest:
-    """One ladder and one share of upgraded experts. All start from the calibrated heat; only the oracle foresees.
+    """One pair and one share of upgraded experts. All start from the calibrated hotness; only the oracle foresees.
 
     Attributes:
         common: options of every contestant.
@@ -75,22 +75,22 @@ class Contest:
     stream: Stream
     tiers: tuple[str, str]
     share: float
-    heat: Heat
+    hotness: Hotness
     common: dict[str, Any] = field(default_factory=dict)
 
     def run(self, name: str, warm: bool = True, **options: Any) -> Row:
-        """Start from the calibrated heat, unless not `warm`, then let `options` decide."""
+        """Start from the calibrated hotness, unless not `warm`, then let `options` decide."""
         model, runtime = self.stream.patched(self.share, tiers=self.tiers, **self.common | options)
         if isinstance(options.get("policy"), PaperRule | HotnessAlone):
             options["policy"].runtime = runtime
         if warm:
-            runtime.warm_start(self.heat.calibrated)
+            runtime.warm_start(self.hotness.calibrated)
         return self._row(name, self.stream.send(model, runtime), runtime)
 
     def oracle(self) -> Row:
         """At the start of each phase, the best set for that phase's average traffic; its moves cost nothing."""
         model, runtime = self.stream.patched(self.share, tiers=self.tiers, policy="frozen", **self.common)
-        outcome = self.stream.send(model, runtime, lambda index: runtime.warm_start(self.heat.foreseen[index]))
+        outcome = self.stream.send(model, runtime, lambda index: runtime.warm_start(self.hotness.foreseen[index]))
         return self._row("oracle of each phase", outcome, runtime) | {"moves": None, "bytes moved": None}
 
     def paper(self, alpha: float, delta: float) -> Row:
@@ -100,7 +100,7 @@ class Contest:
 
     def threshold(self, alpha: float) -> Row:
         """The paper's first rule: what the calibrated choice let in comes in, half of that may stay."""
-        tau = float(np.quantile(self.heat.calibrated, 1 - self.share))
+        tau = float(np.quantile(self.hotness.calibrated, 1 - self.share))
         name = f"paper, thresholds, alpha {alpha:g}"
         return self.run(name, policy="threshold", tau_h=tau, tau_c=tau / 2, allocation="per_layer", alpha=alpha)
 

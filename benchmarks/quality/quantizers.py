@@ -1,8 +1,8 @@
-"""What quantisers of the same bytes cost: error of the weights, error of the outputs, and distance from the model.
+"""What quantizers of the same bytes cost: error of the weights, error of the outputs, and distance from the model.
 
     python benchmarks/quality/quantizers.py [--model DIR] [--json FILE]
 
-Weights are replaced by what their codes stand for. KL divergence from the model in its own dtype, nats a token, on
+Weights are replaced by what their codes stand for. KL divergence from the model in its own dtype, nats per token, on
 held-out prose, code and arithmetic of `dynaexq.corpus`, and its mean; the error of the outputs is relative, of both
 matrices, for the inputs of that text. What is calibrated was calibrated on the part that training saw. `mix` is the
 KL with the fifth of the experts that a text routes most to at the upgrade of a code that can be refined.
@@ -93,9 +93,9 @@ def least_squares(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def unshrink(groups: Tensor, reading: Tensor) -> Tensor:
-    centre, weights = reading.mean(-1, keepdim=True), groups - groups.mean(-1, keepdim=True)
-    along = (weights * (reading - centre)).sum(-1, keepdim=True).clamp_min(1e-12)
-    return centre + (reading - centre) * (weights.square().sum(-1, keepdim=True) / along).clamp(1, 4) ** 0.7
+    center, weights = reading.mean(-1, keepdim=True), groups - groups.mean(-1, keepdim=True)
+    along = (weights * (reading - center)).sum(-1, keepdim=True).clamp_min(1e-12)
+    return center + (reading - center) * (weights.square().sum(-1, keepdim=True) / along).clamp(1, 4) ** 0.7
 
 
 def reading_of(fit: Callable, stretch: bool) -> Callable[[Tensor, int, int], Tensor]:
@@ -237,7 +237,7 @@ def baseline_rows(study: Study) -> list[dict]:
 
 def coded_rows(study: Study) -> list[dict]:
     rows = []
-    for tiers in tqdm(TIER_CHOICES, unit="ladder"):
+    for tiers in tqdm(TIER_CHOICES, unit="pair"):
         for group_size in (64, 32) if len(tiers) == 1 else (64,):
             for method, moments in study.calibrations.items():
                 readings = study.coded(tiers, group_size, moments)

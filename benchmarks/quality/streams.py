@@ -27,7 +27,7 @@ class Phase(NamedTuple):
     reference: list[Tensor]
 
 
-class Heat(NamedTuple):
+class Hotness(NamedTuple):
     """Routing mass a token, `[L, E]`, of the calibration text and of every phase of a stream."""
 
     calibrated: np.ndarray
@@ -38,8 +38,8 @@ class Outcome(NamedTuple):
     """What a stream made of one patched model; see `Stream.send`.
 
     Attributes:
-        kl: KL divergence from 16 bit, nats a token, of each phase.
-        loss: cross entropy, likewise.
+        kl: KL divergence from 16 bit, nats per token, of each phase.
+        loss: cross entropy in nats per token.
         stats: the runtime's, less what filling the slots at the start took.
         nbytes: of all experts, base and upgrades.
     """
@@ -88,10 +88,10 @@ class Stream:
         texts = (documents(domain, "train", CALIBRATION_SEED) for domain in DOMAINS)
         return [w for text in texts for w in windows_of(self.tokenizer, text, CALIBRATION_WINDOWS, LENGTH)]
 
-    def heat(self) -> Heat:
+    def hotness(self) -> Hotness:
         """What the 16-bit model routes on the calibration text, which is no part of the stream, and in every phase."""
         calibrated, *foreseen = self._mass([self.calibration(), *(phase.windows for phase in self.phases)])
-        return Heat(calibrated, foreseen)
+        return Hotness(calibrated, foreseen)
 
     def send(
         self,

@@ -1,4 +1,4 @@
-"""What lies on disk: safetensors shards by position, packed experts in them, and directories replaced in one step."""
+"""Files on disk: safetensors shards by position, packed experts in them, and directories replaced in one step."""
 
 from dynaexq.checkpoint.atomic_directory import is_weights, link_or_copy, replaced
 from dynaexq.checkpoint.packed_format import FORMAT_VERSION, MARK, PackedReader, PackedShape, PackedStore, PackedWriter

@@ -7,7 +7,7 @@ For a layer whose experts are at path P, `experts-base-*.safetensors` holds
     P.packed.checksums   int64   [E, 1 + segments]     CRC-32 of the base block and of each segment of the upgrade
 
 and `experts-upgrade-*.safetensors` holds `P.packed.upgrade`, uint8 `[E, upgrade_nbytes]`. A segment is a run of
-bytes of an upgrade that somebody may want without the others. What the bytes mean is not known here.
+bytes of an upgrade that may be read without the others. What the bytes mean is not known here.
 """
 
 import copy
@@ -33,7 +33,7 @@ Segment = tuple[int, int]
 
 @dataclass(frozen=True)
 class PackedShape:
-    """What a packed checkpoint holds: names of the layers, experts a layer, bytes of their blocks."""
+    """The contents of a packed checkpoint: names of the layers, experts per layer, bytes of their blocks."""
 
     layers: tuple[str, ...]
     num_experts: int
@@ -182,7 +182,7 @@ class PackedReader:
                 )
 
     def read_segment(self, layer: int, expert: int, segment: int, out: Tensor) -> None:
-        """Fill uint8 host tensor `out` with one segment of an upgrade; a StoreError where it is not what was saved."""
+        """Fill uint8 host tensor `out` with one segment of an upgrade; a StoreError if its checksum does not match."""
         shard, entry = self._at[f"{self.shape.layers[layer]}{MARK}upgrade"]
         start, _ = self.shape.segments[segment]
         try:

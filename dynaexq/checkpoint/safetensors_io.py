@@ -54,7 +54,7 @@ class Entry(NamedTuple):
 
 
 class Shard:
-    """One safetensors file open for reading, by any number of threads; it closes with the last who knows it.
+    """One safetensors file open for reading, by any number of threads; closed with the last reference to it.
 
     Raises:
         CheckpointError: the file is missing, truncated, or not safetensors.
@@ -139,7 +139,7 @@ class ShardWriter:
             raise _no_space(self.path, len(content), error) from error
 
     def close(self) -> None:
-        """Have the system write everything down, then close."""
+        """Sync the file to disk, then close it."""
         os.fsync(self._file.fileno())
         self._file.close()
 

@@ -4,12 +4,12 @@ import gc
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 import dynaexq
-from dynaexq.errors import SettingsError
+from dynaexq.errors import DynaExqError, SettingsError
 
 
 def _writable(path: Path | None) -> Path | None:
@@ -92,7 +92,6 @@ def plan(
     named = {"tiers": tiers and _tiers_of(tiers), "dense": dense, "device": device}
     options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     options |= {"group_size": group_size} if group_size != 64 else {}
-    gc.disable()  # what heavy imports create is not garbage, and searching it takes a fifth of their time
     from dynaexq.cli.plan import run
 
     run(source, gpu, options, context, batch, host_ram, None if json is None else str(json))
@@ -117,10 +116,10 @@ def quantize(
             "take the memory of the whole 16-bit model. Or moments (.safetensors) that were written then."
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to quantise; the accelerator if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to quantize; the accelerator if there is one.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Bytes of a file; 5GB if left out.")] = None,
     annotate: Annotated[
-        bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantise when loading.")
+        bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantize when loading.")
     ] = False,
 ) -> None:
     """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
@@ -134,7 +133,7 @@ def quantize(
         options["hbm_budget"] = hbm_budget
     if annotate:
         if calibrate is not None:
-            raise typer.BadParameter("an annotated checkpoint is quantised when it is loaded; pass calibration= then")
+            raise typer.BadParameter("an annotated checkpoint is quantized when it is loaded; pass calibration= then")
         if device is not None or max_shard_size is not None:
             raise typer.BadParameter(
                 "--device and --max-shard-size are for packing; with --annotate nothing is packed"
@@ -179,10 +178,10 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of what is made up.", min=0)] = 0,
     budget: Annotated[str | None, typer.Option(help="Bytes for all weights, such as 20GiB.")] = None,
     upgraded: Annotated[float | None, typer.Option(help="Share of experts to upgrade, instead of a budget.")] = None,
-    ladder: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
+    tiers: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
     policy: Annotated[str, typer.Option(help="topn, threshold or frozen.")] = "topn",
     option: Annotated[list[str] | None, typer.Option(help="Another setting, such as half_life=256.")] = None,
-    link: Annotated[str, typer.Option(help="Bytes a second to the device, such as 25GB (PCIe 4).")] = "25GB",
+    link: Annotated[str, typer.Option(help="Bytes per second to the device, such as 25GB (PCIe 4).")] = "25GB",
     link_share: Annotated[float, typer.Option(help="Share of the link that moves may take.")] = 0.1,
     tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
     json: Annotated[
@@ -196,7 +195,7 @@ def simulate(
 
     options = {"policy": policy, "copy_rate_limit": float(link_share), **parse_options(option or [])}
     options |= {"hbm_budget": budget} if budget else {}
-    options |= {"tiers": _tiers_of(ladder)} if ladder != "auto" else {}
+    options |= {"tiers": _tiers_of(tiers)} if tiers != "auto" else {}
     if budget and upgraded is not None:
         raise typer.BadParameter("--budget and --upgraded both say how many experts are upgraded; give one of them")
     settings = Settings(**options)
@@ -219,25 +218,27 @@ def version() -> None:
 
 
 def main() -> None:
-    """Entry point; an error of ours is a sentence, not a traceback."""
-    from dynaexq.errors import DynaExqError
+    """Entry point; an error of ours is a sentence, not a traceback.
 
+    `plan` is short, and most of its time goes into importing PyTorch and Transformers: garbage collection, which has
+    nothing to find there, is off, and the process ends without taking everything apart.
+    """
+    is_short = sys.argv[1:2] == ["plan"]
+    if is_short:
+        gc.disable()
+    code: Any = 0
     try:
         app()
     except (DynaExqError, OSError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        _exit(1)
+        code = 1
     except SystemExit as leaving:
-        _exit(leaving.code)
-
-
-def _exit(code: Any) -> NoReturn:
-    """Leave; at once after a short command, as taking apart what PyTorch has set up takes a second."""
-    if gc.isenabled() or not isinstance(code, int):
-        raise SystemExit(code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        code = leaving.code
+    if is_short and isinstance(code, int):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Outcome:
     """One way to spend the bytes, over the whole stream.
 
     Attributes:
-        kl: nats a token from the 16-bit model, one figure a phase.
+        kl: nats per token from the 16-bit model, one figure a phase.
         overlap: share of a phase's own top experts that were upgraded when it ended, one figure a phase.
     """
 
@@ -77,7 +77,7 @@ def run(
 
     Args:
         model_dir: another checkpoint with the same tokenizer conventions; the embedded model by default.
-        windows, length: windows a phase, and tokens a window.
+        windows, length: windows a phase, and tokens per window.
     """
     console = console or Console()
     with _one_thread():
@@ -141,7 +141,7 @@ def _see(
     reference: list[Tensor],
     after_window: Callable[[int], None],
 ) -> None:
-    """Send one phase through a patched model and enter what it cost."""
+    """Send one phase through a patched model and add its cost to `outcome`."""
     before = runtime.routed_mass()
     quality = evaluate(model, phase, reference, after_window)
     assert quality.kl is not None, "there is a reference"
@@ -214,7 +214,7 @@ def _table(outcomes: list[Outcome], experts: int, tiers: tuple[str, str]) -> Tab
             row(f"{title}, {domain}", form, [getattr(o, figures)[phase] for o in outcomes])
     row_mean = [float(np.mean(o.kl)) for o in outcomes]
     table.add_section()
-    row("KL, mean (nats a token)", ".4f", row_mean)
+    row("KL, mean (nats per token)", ".4f", row_mean)
     low, _, dynamic, high = row_mean
     recovered, spent = (low - dynamic) / (low - high), slots / experts
     table.caption = f"{recovered:.0%} of the distance between low and high, in {spent:.0%} of the upgrade bytes"

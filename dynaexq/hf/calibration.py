@@ -1,4 +1,4 @@
-"""From a 16-bit model and some text to the second moments of its experts' inputs; see `formats.moments`.
+"""Gather the second moments of experts' inputs from a 16-bit model and text; see `quantization.moments`.
 
 The model runs as it is, with a hook before each layer of experts. Tokens are counted where they are routed, so what is
 gathered is of the text's own traffic. On disk moments are a safetensors file that names the layers it belongs to.
@@ -76,7 +76,7 @@ def calibrate_checkpoint(source: Path, text: Path | None, path: Path, device: st
 
 @torch.no_grad()
 def gather_moments(model: nn.Module, windows: Iterable[Tensor]) -> Moments:
-    """Second moments of what the experts of `model` meet in `windows`.
+    """Gather the second moments of the experts' inputs while `model` reads `windows`.
 
     The sums take `H**2` float32 a layer and 64 a unit of every expert: 2 GB for Qwen3-30B-A3B.
     """
@@ -138,7 +138,7 @@ def load_moments(path: Path) -> Moments:
 
 
 def moments_for(settings: Settings, layers: Sequence[SparseLayer]) -> Moments | None:
-    """What `settings.calibration` names, or None without it.
+    """Load the moments that `settings.calibration` names; None without it.
 
     Raises:
         CheckpointError: the file is damaged, or of another model.

@@ -98,7 +98,7 @@ class _Recipe:
             dtype, _ = next(iter(kinds))
             if dtype not in FLOAT_DTYPES:
                 raise CheckpointError(
-                    f"the experts of this checkpoint are quantised already ({sources[0][1]} is {dtype}), and their "
+                    f"the experts of this checkpoint are quantized already ({sources[0][1]} is {dtype}), and their "
                     "packing cannot be taken over exactly; give the 16-bit checkpoint they were made from"
                 )
         wanted = (1, *self.shape[1:])
@@ -123,7 +123,7 @@ class _Recipe:
         return len(sources) == self.shape[0]
 
     def _is_stacked(self, sources: list[tuple[Shard, str]]) -> bool:
-        """Whether one tensor holds all experts; else there is one an expert."""
+        """Whether one tensor holds all experts; else there is one per expert."""
         shard, key = sources[0]
         return len(sources) == 1 and len(shard.entries[key].shape) == len(self.shape)
 
@@ -228,6 +228,6 @@ class CheckpointSource:
 
 
 def _shape_only(shard: Shard, key: str, first: int, last: int | None) -> Tensor:
-    """What `Shard.read` would give, without its bytes."""
+    """The shape and dtype that `Shard.read` would give, on the meta device."""
     entry = shard.entries[key]
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")[first:last]

@@ -24,7 +24,7 @@ def _captures(module: nn.Module) -> bool:
 
 
 def take_loading_attributes(config_class: type) -> None:
-    """Have Transformers let a configuration given to `from_pretrained` change the one stored in a checkpoint."""
+    """Let a configuration given to `from_pretrained` override options stored in a checkpoint."""
     from transformers.quantizers import auto
 
     if config_class not in auto.LOADING_ATTRIBUTES_CONFIG_TYPES:

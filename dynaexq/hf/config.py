@@ -88,7 +88,7 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
         return tuple(self.packed["tiers"]) if self.packed else None
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What a configuration given to `from_pretrained` changes in a stored one: all that it names."""
+        """Options that override those stored in a checkpoint: all that were named."""
         return self.named_options()
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def quantize_checkpoint(
         The target directory.
 
     Raises:
-        SettingsError: neither a ladder nor a budget.
-        CheckpointError: the source is incomplete, damaged or quantised already, or the target cannot be written.
+        SettingsError: neither tiers nor a budget.
+        CheckpointError: the source is incomplete, damaged or quantized already, or the target cannot be written.
         QuantizationError: an expert holds NaN, infinity, or a weight beyond 32768.
     """
     source, target = Path(source), Path(target)
@@ -79,7 +79,7 @@ def quantize_checkpoint(
 
 
 def annotate_checkpoint(source: str | Path, target: str | Path, config: DynaExqConfig) -> Path:
-    """Link the 16-bit checkpoint `source` into `target`, with a configuration that has it quantised when it is loaded.
+    """Link the 16-bit checkpoint `source` into `target`, with a configuration that has it quantized when it is loaded.
 
     Without dynaexq it loads as the 16-bit model it is. Raises as `quantize_checkpoint` does.
     """
@@ -113,7 +113,7 @@ def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig, moments: Moment
 
 
 def _open_staging(target: Path, fingerprint: str) -> Path:
-    """The directory that a conversion to `target` works in, with what an interrupted one of the same kind left."""
+    """Open the working directory of a conversion to `target`, with what an interrupted one of the same inputs left."""
     staging = target.resolve().with_name(f".{target.name}-unfinished")
     journal = staging / _JOURNAL
     if staging.exists() and (not journal.is_file() or journal.read_text() != fingerprint):

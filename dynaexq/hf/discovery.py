@@ -70,7 +70,7 @@ class SparseLayer:
         return ExpertShape(hidden, intermediate, rows, weights.up_bias is not None, transposed)
 
     def forget_weights(self) -> None:
-        """Keep what is known of the parameters, and let go of their bytes."""
+        """Free the bytes of the parameters, and keep their shapes and dtypes."""
         for name, parameter in self.parameters.items():
             self.parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
@@ -180,7 +180,7 @@ def _check_parameter(name: str, parameter: torch.Tensor, on_meta: bool) -> None:
     if type(parameter) not in (nn.Parameter, torch.Tensor):
         raise UnsupportedModelError(
             f"{name} is a {type(parameter).__name__}, expected a plain Parameter; "
-            "load the experts unquantised and unsharded"
+            "load the experts unquantized and unsharded"
         )
     if parameter.is_meta and not on_meta:
         raise UnsupportedModelError(
@@ -227,7 +227,7 @@ _ALIASES = {
 
 
 def activation_name(experts: Any) -> str | None:
-    """What `experts` compute between their matrices, as `kernels.ExpertLayer.activation_name`; None if in doubt.
+    """Name the activation of `experts`, as `kernels.ExpertLayer.activation_name`; None if in doubt.
 
     Told by the class of `act_fn` and by the gate being the very function that Transformers gives to every family
     without one of its own.

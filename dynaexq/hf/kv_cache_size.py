@@ -60,7 +60,7 @@ class _Kept(NamedTuple):
 def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: int) -> int:
     """Bytes that `batch` sequences of `context` tokens leave in the cache.
 
-    What grows is taken to grow by the same bytes a token, up to its window.
+    What grows is taken to grow by the same bytes per token, up to its window.
 
     Args:
         model: on the meta device; as it was, afterwards.
@@ -117,7 +117,7 @@ def _cache_by_config(config: Any) -> int:
 
 @contextmanager
 def _experts_passed_by(layers: Sequence[SparseLayer]) -> Iterator[None]:
-    """Let experts return what they are given: which ones a token takes depends on data that is not there."""
+    """Make experts return their inputs: routing depends on data that does not exist on the meta device."""
     for layer in layers:
         layer.experts.forward = lambda hidden_states, *args, **kwargs: hidden_states
     try:

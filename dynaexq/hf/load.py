@@ -2,7 +2,7 @@
 
 Before the weights are loaded the experts lose their (meta) parameters, so that the loader knows nothing of them; what
 cannot work is refused then, before a byte is read. After the dense weights are there, each device gets its experts.
-Whether these are 16-bit or packed is the affair of an `ExpertCheckpoint`.
+An `ExpertCheckpoint` hides whether they are 16-bit or packed.
 """
 
 import re
@@ -70,7 +70,7 @@ class CheckpointLoad:
         model._keys_to_ignore_on_load_unexpected = ignored | {_keys_of(model, self.layers), re.escape(MARK), GUARD}
 
     def device_map_is_known(self) -> None:
-        """The placeholders that gave every layer its size have served, unless ranks are still to share them out."""
+        """Drop the placeholders that gave every layer its size, unless ranks are still to share them out."""
         if not self._is_distributed:
             self._patch.drop_placeholders()
 
@@ -81,7 +81,7 @@ class CheckpointLoad:
 
     @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
     def finish(self, quantizer: Any, save: Any) -> None:
-        """Read the experts onto the devices where their layers are, and join everything together."""
+        """Load the experts onto the devices of their layers, and attach the runtime to the model."""
         rank, num_ranks = share_of(self.model, self.layers)
         self._patch.drop_placeholders()
         num_experts = self.layers[0].num_experts // num_ranks
@@ -165,7 +165,7 @@ class CheckpointLoad:
 
 
 def _device_of(model: nn.Module, layer: SparseLayer) -> torch.device:
-    """The device that a layer computes on: where its router, or whatever else its block holds, has its weights."""
+    """The device of a layer: where the router, or another module of its block, has its weights."""
     path = layer.name.rpartition(".")[0]
     tensors = [*model.get_submodule(path).parameters(), *model.get_submodule(path).buffers()]
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -18,7 +18,7 @@ def meta_model(source: Path) -> Any:
     """The model of a 16-bit checkpoint directory.
 
     Raises:
-        CheckpointError: there is no configuration, or the checkpoint is quantised already.
+        CheckpointError: there is no configuration, or the checkpoint is quantized already.
         UnsupportedModelError: no model can be built from it.
     """
     if not (source / "config.json").is_file():
@@ -27,7 +27,7 @@ def meta_model(source: Path) -> Any:
     method = quantization_method(config)
     if method is not None:
         raise CheckpointError(
-            f"{source} is quantised already (quant_method={method!r}), and its packing cannot be taken over exactly; "
+            f"{source} is quantized already (quant_method={method!r}), and its packing cannot be taken over exactly; "
             "give the 16-bit checkpoint it was made from"
         )
     return build_meta_model(config)
@@ -51,7 +51,7 @@ def read_config(source: Path) -> Any:
 
 
 def quantization_method(config: Any) -> str | None:
-    """What the weights that belong to `config` are quantised with, or None."""
+    """The quantization method of the weights that belong to `config`, or None."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
         return None

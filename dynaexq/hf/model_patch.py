@@ -1,4 +1,4 @@
-"""What a patch changes in a model, step by step, and how every step is taken back.
+"""Change a model step by step, and undo every step exactly.
 
 Experts lose their parameters and get a new class (`replace_modules`), then their bytes (`connect`); the model gets a
 runtime, a quantizer and guards (`attach`). It decides nothing, and both doors use it: `patch`, and `from_pretrained`.
@@ -25,12 +25,12 @@ from dynaexq.weights.sources import ExpertSource
 
 
 def swap_class(module: nn.Module, mixin: type[nn.Module]) -> None:
-    """Make `module` an instance of `mixin` as well, in place."""
+    """Make `module` an instance of `mixin` as well, in place; `restore_class` undoes it."""
     module.__class__ = _swapped_class(mixin, type(module))  # type: ignore[arg-type]
 
 
 def restore_class(module: nn.Module) -> None:
-    """Give an adopted module its own class back."""
+    """Give a module its own class back."""
     module.__class__ = type(module).__bases__[1]
 
 
@@ -100,7 +100,7 @@ class ModelPatch:
             self.model.set_submodule(path, twin)
 
     def connect(self, runtime: DeviceRuntime, layers: list[SparseLayer]) -> None:
-        """Join `layers`, those of `runtime` in its order, to their bytes."""
+        """Connect `layers`, in the order of `runtime`, to their bytes."""
         for index, layer in enumerate(layers):
             experts = layer.experts
             activation = experts._apply_gate if experts.has_gate else experts.act_fn
@@ -147,7 +147,7 @@ class ModelPatch:
             )
         if self._lost_linears:
             raise UnpatchError(
-                "the dense layers were quantised by patch, and the originals freed; load the model again"
+                "the dense layers were quantized by patch, and the originals freed; load the model again"
             )
         originals = [self._original_parameters(index, layer) for index, layer in enumerate(self.layers)]
         self.model.dynaexq.close()
@@ -243,7 +243,7 @@ def _guarded_apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Modul
 
 
 class _detached_hook:
-    """Take an accelerate hook off a module while its class changes: the hook wraps the forward it found."""
+    """Remove an accelerate hook from a module while its class changes: the hook wraps the forward it found."""
 
     def __init__(self, module: nn.Module):
         self.module, self.hook = module, getattr(module, "_hf_hook", None)

@@ -39,7 +39,7 @@ def inspect_model(
     num_experts: int | None = None,
     context: Context | None = None,
 ) -> ModelSpec:
-    """What planning must know of `model`, on the meta device or not.
+    """Collect what planning must know of `model`, on the meta device or not.
 
     Args:
         layers: its sparse layers, or those on one device.
@@ -73,7 +73,7 @@ def inspect_model(
 
 
 def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 0) -> MemoryPlan:
-    """How `settings.hbm_budget` is spent on `device`, at the best of the tiers in question.
+    """Decide how `settings.hbm_budget` is spent on `device`: which tiers, how many upgrade slots.
 
     Args:
         held: bytes of the model on `device`, which count as free for `hbm_budget="auto"`.
@@ -89,7 +89,7 @@ def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 
 def plan_together(
     specs: Mapping[torch.device, ModelSpec], settings: Settings, held: Mapping[torch.device, int]
 ) -> dict[torch.device, MemoryPlan]:
-    """The plans of the devices that the layers of one model lie on, all at the same tiers: those with the least loss.
+    """Plan for every device that a model's layers lie on, at the same tiers: those with the least loss.
 
     Raises as `plan` does, where no tiers fit on every device.
     """

@@ -48,7 +48,7 @@ class DynaExqQuantizer(HfQuantizer):
         self._load: CheckpointLoad | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Called before loading, and again once an automatic device map is known: then its stand-ins have served."""
+        """Called before loading, and again once an automatic device map is known, when placeholders are dropped."""
         if self._load is not None:
             self._load.device_map_is_known()
 
@@ -83,7 +83,7 @@ class DynaExqQuantizer(HfQuantizer):
         )
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
-        """Called with each of the model's plans; what the one of expert parallelism does to experts is right."""
+        """Edit the tensor parallel plan; the expert parallel plan is right as it is."""
         if self._load is not None and plan is model.tp_plan:
             self._load.edit_tensor_plan(plan)
 
@@ -117,7 +117,7 @@ class DynaExqQuantizer(HfQuantizer):
         return {} if self.wrapped is None else getattr(self.wrapped, "serialized_names", {})
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """The dense weights; the experts are written beside them (`saving`)."""
+        """The dense weights; the experts are written beside them (`save`)."""
         with saved_apart():
             return model.state_dict(), {}
 
@@ -131,17 +131,17 @@ class DynaExqQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may capture CUDA graphs of a static cache: not where precision would stand still then."""
+        """Whether `generate` may capture CUDA graphs of a static cache: only where precision follows replays."""
         return self.follows_replays and (self.wrapped is None or bool(self.wrapped.is_compileable))
 
     @property
     def _inner(self) -> HfQuantizer:
-        assert self.wrapped is not None, "only dense weights are quantised by Transformers"
+        assert self.wrapped is not None, "only dense weights are quantized by Transformers"
         return self.wrapped
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         raise PatchError(
-            "a patched model cannot be dequantised in place; use dynaexq.unpatch(model), or load it again"
+            "a patched model cannot be dequantized in place; use dynaexq.unpatch(model), or load it again"
         )
 
 

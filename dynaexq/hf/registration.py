@@ -1,7 +1,7 @@
 """Make Transformers know dynaexq, without a second of imports in programs that never load a model.
 
 Transformers finds both in two tables of `transformers.quantizers.auto`. `announce` puts stand-ins there, as soon as
-that module is imported by whoever loads a model; they import the real classes when a checkpoint asks for them.
+that module is imported to load a model; they import the real classes when a checkpoint asks for them.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def stand_in_quantizer(*args: Any, **kwargs: Any) -> Any:
 
 
 def announce() -> None:
-    """Have Transformers find dynaexq; at once where its tables are there already, else when they are imported."""
+    """Register with Transformers: at once if its tables are imported already, else when they are."""
     tables = sys.modules.get(TABLES)
     if tables is not None and hasattr(tables, "AUTO_QUANTIZER_MAPPING"):
         _fill(tables)

@@ -40,7 +40,7 @@ def save_packed(
     variant: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """What `model.save_pretrained(save_directory)` does on a patched model; arguments as in Transformers.
+    """Save a patched model: what `model.save_pretrained(save_directory)` does; arguments as in Transformers.
 
     The directory appears complete, or stays as it was.
 
@@ -87,7 +87,7 @@ def save_packed(
 def packed_config(
     config: DynaExqConfig, codec: ExpertCodec, budget: int | None, dense: str | None = None
 ) -> DynaExqConfig:
-    """`config` as a packed checkpoint keeps it: with the ladder and the dense format stored, and the last budget."""
+    """`config` as a packed checkpoint keeps it: with its tiers, the format of dense weights and the last budget."""
     options = config.named_options() | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
     packed = {
         "format_version": FORMAT_VERSION,
@@ -152,7 +152,7 @@ def _dense_format(wrapped: Any) -> str | None:
     if method == "llm_int8":
         return "bnb-8bit"
     raise PatchError(
-        f"the dense weights were quantised by {type(wrapped).__name__}, and can be saved with packed experts only in "
+        f"the dense weights were quantized by {type(wrapped).__name__}, and can be saved with packed experts only in "
         "16 bits or by bitsandbytes; patch a model whose dense weights are"
     )
 

@@ -1,4 +1,4 @@
-"""How a packed expert multiplies: the reference, the fast paths that must match it, and the door that chooses."""
+"""Multiply packed experts: the reference, the fast paths that must match it, and the dispatch between them."""
 
 from dynaexq.kernels.custom_op import experts as experts_operator
 from dynaexq.kernels.custom_op import register_layer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Layer(Protocol):
-    """What stands behind a handle."""
+    """The layer behind a handle."""
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
         """The layer's output `[N, H]`; with `observe`, its routing is counted."""

@@ -1,17 +1,41 @@
-"""The one door to the kernels: it chooses by device, and callers never ask."""
+"""Dispatch to the backend of a device: callers never ask which one it is."""
 
 import logging
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from dynaexq.kernels import cpu, reference
+from dynaexq.kernels import reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.memory.graph_sync import PlainExchange
 
 logger = logging.getLogger(__name__)
+
+BACKENDS = {"cpu": "dynaexq.kernels.cpu", "cuda": "dynaexq.kernels.triton"}
+"""Device type -> the module that multiplies there, imported when it is first needed. Every other device, and what the
+module of a device does not take, is left to `reference`."""
+
+
+class Backend(Protocol):
+    """What a module of `BACKENDS` offers."""
+
+    def expert_mlp(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        layer: ExpertLayer,
+        upgrades: Upgrades,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """See `dispatch.expert_mlp`."""
+
+    def counts_routing(self, hidden_states: Tensor, layer: ExpertLayer) -> bool:
+        """Whether `expert_mlp` takes `counts` for these rows."""
 
 
 def expert_mlp(
@@ -28,33 +52,35 @@ def expert_mlp(
         counts: where `counts_routing` says so, int64 `[num_experts + 2]` to which the routing is added, as
             `memory.RoutingCounter` does: units of mass of each expert, of foreign ids, and tokens.
     """
-    if hidden_states.device.type == "cpu":
-        return cpu.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades, counts)
-    if _runs_in_triton(hidden_states, layer):
-        from dynaexq.kernels import triton  # only now: a CPU does without
-
-        return triton.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades, counts)
-    return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
+    backend = _backend_for(hidden_states, layer)
+    return backend.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades, counts)
 
 
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
-    """Whether the kernel for these rows counts the routing itself: for a dozen operators a small model has no time."""
-    if hidden_states.device.type == "cpu":
-        return cpu.native_layer(layer, hidden_states.dtype) is not None
-    return _runs_in_triton(hidden_states, layer)
+    """Whether the kernel for these rows counts the routing itself, which saves a small model a dozen operators."""
+    return _backend_for(hidden_states, layer).counts_routing(hidden_states, layer)
 
 
 def exchange_for(device: torch.device, dtype: torch.dtype) -> PlainExchange | None:
-    """What a model of this dtype on `device` exchanges words by, or None where no graph can be captured anyway."""
+    """How a model of this dtype on `device` exchanges words with the host; None where no graph can be captured."""
     if device.type != "cuda" or not triton_runs(device, dtype, dtype):
         return None
-    from dynaexq.kernels.triton import TritonExchange  # only now: a CPU does without
+    from dynaexq.kernels.triton import TritonExchange  # a CPU does without
 
     return TritonExchange()
 
 
-def _runs_in_triton(hidden_states: Tensor, layer: ExpertLayer) -> bool:
-    return triton_runs(hidden_states.device, hidden_states.dtype, layer.codec.dtype)
+def _backend_for(hidden_states: Tensor, layer: ExpertLayer) -> Backend:
+    return _backend(hidden_states.device, hidden_states.dtype, layer.codec.dtype)
+
+
+@cache
+def _backend(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> Backend:
+    """The backend for these dtypes on `device`."""
+    module = BACKENDS.get(device.type)
+    if module is None or (device.type == "cuda" and not triton_runs(device, activations, weights)):
+        return cast(Backend, reference)
+    return cast(Backend, import_module(module))
 
 
 @cache

@@ -11,26 +11,37 @@ from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 
 
 def expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+    counts: None = None,
 ) -> Tensor:
     """Weighted sum of each token's experts, `[N, H]`.
 
     Args:
         hidden_states: `[N, H]`.
         top_k_index, top_k_weights: `[N, k]`; ids outside `[0, num_experts)` are skipped.
+        counts: nothing is counted here; see `counts_routing`.
     """
-    output = torch.zeros_like(hidden_states)
+    output = torch.zeros_like(hidden_states)  # [N, H]
     for expert in top_k_index.unique().tolist():
         if not 0 <= expert < layer.num_experts:
             continue
-        position, token = torch.where((top_k_index == expert).T)
-        rows = hidden_states[token]
+        position, token = torch.where((top_k_index == expert).T)  # [n], [n]: choices in the order of the eager loop
+        rows = hidden_states[token]  # [n, H]
         upgrade = upgrades.of(expert)
         weights = layer.codec.decode(
             layer.base[expert : expert + 1], None if upgrade is None else upgrade[None], torch.float32
         )
         if weights.up.dtype == torch.float32:
             rows = rows.float()
-        result = layer.run_expert(rows, weights) * top_k_weights[token, position, None]
+        result = layer.run_expert(rows, weights) * top_k_weights[token, position, None]  # [n, H]
         output = output.index_add(0, token, result.to(output.dtype))
     return output
+
+
+def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
+    """False: the caller counts."""
+    return False

@@ -25,7 +25,7 @@ class Arrival:
         self.word, self._expected, self._free = word, expected, free
 
     def has_come(self) -> bool:
-        """Whether it has; after a True the word belongs to others, and this object has served."""
+        """Whether the copy has arrived. After True the word is reused, and this object must not be asked again."""
         if int(self.word) != self._expected:
             return False
         self._free.append(self.word)
@@ -94,7 +94,7 @@ class Copier(Protocol):
         """Return once every copy that was started is done."""
 
     def close(self) -> None:
-        """Finish what was started and stop."""
+        """Finish all copies and stop."""
 
 
 class EagerCopier:

@@ -18,7 +18,7 @@ class DeviceMemory:
     """Memory for `num_layers * num_experts` base blocks and `num_slots` upgrades.
 
     Args:
-        base: the base slab, where somebody has begun to fill it already; else it is allocated.
+        base: the base slab, if it was prefetched; else it is allocated.
         exchange: how the device exchanges words with the host, where graphs may be captured; see `memory.words`.
 
     Attributes:
@@ -100,14 +100,14 @@ _PROBE_BYTES = 32 * 2**20
 
 
 def bytes_per_second(limit: int | float | str | None, device: torch.device) -> float | None:
-    """What `Settings.copy_rate_limit` allows on `device`: a float is a share of the link, which is measured for it."""
+    """The rate that `Settings.copy_rate_limit` allows on `device`; for a share of the link, that is measured."""
     if isinstance(limit, float):
         return limit * measure_link(device)
     return None if limit is None else float(limit)
 
 
 def measure_link(device: torch.device) -> float:
-    """Bytes a second from host memory to `device`, best of three copies of 32 MiB."""
+    """Bytes per second from host memory to `device`, best of three copies of 32 MiB."""
     source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
     target = allocate_bytes(_PROBE_BYTES, device)
     best = float("inf")

@@ -1,7 +1,7 @@
 """The published upgrade of every expert: the one word through which the slow path steers the fast one.
 
 An entry is an int64, `address | kind`: the 256-byte aligned device address of the upgrade, and in the low 8 bits its
-kind, here the bits a weight has with it; 0 says that the expert has its base only. An entry is one aligned 8-byte
+kind, here the bits per weight has with it; 0 says that the expert has its base only. An entry is one aligned 8-byte
 store, so no reader ever sees half of it.
 
     layer 0:  [0, 0x7f00_1200 | 8, 0, 0]       expert 1 is refined to 8 bits by the slot at 0x7f001200

@@ -113,7 +113,7 @@ class EpochFence:
     """The fence of a device that fetches the table itself, forward by forward, eager or replayed.
 
     A ticket is an epoch, begun after a slot was taken out of the host's table. It passes when the device reports it,
-    or a later one, in `seen`. Why nobody reads the slot from then on:
+    or a later one, in `seen`. Why no reader reads the slot from then on:
 
     1. Forwards, eager or replayed, run on the device one after the other; so fetches, reads and reports have an order.
     2. Let R be the report and F the last fetch before it. F took `fetched` from `found`, where the fetch before F had

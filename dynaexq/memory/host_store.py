@@ -33,7 +33,7 @@ class HostStore(Protocol):
         """Host memory taken, in bytes."""
 
     def close(self) -> None:
-        """Let go of memory and files."""
+        """Free memory and close files."""
 
 
 class RamStore:

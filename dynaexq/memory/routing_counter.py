@@ -26,7 +26,7 @@ class RoutingCounter:
     def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostMailbox | None = None):
         self.num_experts = num_experts
         self.top_k = 1
-        """Experts a token is routed to, as last seen."""
+        """Experts per token is routed to, as last seen."""
         self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
         self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
         self._lock = threading.Lock()

@@ -1,7 +1,7 @@
 """Equal slots in a few large allocations, so that precision can move for ever without fragmenting memory.
 
 The pool hands out opaque bytes. It knows who owns a slot, not what is in it: a slot is free, owned, or retired (its
-owner let go, but a kernel may still read it) until the fence says that the last reader has finished.
+owner gave it back, but a kernel may still read it) until the fence says that the last reader has finished.
 """
 
 import mmap

@@ -138,7 +138,7 @@ class SwapPipeline:
         self.pool.settle()
 
     def close(self) -> None:
-        """Wait for copies in flight, then let go of the copier and the store."""
+        """Wait for copies in flight, then close the copier and the store."""
         self.copier.close()
         self.settle()
         self.store.close()

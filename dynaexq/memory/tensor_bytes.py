@@ -28,7 +28,7 @@ def weight_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _attached(thing: Any) -> Iterator[Tensor]:
-    """Tensors among the attributes of a quantised weight, and of the states it keeps: scales, code books."""
+    """Tensors among the attributes of a quantized weight, and of the states it keeps: scales, code books."""
     for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
         if isinstance(value, Tensor):
             yield value

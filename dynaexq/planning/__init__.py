@@ -1,1 +1,1 @@
-"""What fits a budget: ladders, slots, cards, and what they cost in quality. Arithmetic only."""
+"""What fits a budget: tiers, slots, cards, and what they cost in quality. Arithmetic only."""

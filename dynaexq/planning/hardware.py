@@ -17,8 +17,8 @@ DRIVER_BYTES = 768 * 2**20
 """Of a card, what the driver and the CUDA context of one process take. Assumed: it varies with card and driver."""
 
 DISK_RATE = 2_000_000_000
-"""Bytes a second read from a disk. Assumed: an NVMe drive of the slower kind."""
+"""Bytes per second read from a disk. Assumed: a slow NVMe drive."""
 
 ENCODE_RATE = {"als": 20_000_000, "rtn": 75_000_000}
-"""Weights a second that one CPU core quantises, by quantizer: the least of what benchmarks/layers/encode_speed.py measured on
-an AMD EPYC, over the experts of two models and four ladders. How far more cores, or a GPU, shorten it is not in it."""
+"""Weights per second that one CPU core quantizes, by quantizer: the least of what `benchmarks/layers/encode_speed.py`
+measured on an AMD EPYC, over the experts of two models at four pairs of tiers. More cores or a GPU are not in it."""

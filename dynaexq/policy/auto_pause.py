@@ -13,7 +13,7 @@ LEAST_PATIENCE = 4096
 
 
 class AutoPause:
-    """Judges, by every drain, sets of experts chosen before it; pauses `policy="topn"` where following does not pay.
+    """Judge sets of experts by the traffic after they were chosen; pause `policy="topn"` where following does not pay.
 
     Args:
         gain: `[L, E]`, the error that the upgrade removes from each expert.
@@ -36,7 +36,7 @@ class AutoPause:
         return self._stance.paused
 
     def observe(self, mass: np.ndarray, tokens: np.ndarray, held: np.ndarray, top_k: int) -> None:
-        """Take in one drain: mass `[L, E]`, tokens `[L]`, and the experts `held [L, E]` that it met upgraded."""
+        """Take in one window: mass `[L, E]`, tokens `[L]`, and the experts `held [L, E]` that it met upgraded."""
         seen = int(tokens.max(initial=0))
         removable = mass * self._gain
         total = float(removable.sum())
@@ -54,7 +54,7 @@ class AutoPause:
         won = float(removable[self._followed & ~self._standing].sum()) / total
         lost = float(removable[self._standing & ~self._followed].sum()) / total
         if self.paused and won + lost == 0:
-            return  # nobody yet wants anything else; counted, it would delay the end of the pause
+            return  # nothing else is wanted yet; counted, it would delay the end of the pause
         # Each of the choices falls into one of the two sets with these chances, or into neither (Poisson).
         variance = (won + lost) / (int(tokens.sum()) * top_k)
         self._stance = self._stance.observed(won - lost, seen, 0.5 ** (seen / ADVANTAGE_HALF_LIFE), variance)

@@ -1,7 +1,7 @@
 """How hot an expert is: a moving average of its share of the routing. Pure functions over numpy arrays.
 
-Shapes: L layers, E experts a layer. An observation of N tokens in a layer is the selected routing mass per token,
-`c[l, e] = (1 / N) * sum of p[l, t, e] over the tokens t that chose e`, zero for experts nobody chose.
+Shapes: L layers, E experts per layer. An observation of N tokens in a layer is the selected routing mass per token,
+`c[l, e] = (1 / N) * sum of p[l, t, e] over the tokens t that chose e`, zero for experts that none chose.
 """
 
 import numpy as np

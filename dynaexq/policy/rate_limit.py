@@ -1,4 +1,4 @@
-"""How many promotions one tick may start, so that copies leave the link to those who compute."""
+"""Limit the promotions per tick with a token bucket (Turner, 1986), so that copies leave room on the link."""
 
 import time
 from collections.abc import Callable
@@ -7,10 +7,10 @@ UNLIMITED_TICK_BYTES = 64 * 2**20
 
 
 class CopyRateLimiter:
-    """An allowance of bytes that grows with time and is spent a slot at a time.
+    """A token bucket of bytes: it fills at `rate`, holds one second's worth, and each promotion takes one slot.
 
     Args:
-        rate: bytes a second, or None for 64 MiB a tick.
+        rate: bytes per second, or None for 64 MiB a tick.
         slot_nbytes: bytes of one promotion.
         clock: seconds since some moment, by default `time.monotonic`; a replayed trace brings its own.
     """
@@ -31,5 +31,5 @@ class CopyRateLimiter:
         return int(self._allowance // self._slot_nbytes)
 
     def spend(self, promotions: int) -> None:
-        """Take what was really started off the allowance."""
+        """Take the promotions that began out of the bucket."""
         self._allowance -= promotions * self._slot_nbytes

@@ -1,6 +1,6 @@
 """Who deserves the upgrade: sets of experts, and the moves from one set to the next. Pure functions over numpy.
 
-Shapes: L layers, E experts a layer; `score[l, e] = hotness * gain`, where the gain is the error that the upgrade
+Shapes: L layers, E experts per layer; `score[l, e] = hotness * gain`, where the gain is the error that the upgrade
 removes. `upgraded [L, E]` marks experts that hold an upgrade or have one on its way. A rule returns `wanted [L, E]`,
 never more than there are slots; `transitions` turns the difference into moves. The same input gives the same output,
 ties going to the incumbent, then to the lower index.
@@ -61,7 +61,7 @@ def transitions(
 ) -> list[Transition]:
     """The moves of one tick: the best missing experts, and just as many demotions as those still need slots.
 
-    An expert that is no longer wanted keeps its upgrade until somebody needs the slot: an idle slot helps nobody.
+    An expert that is no longer wanted keeps its upgrade until another expert needs the slot: an idle slot serves none.
 
     Args:
         free_slots: slots that are free, or will be once their last reader has finished: one figure where all layers

@@ -1,4 +1,4 @@
-"""What the bits mean: number formats, packing, and the quantiser. No device logic and no kernel lives here."""
+"""What the bits mean: number formats, packing, and the quantizer. No device logic and no kernel lives here."""
 
 from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout
 from dynaexq.quantization.moments import BLOCK, ExpertInputs, Inputs, Moments

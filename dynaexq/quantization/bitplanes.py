@@ -5,7 +5,7 @@ block of B codes takes W = B * bits / 32 words; seen as 2W half-words of 16 bits
 
     k = h, 2W + h, 4W + h, ...     at bits 0, bits, 2 * bits, ...
 
-so that neighbouring codes share a word and one shift and one mask-or turn a word into two 16-bit floats, on a GPU
+so that neighboring codes share a word and one shift and one mask-or turn a word into two 16-bit floats, on a GPU
 as on a CPU. Words are little-endian.
 """
 

@@ -1,4 +1,4 @@
-"""An expert's weights as bytes and back, at the precisions of one ladder. It knows no device memory and no kernel.
+"""Encode an expert's weights as bytes and decode them, at one or two tiers. It knows no device memory and no kernel.
 
 Every expert has a *base* block. A hot expert has an *upgrade* besides: the missing planes of its code (*refine*), or,
 where the upgrade is 16-bit, a complete block that stands in its place (*replace*).
@@ -63,7 +63,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         base: uint8 `[n, base.nbytes]`.
-        upgrade: uint8 `[n, upgrade.nbytes]`, or None for a ladder of one tier.
+        upgrade: uint8 `[n, upgrade.nbytes]`, or None for a single tier.
         errors: float64 `[n, tiers]`, relative squared error of the weights at each tier, summed over the matrices.
     """
 
@@ -162,7 +162,7 @@ class ExpertCodec:
         """Pack n experts. Nothing is checked here; see `quantizer.check_representable`.
 
         Args:
-            inputs: of each expert, where they are known. Ladders that lead to int8 do not heed them: codes that make
+            inputs: of each expert, where they are known. Tiers that lead to int8 do not use them: codes that make
                 up for one another cannot be made exact by more bits.
         """
         n = len(weights.up)
@@ -174,8 +174,8 @@ class ExpertCodec:
         upgrade = torch.zeros(n, self.upgrade_layout.nbytes, dtype=torch.uint8, device=base.device)
         base_parts, upgrade_parts = self.base_layout.view(base), self.upgrade_layout.view(upgrade)
         for name in MATRICES:
-            heeded = inputs is not None and self.tiers[-1] != "int8"
-            known = [getattr(of_expert, name) for of_expert in inputs or ()] if heeded else None
+            used = inputs is not None and self.tiers[-1] != "int8"
+            known = [getattr(of_expert, name) for of_expert in inputs or ()] if used else None
             matrix = self._oriented(getattr(weights, name))
             errors += self._encode_matrix(name, matrix, known, base_parts, upgrade_parts)
         self._write_biases(base_parts, weights)
@@ -256,7 +256,7 @@ class ExpertCodec:
             parts[f"{name}.{plane.name}"][:, rows].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))
 
     def write_dense(self, blocks: Tensor, weights: ExpertWeights) -> None:
-        """Fill the 16-bit blocks, uint8 `[n, nbytes]`, of a ladder that has them."""
+        """Fill the 16-bit blocks, uint8 `[n, nbytes]`, of tiers that have them."""
         parts = (self.upgrade_layout if self.planes else self.base_layout).view(blocks)
         for name in MATRICES:
             parts[f"{name}.weight"].copy_(getattr(weights, name))

@@ -6,7 +6,7 @@ all. The units inside an expert are its own; of their second moments `[I, I]` th
 48 layers of 128 experts of 2048 and 768 that is 0.8 + 1.2 GB.
 
 An expert that saw few tokens is known badly. Its moments are blended with those of inputs that are all alike, as if it
-had seen 64 tokens of them; with none at all it is quantised as if nothing were known.
+had seen 64 tokens of them; with none at all it is quantized as if nothing were known.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """From weights to integer codes: one 8-bit grid, read to the depth that is resident. It knows no layout.
 
 A group of G weights along K shares a float16 `scale` and `minimum`. A weight's code q is an integer in [0, 255]; its
-top b bits q_b, read at the centre of their bin, stand for
+top b bits q_b, read at the center of their bin, stand for
 
     w_b = minimum + scale / 16 * (2**(8 - b) * q_b + (2**(8 - b) - 1) / 2)        b = 2, 4 or 8
 
@@ -9,8 +9,8 @@ so one code serves every depth and refining it only adds bits. `scale` is the st
 8-bit one: that keeps it clear of float16's subnormals. Rounding to the nearest 8-bit level and dropping bits equals
 rounding to the nearest b-bit level, whichever b the grid was fitted for.
 
-Grids come from `fitting`: *round to nearest* spans the group's range, *alternating least squares* minimises the error.
-Where something is known of the inputs (`moments`), it is the error of the output that is minimised: weights count by
+Grids come from `fitting`: *round to nearest* spans the group's range, *alternating least squares* minimizes the error.
+Where something is known of the inputs (`moments`), it is the error of the output that is minimized: weights count by
 the mean square of what they meet, and what one column errs by is fed back to the columns after it (`feedback`).
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dynaexq.errors import QuantizationError
 from dynaexq.quantization.gptq import fed_back
 from dynaexq.quantization.moments import Inputs
-from dynaexq.quantization.scales import Aim, centre, fitted_grid, nearest, range_grid, unshrunk
+from dynaexq.quantization.scales import Aim, center, fitted_grid, nearest, range_grid, unshrunk
 
 LARGEST_WEIGHT = 32768.0  # half of float16's range, so that minimum and scale stay finite
 COARSE = Aim(2, weight=0.5, length=1.1)
@@ -56,10 +56,10 @@ def quantize(
         unshrink: stretch the reading at `fit_bits`; only for codes that are never refined, as the other readings
             no longer fit afterwards.
         coarse: whether the reading at two bits will be served too; not together with `unshrink`.
-        inputs: of each of the matrices `[n, N, K]`, where they are known: the error of the outputs is minimised then,
+        inputs: of each of the matrices `[n, N, K]`, where they are known: the error of the outputs is minimized then,
             and not that of the weights; readings finer than `fit_bits` are of no use.
 
-    `"rtn"` spans the range of each group, and heeds none of the last three.
+    `"rtn"` spans the range of each group, and uses none of the last three.
     """
     aims = (Aim(fit_bits), COARSE) if coarse else (Aim(fit_bits),)
     *lead, columns = weights.shape
@@ -79,7 +79,7 @@ def read(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
     *lead, num_groups = scale.shape
     scale, minimum = scale.float()[..., None], minimum.float()[..., None]
     groups = values.view(*lead, num_groups, -1).float()
-    return (groups * (scale / 16) + (minimum + scale * centre(bits))).view(*lead, -1)
+    return (groups * (scale / 16) + (minimum + scale * center(bits))).view(*lead, -1)
 
 
 def reading(code: Code, bits: int) -> Tensor:

@@ -37,14 +37,14 @@ Grid = tuple[Tensor, Tensor]
 """Scale and minimum."""
 
 
-def centre(bits: int) -> float:
+def center(bits: int) -> float:
     """Half a bin at depth `bits`, in units of scale."""
     return (2.0 ** (8 - bits) - 1) / 32
 
 
 def levels(values: Tensor, bits: int) -> Tensor:
     """Where codes read at depth `bits` lie, in units of scale above the minimum."""
-    return (values >> (8 - bits)).float().mul_(2.0 ** (4 - bits)).add_(centre(bits))
+    return (values >> (8 - bits)).float().mul_(2.0 ** (4 - bits)).add_(center(bits))
 
 
 def nearest(groups: Tensor, grid: Grid) -> Tensor:
@@ -58,7 +58,7 @@ def range_grid(groups: Tensor, bits: int, share: float = 1.0) -> Grid:
     """The grid whose depth `bits` spans a `share` of the range of each group, round its middle."""
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = (high - low) * (share / (2**bits - 1))
-    return _stored(step * 2.0 ** (bits - 4), low + (high - low) * ((1 - share) / 2), centre(bits))
+    return _stored(step * 2.0 ** (bits - 4), low + (high - low) * ((1 - share) / 2), center(bits))
 
 
 def fitted_grid(groups: Tensor, aims: Aims, importance: Tensor | None = None) -> Grid:
@@ -86,7 +86,7 @@ def fitted_grid(groups: Tensor, aims: Aims, importance: Tensor | None = None) ->
 
 
 def unshrunk(groups: Tensor, values: Tensor, grid: Grid, bits: int, importance: Tensor | None = None) -> Grid:
-    """The grid stretched round the centre of its reading by (|w|^2 / <w, w_hat>)**0.7, centred, at depth `bits`."""
+    """The grid stretched round the center of its reading by (|w|^2 / <w, w_hat>)**0.7, centred, at depth `bits`."""
     scale, minimum = grid
     level = levels(values, bits)
     middle = _mean(level, importance)

@@ -1,6 +1,6 @@
-"""Which ladders the planes of another one allow, and how its blocks become theirs. Every step is exact.
+"""Serve stored planes at other tiers: which ones they allow, and how blocks are converted. Every step is exact.
 
-A code that was quantised for a ladder of two tiers can be read to any depth whose planes are there, so a stored
+A code that was quantized for two tiers can be read at any number of bits whose planes are there, so a stored
 (int2, int8) serves as (int2, int4), (int4, int8), int2, int4 or int8 as well.
 """
 
@@ -18,12 +18,12 @@ _ALL = [(base,) for base in (*BASE_PLANES, "fp16")] + [
 
 
 def offered(stored: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """The ladders that an expert stored at the tiers `stored` can be read as, the stored one among them.
+    """The tiers that an expert stored at `stored` can be read as, the stored ones among them.
 
     >>> offered(("int4", "fp16"))
     (('int4',), ('fp16',), ('int4', 'fp16'))
     """
-    return tuple(ladder for ladder in _ALL if ladder == stored or (len(stored) == 2 and _holds(stored, ladder)))
+    return tuple(tiers for tiers in _ALL if tiers == stored or (len(stored) == 2 and _holds(stored, tiers)))
 
 
 def pieces(stored: ExpertCodec, wanted: ExpertCodec) -> list[tuple[int, int]]:
@@ -51,8 +51,8 @@ def _merged(codec: ExpertCodec, parts: dict[str, Tensor], name: str) -> Tensor:
     return pack_plane((top << 2) | middle, 4, block)
 
 
-def _holds(stored: tuple[str, ...], ladder: tuple[str, ...]) -> bool:
-    base, upgrade = ladder[0], ladder[1] if len(ladder) > 1 else None
+def _holds(stored: tuple[str, ...], tiers: tuple[str, ...]) -> bool:
+    base, upgrade = tiers[0], tiers[1] if len(tiers) > 1 else None
     keeps_source = stored[1] == "fp16"
     if keeps_source and base not in stored:
         return False  # a code that is not refined is fitted to its own depth, and to no other

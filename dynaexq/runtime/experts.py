@@ -29,7 +29,7 @@ _SAVED_APART: ContextVar[bool] = ContextVar("_SAVED_APART", default=False)
 
 @contextmanager
 def saved_apart() -> Iterator[None]:
-    """Round a `state_dict` whose experts are saved by other means, so that nobody warns that they are missing."""
+    """Take a `state_dict` without the warning that experts are missing: they are saved by other means."""
     token = _SAVED_APART.set(True)
     try:
         yield
@@ -52,7 +52,7 @@ class LayerPorts:
 
 
 class MixedPrecisionExperts(nn.Module):
-    """Mixin that takes the place of a family's experts; see `adoption`. Its weights live in slabs, outside the module.
+    """Mixin that takes the place of a family's experts (`hf.model_patch`). Weights live in slabs, outside the module.
 
     `forward(hidden_states [N, H], top_k_index [N, k], top_k_weights [N, k]) -> [N, H]`, as in Transformers.
     """
@@ -143,7 +143,7 @@ class MixedPrecisionExperts(nn.Module):
 
 
 def _mass(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The routing weights as they count for heat.
+    """The routing weights that count for hotness.
 
     When tokens are exchanged among ranks, one that gets none is called with a single row of zeros for expert 0.
     """

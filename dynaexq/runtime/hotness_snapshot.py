@@ -1,6 +1,6 @@
-"""Heat profiles: what was hot, kept in a file, so that the next run starts where this one ended.
+"""Hotness snapshots: what was hot, kept in a file, so that the next run starts where this one ended.
 
-A profile is a safetensors file with one tensor, `hotness` float64 `[L, E]`, and in its metadata the names of the
+A snapshot is a safetensors file with one tensor, `hotness` float64 `[L, E]`, and in its metadata the names of the
 layers and the class of the model it belongs to.
 """
 
@@ -15,7 +15,7 @@ from dynaexq.errors import HotnessError
 
 VERSION = "1"
 _KIND = "dynaexq hotness snapshot"
-_KINDS = (_KIND, "dynaexq heat profile")  # the second is what such files were called first
+_KINDS = (_KIND, "dynaexq heat profile")  # ✗ in files of before it had its name
 
 
 def write_snapshot(path: str | Path, model: str, layers: dict[str, np.ndarray]) -> None:
@@ -28,7 +28,7 @@ def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: 
     """The hotness `[L, E]` of `layers`, in their order.
 
     Raises:
-        HotnessError: not a profile, damaged, or of another model.
+        HotnessError: not a snapshot, damaged, or of another model.
         FileNotFoundError: there is no such file.
     """
     metadata, hotness = _content(path)
@@ -39,7 +39,7 @@ def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: 
             f"{path} belongs to a {metadata['model']} with {len(rows)} layers of {hotness.shape[-1]} experts, "
             f"expected a {model} with {num_experts} experts in each of {len(layers)} layers"
             + (f", {missing[0]} among them" if missing else "")
-            + "; save a profile of this model with runtime.save_hotness"
+            + "; save one of this model with runtime.save_hotness"
         )
     found = hotness[[rows[name] for name in layers]]
     if not is_hotness(found):
@@ -58,8 +58,8 @@ def _content(path: str | Path) -> tuple[dict[str, str], np.ndarray]:
             metadata = file.metadata() or {}
             if metadata.get("kind") not in _KINDS or metadata.get("version") != VERSION:
                 raise HotnessError(
-                    f"{path} is no heat profile of version {VERSION}; runtime.save_hotness(path) writes one"
+                    f"{path} is no hotness snapshot of version {VERSION}; runtime.save_hotness(path) writes one"
                 )
             return metadata, file.get_tensor("hotness")
     except SafetensorError as error:
-        raise HotnessError(f"{path} cannot be read as a heat profile: {error}; save it again") from error
+        raise HotnessError(f"{path} cannot be read as a hotness snapshot: {error}; save it again") from error

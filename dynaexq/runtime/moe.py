@@ -24,7 +24,7 @@ class LayerView:
 
 
 class DynaExqMoE(nn.Module):
-    """Mixin that takes the place of a sparse block; see `adoption`. Its `experts` are `MixedPrecisionExperts`."""
+    """Mixin that takes the place of a sparse block (`hf.model_patch`). Its `experts` are `MixedPrecisionExperts`."""
 
     _view: LayerView
 

@@ -49,14 +49,14 @@ class Report:
         memory: dict[str, int],
         stats: dict[str, Any],
         tiers: np.ndarray,
-        ladder: tuple[str, ...],
+        names: tuple[str, ...],
         verdict: str,
     ):
-        self.memory, self.stats, self.tiers, self.ladder, self.verdict = memory, stats, tiers, ladder, verdict
+        self.memory, self.stats, self.tiers, self.names, self.verdict = memory, stats, tiers, names, verdict
 
     def __rich__(self) -> RenderableType:
         table = Table(
-            title=f"dynaexq: {' + '.join(self.ladder)}",
+            title=f"dynaexq: {' + '.join(self.names)}",
             show_header=False,
             caption=self.verdict,
             caption_justify="left",

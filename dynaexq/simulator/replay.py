@@ -26,7 +26,7 @@ class Machine:
 
     Attributes:
         num_slots, slot_nbytes: upgrades that fit, and the bytes of one.
-        link: bytes a second from host memory to the device.
+        link: bytes per second from host memory to the device.
         tokens_per_second: pace of the model, prompts included.
     """
 

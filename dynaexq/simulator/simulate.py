@@ -87,7 +87,7 @@ class Simulation:
         ]
 
     def show(self) -> None:
-        """Print the outcome as a table with a row a phase."""
+        """Print the outcome as a table with a row per phase."""
         console, figures = Console(), self.figures()
         layers, experts = self.trace.header.shape
         title = f"{layers} x {experts} experts, {' + '.join(self.tiers)}, {figures['share_upgraded']:.0%} upgraded"
@@ -108,7 +108,7 @@ class Simulation:
             f"paused {figures['share_paused']:.0%} of the time"
         )
         if not self.gains_known:
-            console.print("The trace has no errors for this ladder: every expert is taken to gain the same.")
+            console.print("The trace has no errors for these tiers: every expert is taken to gain the same.")
         console.print(figures["verdict"]["sentence"])
 
     def write_json(self, path: Path) -> None:
@@ -129,7 +129,7 @@ def simulate(
     Args:
         upgraded: share of the experts with an upgrade, in place of `hbm_budget`.
         dense: bytes of all weights that are not experts; by default what the trace says.
-        link: bytes a second from host memory to the device; PCIe 4 x16 reaches 25e9.
+        link: bytes per second from host memory to the device; PCIe 4 x16 reaches 25e9.
 
     Raises:
         SettingsError: neither a budget nor a share, or a trace without the shape of its experts.

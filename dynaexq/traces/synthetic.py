@@ -29,7 +29,7 @@ class Workload:
         skew: standard deviation of an expert's standing log-preference.
         shared: correlation of that preference between two phases.
         drift, drift_tokens: standard deviation and time scale of what a document prefers.
-        locality, locality_tokens: the same for a few neighbouring tokens.
+        locality, locality_tokens: the same for a few neighboring tokens.
         dense: bytes of all weights that are not experts.
     """
 

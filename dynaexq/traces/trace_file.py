@@ -61,7 +61,7 @@ class TraceHeader:
     Attributes:
         layers: names of the L sparse layers in order.
         top_k: experts that each token is routed to.
-        tiers: the ladder that `errors` belongs to; empty where unknown.
+        tiers: those that `errors` belongs to; empty where unknown.
         errors: float32 `[L, E, T]`, relative squared error at each tier, or None.
         expert: shape of one expert, or None.
         dtype: floating dtype of the model.

@@ -1,4 +1,4 @@
-"""Experts read back from where they lie: as blocks, to be saved; in their own dtype, to undo a patch."""
+"""Read experts back: as blocks, to be saved; in their own dtype, to undo a patch."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""From a packed checkpoint to blocks in their places: base blocks are read, upgrades stay on disk until wanted."""
+"""Load a packed checkpoint: base blocks are read into their places, upgrades stay on disk until wanted."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

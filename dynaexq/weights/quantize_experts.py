@@ -1,4 +1,4 @@
-"""From 16-bit weights to packed blocks in their places, a few experts at a time. It decides and frees nothing."""
+"""Quantize 16-bit experts into their places, a few at a time. It decides and frees nothing."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from dynaexq.weights.sources import ExpertSource, LoadResult, SelectableSource
 logger = logging.getLogger(__name__)
 
 WEIGHTS_AT_ONCE = 2**22  # read together
-PROGRESS_FROM = 2**28  # weights; below that quantising takes a few seconds
+PROGRESS_FROM = 2**28  # weights; below that quantizing takes a few seconds
 
 
 class QuantizingLoader:
-    """Experts quantised from their 16-bit weights.
+    """Experts quantized from their 16-bit weights.
 
     Args:
         moments: of their inputs, layer by layer and expert by expert as in `source`, where they are known.
@@ -109,7 +109,7 @@ class SourceStore:
 
 
 def open_store(count: int, slot_nbytes: int, host_copy: str) -> HostStore:
-    """An empty store for `count` upgrades. A disk that is full is replaced by RAM, and said so."""
+    """Open an empty store for `count` upgrades; in RAM, with a warning, where the disk is full."""
     if host_copy == "disk":
         try:
             return DiskStore(count, slot_nbytes)
@@ -137,7 +137,7 @@ def encode_all(
     expert_nbytes = codec.shape.num_weights * codec.dtype.itemsize
     quiet = num_layers * num_experts * codec.shape.num_weights < PROGRESS_FROM
     total = num_layers * num_experts * expert_nbytes
-    with tqdm(total=total, unit="B", unit_scale=True, desc="quantising", disable=quiet) as progress, torch.no_grad():
+    with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", disable=quiet) as progress, torch.no_grad():
         for layer in range(first_layer, source.num_layers):
             inputs = moments.of_layer(layer, codec.shape.intermediate_size, device) if moments else None
             for first in range(0, num_experts, at_once):

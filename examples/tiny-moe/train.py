@@ -2,9 +2,9 @@
 
     python examples/tiny-moe/train.py --output-dir /tmp/tiny-moe
 
-Four layers of 32 experts (top-4), hidden size 256, a byte-level BPE of 2,048 tokens. Weights and optimiser stay in
+Four layers of 32 experts (top-4), hidden size 256, a byte-level BPE of 2,048 tokens. Weights and optimizer stay in
 float32 while training (matrix products run in bfloat16 autocast); they are rounded once, to bfloat16, when saved.
-The load-balancing loss is taken per layer over a batch that mixes the domains, so that experts may specialise.
+The load-balancing loss is taken per layer over a batch that mixes the domains, so that experts may specialize.
 """
 
 import itertools
@@ -145,7 +145,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 
 @torch.no_grad()
 def held_out_loss(model: Qwen3MoeForCausalLM, streams: dict[str, torch.Tensor], length: int) -> dict[str, float]:
-    """Mean cross entropy in nats a token over the first windows of each held-out stream."""
+    """Mean cross entropy in nats per token over the first windows of each held-out stream."""
     losses = {}
     for domain, stream in streams.items():
         windows = stream[: min(len(stream) // length, 24) * length].view(-1, length).long()
@@ -164,9 +164,9 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, output_
 
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where the model and its tokenizer go.")] = Path(__file__).parent,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 5000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 5000,
     batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 20,
-    length: Annotated[int, typer.Option(help="Tokens a window.")] = 256,
+    length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     peak_lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     seed: Annotated[int, typer.Option(help="Seed of weights and windows.")] = 0,

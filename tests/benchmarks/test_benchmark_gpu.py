@@ -71,7 +71,7 @@ def test_whole_models_are_measured_static_and_dynamic_and_traced(benchmarks, tmp
 
     work = gpu_model.Workload(torch.device("cpu"), 2, steps=40, shape=TINY, batches=(1, 2), prompts=(8,))
     found = gpu_model.run(work, tmp_path)
-    assert len(found["model"]) == 2 * 3 * 2, "ladders, sizes, static and dynamic"
+    assert len(found["model"]) == 2 * 3 * 2, "pairs, sizes, static and dynamic"
     for row in found["model"]:
         assert row["p99_microseconds"] >= row["median_microseconds"] > 0
         assert row["precision"] == "dynamic" or row["megabytes_a_second_copied"] == 0

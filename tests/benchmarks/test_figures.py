@@ -119,29 +119,29 @@ def test_perplexity_is_measured_with_exactly_the_coldest_demoted(texts):
     import figure_helpers as figures
 
     windows = figures.workloads(figures.EMBEDDED, texts, 1, 32, "cpu")["prose"]
-    ladder = fig4_perplexity.Ladder(figures.EMBEDDED, "cpu", ("int2", "int4"), windows)
-    heat = ladder.orders["heat"]
-    for order, share in (("heat", 0.25), ("random", 0.75), ("heat", 1.0), ("heat", 0.5)):
-        ladder.demote(order, share)
-        kept = ladder.model.dynaexq.tiers() == 4
+    pair = fig4_perplexity.Pair(figures.EMBEDDED, "cpu", ("int2", "int4"), windows)
+    hotness = pair.orders["hotness"]
+    for order, share in (("hotness", 0.25), ("random", 0.75), ("hotness", 1.0), ("hotness", 0.5)):
+        pair.demote(order, share)
+        kept = pair.model.dynaexq.tiers() == 4
         assert kept.sum() == 128 * (1 - share)
-        worth = ladder.orders[order]
+        worth = pair.orders[order]
         assert worth[kept].min(initial=np.inf) >= worth[~kept].max()
-    assert heat[kept].sum() > 0.8 * heat.sum()
+    assert hotness[kept].sum() > 0.8 * hotness.sum()
 
 
 def test_perplexity_rises_with_the_share_demoted(tmp_path, texts):
     import fig4_perplexity
 
-    fig4_perplexity.main(ladder=["int2,int4"], shares="0,0.5,1", windows=2, length=64, text=texts, out=tmp_path, **TOY)
-    (ladder,) = written(tmp_path, "fig4_perplexity")["ladders"]
+    fig4_perplexity.main(pair=["int2,int4"], shares="0,0.5,1", windows=2, length=64, text=texts, out=tmp_path, **TOY)
+    (pair,) = written(tmp_path, "fig4_perplexity")["pairs"]
     for order in fig4_perplexity.ORDERS:
-        rows = [row for row in ladder["rows"] if row["order"] == order]
+        rows = [row for row in pair["rows"] if row["order"] == order]
         assert [row["low"] for row in rows] == [0, 0.5, 1]
         assert rows[0]["kl"] < rows[1]["kl"] < rows[2]["kl"]
         assert rows[0]["bytes"] > rows[1]["bytes"] > rows[2]["bytes"]
-    half = {row["order"]: row["kl"] for row in ladder["rows"] if row["low"] == 0.5}
-    assert half["heat"] < half["random"]
+    half = {row["order"]: row["kl"] for row in pair["rows"] if row["low"] == 0.5}
+    assert half["hotness"] < half["random"]
 
 
 def test_latency_of_three_contestants(tmp_path, texts):

@@ -55,11 +55,11 @@ def test_an_oracle_spends_no_more_bits_than_it_has_and_on_the_hottest_first(allo
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "quality.json"
 
 
-@pytest.mark.parametrize("row", json.loads(RESULTS.read_text())["bytes"], ids=lambda row: str(row["bits a weight"]))
+@pytest.mark.parametrize("row", json.loads(RESULTS.read_text())["bytes"], ids=lambda row: str(row["bits per weight"]))
 def test_auto_takes_the_ladder_that_was_measured_best_of_these_bytes(row: dict[str, Any]) -> None:
     shape = ExpertShape(256, 64, 128, has_bias=False, transposed=False)  # the embedded model's
     pairs = [tier_layout(shape, torch.bfloat16, tiers, 64).sizes() for tiers in TIER_CHOICES]
-    budget = int(4 * 32 * shape.num_weights * row["bits a weight"] / 8)
+    budget = int(4 * 32 * shape.num_weights * row["bits per weight"] / 8)
     plan = plan_memory(spec(pairs, 4, 32), budget)
     assert " + ".join(plan.tiers) == row["best that is offered"]
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+from command_line import run_main
 from typer.testing import CliRunner
 
 from dynaexq.cli import app
 from dynaexq.cli.demo import embedded_model
 
-MADE_UP = ["simulate", "--generate", "flat", "--tokens", "64", "--phases", "1", "--ladder", "int2,int4"]
+MADE_UP = ["simulate", "--generate", "flat", "--tokens", "64", "--phases", "1", "--pair", "int2,int4"]
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     """What `dynaexq ...` writes to the terminal as it fails, on one line and without the frame."""
-    monkeypatch.setattr("sys.argv", ["dynaexq", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    assert ended.value.code in (1, 2)
+    assert run_main(arguments, monkeypatch) in (1, 2)
     found = capsys.readouterr()
     assert "Traceback" not in found.err
     return " ".join((found.out + found.err).replace("│", " ").split())
@@ -71,7 +69,7 @@ def test_the_demo_takes_no_packed_model(
     assert (
         CliRunner().invoke(app.app, ["quantize", str(embedded_model()), str(packed), "--tiers", "int2"]).exit_code == 0
     )
-    assert "is quantised already" in said(["demo", "--model", str(packed)], monkeypatch, capsys)
+    assert "is quantized already" in said(["demo", "--model", str(packed)], monkeypatch, capsys)
 
 
 def test_a_recorded_trace_is_not_replaced_by_one_that_is_made_up(
@@ -99,10 +97,7 @@ def test_who_interrupts_packing_is_told_that_it_can_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynaexq.hf.convert.quantize_checkpoint", interrupted)
-    monkeypatch.setattr("sys.argv", ["dynaexq", "quantize", str(checkpoint), str(tmp_path / "a"), "--tiers", "int4"])
-    with pytest.raises(SystemExit) as ended:
-        app.main()
-    assert ended.value.code == 130
+    assert run_main(["quantize", str(checkpoint), str(tmp_path / "a"), "--tiers", "int4"], monkeypatch) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
 
 

@@ -206,7 +206,7 @@ def test_a_forgotten_model_that_is_collected_during_a_capture_leaves_it_alone():
 
 @pytest.mark.parametrize("host_copy", ["ram", "pinned"])
 def test_moves_of_one_model_leave_the_capture_of_another_alone(host_copy: str):
-    """In the mode that forbids most: no thread may make a call that might synchronise while any captures."""
+    """In the mode that forbids most: no thread may make a call that might synchronize while any captures."""
     moving, ids = patched(host_copy=host_copy, half_life=2, hysteresis=0.0), prompt()
     routes = Routes(moving, ids.numel())
     graph, _ = captured(moving, ids)

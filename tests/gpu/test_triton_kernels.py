@@ -26,13 +26,13 @@ DEVICE = torch.device("cuda", 0)
 WIDE = ExpertShape(hidden_size=512, intermediate_size=384, up_rows=768, has_bias=False, transposed=False)
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # here bfloat16 is rounded, not cut off
 
-each_ladder = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
+each_pair = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
 
 
 @pytest.fixture(autouse=True)
 def _poison():
-    """Fill every tensor that torch leaves uninitialised, with NaN or the largest integer."""
+    """Fill every tensor that torch leaves uninitialized, with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -65,7 +65,7 @@ def test_the_door_leads_to_triton():
     assert not dispatch.counts_routing(got.hidden_states.float(), got.layer)
 
 
-@each_ladder
+@each_pair
 @each_dtype
 @each_regime
 @pytest.mark.parametrize("shape", [GATED, WIDE], ids=["narrow", "wide"])

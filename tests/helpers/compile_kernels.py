@@ -2,7 +2,7 @@
 
     python tests/helpers/compile_kernels.py int2+int4/up/few/90 around/90 ...     -> one line of JSON a case
 
-A process of its own, because Triton decides at import whether it interprets. Cases are ladder/product/tiles/arch, at
+A process of its own, because Triton decides at import whether it interprets. Cases are pair/product/tiles/arch, at
 the shape of Qwen3-30B-A3B in bfloat16, exactly as `launch` would launch them there; around/arch are the kernels around
 the products.
 """
@@ -44,10 +44,10 @@ def main(cases: list[str]) -> None:
         print(json.dumps({"case": case, "kernels": found}), flush=True)  # noqa: T201 - it is read by a test
 
 
-def products(ladder: str, product: str, regime: str, arch: int) -> list[dict[str, Any]]:
+def products(pair: str, product: str, regime: str, arch: int) -> list[dict[str, Any]]:
     """Facts of every launch of a product of a layer, up or down."""
     found = []
-    matrix, launches = product_of(tuple(ladder.split("+")), product, PAIRS[regime])
+    matrix, launches = product_of(tuple(pair.split("+")), product, PAIRS[regime])
     for launch in launches:
         kernel = compiled_product(matrix, launch, arch)
         codes = launch.tiling.block_n * matrix.codes / (32 * launch.num_warps)  # of a block, for one thread

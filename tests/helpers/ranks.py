@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gpt_oss": ("gpt_oss", ("int2", "int8")),
     "deepseek_v3": ("deepseek_v3", ("int2", "int8")),
 }
-"""The checkpoint and the ladder of each; with this budget every expert is upgraded."""
+"""The checkpoint and the pair of each; with this budget every expert is upgraded."""
 
 
 def load(directory: Path, tiers: tuple[str, ...] | None, layout: dict[str, Any], **options: Any) -> Any:

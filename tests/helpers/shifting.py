@@ -21,7 +21,7 @@ def patched(
     tiers: tuple[str, ...] = ("int2", "int4"), slots: int = 4, model: nn.Module | None = None, **options: Any
 ) -> nn.Module:
     """A tiny float32 model with upgrade slots for four of its sixteen experts; it decides after every forward."""
-    # 64 columns in both matrices need no padding, which would not be quantised as the weights are by themselves.
+    # 64 columns in both matrices need no padding, which would not be quantized as the weights are by themselves.
     model = tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64) if model is None else model
     rt = patching.patch(
         model, AMPLE, **{"tiers": tiers, "quantizer": "rtn", "update_interval": 1, "half_life": 8} | options
@@ -43,10 +43,10 @@ def upgraded(model: nn.Module) -> list[list[int]]:
     return [np.flatnonzero(row > rt.plan.base.bits).tolist() for row in rt.tiers()]
 
 
-def as_quantised(original: nn.Module, model: nn.Module) -> nn.Module:
+def as_quantized(original: nn.Module, model: nn.Module) -> nn.Module:
     """`original` with each weight replaced by what its code reads at the tier that `model` publishes."""
-    naive, ladder = copy.deepcopy(original), model.dynaexq.plan.tiers
-    fit_bits = BITS[ladder[0]] if ladder[1] == "fp16" else 4
+    naive, pair = copy.deepcopy(original), model.dynaexq.plan.tiers
+    fit_bits = BITS[pair[0]] if pair[1] == "fp16" else 4
     with torch.no_grad():
         for layer, block in enumerate(tiny.sparse_blocks(naive)):
             for expert, bits in enumerate(model.dynaexq.tiers()[layer].tolist()):
@@ -59,6 +59,6 @@ def as_quantised(original: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def assert_answers_as_published(model: nn.Module, original: nn.Module) -> None:
-    """The answer of a naive forward over weights dequantised one by one, at the tiers that are published."""
+    """The answer of a naive forward over weights dequantized one by one, at the tiers that are published."""
     model.dynaexq.freeze()
-    torch.testing.assert_close(tiny.logits(model), tiny.logits(as_quantised(original, model)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(tiny.logits(model), tiny.logits(as_quantized(original, model)), rtol=1e-3, atol=1e-3)

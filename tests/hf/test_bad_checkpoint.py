@@ -123,7 +123,7 @@ def without_a_version(directory: Path) -> None:
     )
 
 
-def of_another_ladder(directory: Path) -> None:
+def of_another_pair(directory: Path) -> None:
     def change(config: Any) -> None:
         config["quantization_config"]["packed"]["tiers"] = config["quantization_config"]["tiers"] = ["int4", "int8"]
 
@@ -142,12 +142,12 @@ BOTH: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 SIXTEEN_BIT = {
     "an expert too few": (without_an_expert, "expected 8 experts of one shape for .*gate_up_proj, found 7 tensors"),
-    "experts in eight bits": (in_eight_bits, "quantised already .* is torch.float8_e4m3fn.*give the 16-bit"),
+    "experts in eight bits": (in_eight_bits, "quantized already .* is torch.float8_e4m3fn.*give the 16-bit"),
 }
 PACKED = {
     "another format version": (of_another_version, "packed in format version 7, and this dynaexq reads 1; install"),
     "no format version": (without_a_version, "expected packed to hold format_version, group_size"),
-    "another ladder": (of_another_ladder, r"expected .*packed.* to be .* from config.json, found"),
+    "another pair": (of_another_pair, r"expected .*packed.* to be .* from config.json, found"),
 }
 CASES = [(kind, name, *case) for kind in ("16 bit", "packed") for name, case in BOTH.items()]
 CASES += [("16 bit", name, *case) for name, case in SIXTEEN_BIT.items()]
@@ -207,13 +207,13 @@ def test_a_dense_model_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "auto-round", "fp8"])
-def test_experts_that_are_quantised_otherwise_are_refused_by_name(
+def test_experts_that_are_quantized_otherwise_are_refused_by_name(
     checkpoints: dict[str, Path], tmp_path: Path, method: str
 ) -> None:
     directory = copied(checkpoints["16 bit"], tmp_path)
     stored = {"quant_method": method, "bits": 4, "group_size": 128}
     edit(directory / "config.json", lambda config: config.update(quantization_config=stored))
-    match = rf"quantised already \(quant_method='{method}'\), and its packing cannot be taken over exactly; give the"
+    match = rf"quantized already \(quant_method='{method}'\), and its packing cannot be taken over exactly; give the"
     for convert in (quantize_checkpoint, annotate_checkpoint):
         with pytest.raises(CheckpointError, match=match):
             convert(directory, tmp_path / "out", dynaexq.DynaExqConfig(tiers=("int4",)))

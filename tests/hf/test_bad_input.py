@@ -46,14 +46,14 @@ def refused(model: nn.Module, error: type[DynaExqError], match: str, runs: bool 
         assert tiny.generated(model) == answer
 
 
-DIALS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
+OPTIONS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
     "no unit that there is": ({"hbm_budget": "20 GBit"}, SettingsError, "'20 GBit'; write a number and B, KB"),
     "no bytes": ({"hbm_budget": 0}, SettingsError, "positive number of bytes .* got 0"),
     "fewer than none": ({"hbm_budget": -5}, SettingsError, "got -5"),
     "not a number": ({"hbm_budget": math.nan}, SettingsError, "got nan"),
     "a truth value": ({"hbm_budget": True}, SettingsError, "got True"),
     "too small": ({"hbm_budget": "10KiB"}, BudgetError, r"raise hbm_budget to at least \d+"),
-    "too small for this ladder": ({"hbm_budget": 120_000, "tiers": ("fp16",)}, BudgetError, r'take tiers=\("int2",\)'),
+    "too small for this pair": ({"hbm_budget": 120_000, "tiers": ("fp16",)}, BudgetError, r'take tiers=\("int2",\)'),
     "unknown tier": ({"tiers": ("int4", "int3")}, SettingsError, "'int3'"),
     "descending tiers": ({"tiers": ("int8", "int4")}, SettingsError, r"did you mean \('int4', 'int8'\)"),
     "repeated tier": ({"tiers": ("int4", "int4")}, SettingsError, r"each once"),
@@ -69,7 +69,7 @@ DIALS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
 }
 
 
-@pytest.mark.parametrize(("options", "error", "match"), DIALS.values(), ids=DIALS)
+@pytest.mark.parametrize(("options", "error", "match"), OPTIONS.values(), ids=OPTIONS)
 def test_a_bad_dial_is_refused(options: dict[str, Any], error: type[DynaExqError], match: str) -> None:
     model = tiny.tiny_qwen3_moe()
     with refused(model, error, match):
@@ -204,7 +204,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], type[DynaExqError], str]] = {
         UnsupportedModelError,
         "LlamaForCausalLM, found none; dense models need no dynaexq",
     ),
-    "in 4 bits": (changed(four_bit), UnsupportedModelError, f"{SECOND}.down_proj is a Params4bit, .* unquantised"),
+    "in 4 bits": (changed(four_bit), UnsupportedModelError, f"{SECOND}.down_proj is a Params4bit, .* unquantized"),
     "in 8-bit floats": (
         changed(eight_bit_floats),
         UnsupportedModelError,

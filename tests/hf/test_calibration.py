@@ -149,7 +149,7 @@ def test_a_ladder_that_leads_to_int8_stays_as_it_is():
 
 
 @pytest.mark.parametrize("tokens_seen", [0, 5])
-def test_an_expert_that_was_hardly_ever_routed_is_quantised_nearly_as_if_nothing_were_known(tokens_seen):
+def test_an_expert_that_was_hardly_ever_routed_is_quantized_nearly_as_if_nothing_were_known(tokens_seen):
     units = torch.randn(max(1, tokens_seen), 64)
     down = (units.T @ units / len(units) * (tokens_seen > 0))[None, None, None]
     moments = Moments(("l",), torch.eye(96)[None], down, torch.tensor([[tokens_seen]]))

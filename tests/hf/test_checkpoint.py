@@ -40,7 +40,7 @@ TIER_CHOICES = [
     ("int4", "fp16"),
 ]
 
-each_ladder = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="-".join)
+each_pair = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="-".join)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def differing(one: Path, other: Path) -> list[str]:
     return [name for name in sorted(names) if not filecmp.cmp(one / name, other / name, shallow=False)]
 
 
-@each_ladder
+@each_pair
 def test_patched_loaded_and_reloaded_models_answer_with_the_same_bits(
     source: Path, tmp_path: Path, tiers: tuple[str, ...]
 ) -> None:
@@ -327,7 +327,7 @@ def test_without_dynaexq_a_packed_directory_is_refused_and_says_why(packed: Path
         assert "RuntimeError: You set `ignore_mismatched_sizes` to `False`" in done.stderr
 
 
-def test_an_annotated_directory_is_quantised_when_it_is_loaded_and_16_bit_without_dynaexq(
+def test_an_annotated_directory_is_quantized_when_it_is_loaded_and_16_bit_without_dynaexq(
     source: Path, tmp_path: Path
 ) -> None:
     annotate_checkpoint(source, tmp_path / "annotated", DynaExqConfig(hbm_budget=AMPLE, tiers=("int4", "fp16")))

@@ -14,7 +14,7 @@ import dynaexq
 from dynaexq.errors import SettingsError, UnpatchError
 
 AMPLE = 10**6
-DIALS = {"hbm_budget": AMPLE, "tiers": ("int2", "int4")}
+OPTIONS = {"hbm_budget": AMPLE, "tiers": ("int2", "int4")}
 LINEAR = {"bnb-4bit": bitsandbytes.nn.Linear4bit, "bnb-8bit": bitsandbytes.nn.Linear8bitLt}
 
 each_format = pytest.mark.parametrize("dense", LINEAR)
@@ -29,12 +29,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def patched(source: Path, dense: str) -> nn.Module:
     model = AutoModelForCausalLM.from_pretrained(source)
-    patching.patch(model, dense=dense, **DIALS)
+    patching.patch(model, dense=dense, **OPTIONS)
     return model
 
 
 def loaded(source: Path, dense: str) -> nn.Module:
-    config = dynaexq.DynaExqConfig(dense=dense, **DIALS)
+    config = dynaexq.DynaExqConfig(dense=dense, **OPTIONS)
     return AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
 
 
@@ -46,7 +46,7 @@ def loaded_by_bitsandbytes_first(source: Path, dense: str) -> nn.Module:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
-    patching.patch(model, **DIALS)
+    patching.patch(model, **OPTIONS)
     return model
 
 
@@ -81,7 +81,7 @@ def test_what_bitsandbytes_keeps_beside_the_weights_is_in_the_budget(source: Pat
 def test_dense_layers_that_were_freed_cannot_be_unpatched_and_the_model_works_on(source: Path) -> None:
     model = patched(source, "bnb-4bit")
     before = tiny.logits(model)
-    with pytest.raises(UnpatchError, match="the dense layers were quantised by patch, and the originals freed"):
+    with pytest.raises(UnpatchError, match="the dense layers were quantized by patch, and the originals freed"):
         dynaexq.unpatch(model)
     assert torch.equal(tiny.logits(model), before)
 
@@ -94,8 +94,8 @@ def test_another_dense_format_than_the_one_that_was_saved_is_refused(source: Pat
         )
 
 
-def test_dense_layers_of_a_packed_checkpoint_can_be_quantised_when_it_is_loaded(source: Path, tmp_path: Path) -> None:
-    config = dynaexq.DynaExqConfig(**DIALS)
+def test_dense_layers_of_a_packed_checkpoint_can_be_quantized_when_it_is_loaded(source: Path, tmp_path: Path) -> None:
+    config = dynaexq.DynaExqConfig(**OPTIONS)
     AutoModelForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(tmp_path / "packed")
     assert torch.equal(tiny.logits(loaded(tmp_path / "packed", "bnb-4bit")), tiny.logits(patched(source, "bnb-4bit")))
 
@@ -109,7 +109,7 @@ def test_a_failure_gives_the_dense_layers_back(source: Path, monkeypatch: pytest
 
     monkeypatch.setattr("dynaexq.hf.model_patch.install_output_capturing", failing)
     with pytest.raises(KeyboardInterrupt):
-        patching.patch(model, dense="bnb-4bit", **DIALS)
+        patching.patch(model, dense="bnb-4bit", **OPTIONS)
     assert tiny.anatomy(model) == before
 
 

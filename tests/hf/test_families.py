@@ -1,5 +1,5 @@
-"""One seam for every family: patched at 16 bits a model gives the bits it gave, below that it comes near, unpatched it
-is what it was. Families that do not offer the seam are refused by name.
+"""One interface for every family: patched at 16 bits, a model gives the bits it gave; below that it comes near;
+unpatched, it is what it was. Families that do not offer the seam are refused by name.
 
 A family that the installed Transformers lacks is skipped; at least 25 must be there.
 """

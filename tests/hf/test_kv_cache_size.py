@@ -18,7 +18,7 @@ from dynaexq.settings import Settings
 
 BATCH = 2
 
-# Family, what it needs besides, and whose cache is unlike its neighbour's.
+# Family, what it needs besides, and whose cache is unlike its neighbor's.
 KINDS = {
     "keys and values": ("mixtral", {}),
     "few heads": ("minimax_m2", {"num_key_value_heads": 1}),

@@ -1,4 +1,4 @@
-"""A patched model among its neighbours: moved, copied, saved, hooked, shared by threads, closed, unpatched."""
+"""A patched model among its neighbors: moved, copied, saved, hooked, shared by threads, closed, unpatched."""
 
 import copy
 import gc
@@ -27,7 +27,7 @@ from dynaexq.hf.config import DynaExqConfig
 
 AMPLE = 10**6
 
-KEEPING = {  # ladders that keep the 16-bit experts, and where
+KEEPING = {  # pairs that keep the 16-bit experts, and where
     "fp16": {"tiers": ("fp16",)},
     "int4-fp16-ram": {"tiers": ("int4", "fp16")},
     "int4-fp16-disk": {"tiers": ("int4", "fp16"), "host_copy": "disk"},
@@ -312,7 +312,7 @@ def test_a_quantizer_that_was_there_is_wrapped_and_given_back(trainable: bool) -
     assert model.hf_quantizer.is_trainable == trainable
     assert not model.hf_quantizer.is_compileable
     assert model.hf_quantizer.quantization_config.quant_method == "dynaexq"
-    with pytest.raises(PatchError, match="cannot be dequantised in place"):
+    with pytest.raises(PatchError, match="cannot be dequantized in place"):
         model.dequantize()
     dynaexq.unpatch(model)
     assert model.hf_quantizer is other

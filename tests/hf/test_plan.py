@@ -11,6 +11,7 @@ import psutil
 import pytest
 import tiny
 import torch
+from command_line import run_main
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3NextConfig
 from typer.testing import CliRunner
 
@@ -87,7 +88,7 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSpec]:
     }
 
 
-def by_ladder(size: ModelSpec, card: int, host_ram: int | None = None) -> dict[tuple[str, ...], TierEstimate]:
+def by_pair(size: ModelSpec, card: int, host_ram: int | None = None) -> dict[tuple[str, ...], TierEstimate]:
     return {estimate.plan.tiers: estimate for estimate in estimate_card(size, card, host_ram).estimates}
 
 
@@ -121,7 +122,7 @@ def test_the_30b_fits_a_24_gb_card_with_an_int8_upgrade_for_some(sizes: dict[str
     assert best.waiting == 48 * 128 * 2048 * 3 * 768 // 2
     losses = [estimate.loss for estimate in found.estimates]
     assert losses == sorted(losses)
-    assert ("fp16",) not in by_ladder(sizes["30B"], CARDS["24 GB"])
+    assert ("fp16",) not in by_pair(sizes["30B"], CARDS["24 GB"])
     assert estimate_card(sizes["30B"], CARDS["80 GB"]).auto.plan.tiers == ("fp16",)
 
 
@@ -187,12 +188,12 @@ def test_neither_weights_nor_a_directory_are_needed(tmp_path: Path) -> None:
     )
 
 
-def test_a_packed_checkpoint_offers_what_its_planes_allow_and_starts_without_quantising(tmp_path: Path) -> None:
+def test_a_packed_checkpoint_offers_what_its_planes_allow_and_starts_without_quantizing(tmp_path: Path) -> None:
     model = models.tiny_model("qwen3_moe", torch.bfloat16)
     runtime = patching.patch(model, "1MiB", tiers=("int2", "int8"), group_size=32, device="cpu", quantizer="rtn")
     model.save_pretrained(tmp_path)
     size = inspect_checkpoint(tmp_path, DynaExqConfig())
-    found = by_ladder(size, DRIVER_BYTES + 2**30)
+    found = by_pair(size, DRIVER_BYTES + 2**30)
     assert found.keys() == {("int2",), ("int4",), ("int8",), ("int2", "int4"), ("int2", "int8"), ("int4", "int8")}
     stored = found["int2", "int8"]
     assert [estimate.plan.tiers for estimate in found.values() if estimate.is_auto] == [("int2", "int8")]
@@ -205,7 +206,7 @@ def test_a_packed_checkpoint_offers_what_its_planes_allow_and_starts_without_qua
 
 def test_start_and_waiting_place_follow_from_the_source(sizes: dict[str, ModelSpec]) -> None:
     size = sizes["30B"]
-    found = by_ladder(size, CARDS["96 GB"], host_ram=14 * GIB)
+    found = by_pair(size, CARDS["96 GB"], host_ram=14 * GIB)
     assert found["fp16",].start_quantizing == 0
     assert found["fp16",].waits_in is None
     assert found["int4", "int8"].start_quantizing == size.num_weights / ENCODE_RATE["als"]
@@ -213,7 +214,7 @@ def test_start_and_waiting_place_follow_from_the_source(sizes: dict[str, ModelSp
     assert found["int4", "int8"].waits_in == "ram"
     assert found["int2", "int8"].waits_in == "disk"
     assert found["int4", "fp16"].waits_in == "checkpoint"
-    assert by_ladder(size, CARDS["96 GB"])["int2", "int8"].waits_in == "ram"
+    assert by_pair(size, CARDS["96 GB"])["int2", "int8"].waits_in == "ram"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -271,7 +272,7 @@ def test_the_command_shows_all_ladders_of_one_card(tmp_path: Path) -> None:
     assert text.startswith("Qwen3-30B-A3B: 48 layers of 128 experts, 54.0 GiB of 56.9 GiB in bfloat16\n")
     shown = [tuple(line[2:13].strip().split(" + ")) for line in text.splitlines()]
     assert [tiers for tiers in shown if tiers in TIER_CHOICES] == list(
-        by_ladder(inspect_checkpoint(source, DynaExqConfig()), 24 * GIB)
+        by_pair(inspect_checkpoint(source, DynaExqConfig()), 24 * GIB)
     )
     starred = next(line for line in text.splitlines() if line.startswith("* int"))
     assert starred.split()[1:6] == ["int4", "+", "int8", "21.2/128", "17%"]
@@ -297,11 +298,11 @@ def test_the_figures_are_there_for_programs(tmp_path: Path) -> None:
     found = estimate_card(size, 3 * GIB)
     card = json.loads(target.read_text())["cards"]["3GiB"]
     assert card["budget"] == found.budget
-    assert [tuple(ladder["tiers"]) for ladder in card["estimates"]] == [f.plan.tiers for f in found.estimates]
-    for ladder, expected in zip(card["estimates"], found.estimates, strict=True):
-        assert ladder["weights"] == expected.plan.total
-        assert ladder["slots"] == expected.plan.num_slots
-        assert ladder["is_auto"] == expected.is_auto
+    assert [tuple(pair["tiers"]) for pair in card["estimates"]] == [f.plan.tiers for f in found.estimates]
+    for pair, expected in zip(card["estimates"], found.estimates, strict=True):
+        assert pair["weights"] == expected.plan.total
+        assert pair["slots"] == expected.plan.num_slots
+        assert pair["is_auto"] == expected.is_auto
 
 
 def test_an_index_that_counts_something_else_is_pointed_out(tmp_path: Path) -> None:
@@ -331,8 +332,5 @@ def test_errors_of_the_command_are_sentences(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = str(saved(QWEN3_30B, tmp_path))
-    monkeypatch.setattr("sys.argv", ["dynaexq", "plan", *(word.format(model=model) for word in arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        app.main()
-    assert stopped.value.code == 1
+    assert run_main(["plan", *(word.format(model=model) for word in arguments)], monkeypatch) == 1
     assert sentence in capsys.readouterr().err

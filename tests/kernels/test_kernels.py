@@ -15,20 +15,20 @@ from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.planning.budget import TIER_CHOICES
 
-each_ladder = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
+each_pair = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 each_fast_kernel = pytest.mark.parametrize("kernel", [torch_path, cpu], ids=["torch_cpu", "cpu"])
 each_kernel = pytest.mark.parametrize("kernel", [reference, torch_path, cpu], ids=["reference", "torch_cpu", "cpu"])
 
 
-@each_ladder
+@each_pair
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_reference_is_the_weighted_sum_over_the_choices_of_each_token(tiers, shape):
     got = case(tiers, torch.float32, shape)
     assert_close(f"{tiers} {shape}", naive(got), got.run(reference.expert_mlp), TOLERANCE[torch.float32])
 
 
-@each_ladder
+@each_pair
 @each_dtype
 @each_fast_kernel
 def test_the_cpu_paths_follow_the_reference_with_some_experts_upgraded_and_some_not(tiers, dtype, kernel):

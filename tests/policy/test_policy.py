@@ -1,6 +1,6 @@
 """The policy: never over capacity, no move without a reason, hotness as defined, plans that fit; and fast.
 
-L layers, E experts a layer, R rows that compete by themselves. Scores are whole numbers, so that ties are common.
+L layers, E experts per layer, R rows that compete by themselves. Scores are whole numbers, so that ties are common.
 """
 
 import time

@@ -47,7 +47,7 @@ def test_packing_follows_the_documented_layout_and_unpacking_returns_the_codes(p
 
 
 @each_plane
-def test_word_i_plane_j_holds_the_neighbours_at_j_2w_plus_2i(bits, block):
+def test_word_i_plane_j_holds_the_neighbors_at_j_2w_plus_2i(bits, block):
     words = pack_plane(torch.eye(block, dtype=torch.uint8), bits, block).numpy().view(np.uint32)
     width = block * bits // 32
     expected = np.zeros((block, width), dtype=np.uint32)

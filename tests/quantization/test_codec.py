@@ -1,4 +1,4 @@
-"""The codec: every ladder, at the documented size, reads back at the error it reports, on ugly shapes too.
+"""The codec: every pair, at the documented size, reads back at the error it reports, on ugly shapes too.
 
 n is a number of experts, H the hidden size, I the intermediate size, K the columns of a matrix.
 """
@@ -38,7 +38,7 @@ SHAPES = {
 SMALL = ExpertShape(96, 48, 96, has_bias=True, transposed=True)
 LARGEST_ERROR = {"int2": 0.37, "int4": 0.088, "int8": 0.007, "fp16": 0.0}
 
-each_ladder = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
+each_pair = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
 each_code = pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if "fp16" not in tiers], ids="+".join)
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -65,7 +65,7 @@ def same(weights: ExpertWeights, other: ExpertWeights) -> bool:
 
 
 def readings(codec: ExpertCodec, weights: ExpertWeights) -> list[ExpertWeights]:
-    """The weights at each tier of the ladder."""
+    """The weights at each tier of the pair."""
     encoded = codec.encode(weights)
     upgrades = [None, encoded.upgrade][: len(codec.tiers)]
     return [codec.decode(encoded.base, upgrade, codec.dtype) for upgrade in upgrades]
@@ -80,7 +80,7 @@ BITS_A_WEIGHT = {  # (group of 64, group of 128)
 
 
 @pytest.mark.parametrize(("group_size", "column"), [(64, 0), (128, 1)])
-@each_ladder
+@each_pair
 def test_blocks_and_slots_have_the_documented_bits_a_weight(tiers, group_size, column):
     shape = ExpertShape(hidden_size=256, intermediate_size=512, up_rows=1024, has_bias=False, transposed=False)
     codec = ExpertCodec(shape, torch.bfloat16, tiers, group_size)
@@ -96,7 +96,7 @@ def test_sixteen_bit_blocks_of_a_float32_model_are_counted_at_32():
     assert codec.base.nbytes == 4 * codec.shape.num_weights
 
 
-@each_ladder
+@each_pair
 @each_shape
 def test_every_part_is_aligned_and_none_overlap(shape, tiers):
     codec = ExpertCodec(shape, torch.bfloat16, tiers)
@@ -125,7 +125,7 @@ def test_columns_are_cut_into_the_largest_blocks_and_groups_that_fit(columns, gr
     assert (layout.padded, layout.block, layout.group_size) == expected
 
 
-@each_ladder
+@each_pair
 @each_shape
 def test_each_tier_reads_back_at_the_error_that_was_reported(shape, tiers):
     weights = random_weights(shape)
@@ -182,7 +182,7 @@ def test_a_code_reads_the_same_from_whichever_base_it_was_refined(shape):
     # int2 + int4 is another code: its fit looks after both readings
 
 
-@each_ladder
+@each_pair
 def test_a_batch_of_experts_equals_one_by_one_bit_for_bit(tiers):
     weights = random_weights(SMALL, n=3)
     codec = ExpertCodec(SMALL, torch.bfloat16, tiers)
@@ -248,7 +248,7 @@ def test_a_base_is_fitted_for_its_own_depth_and_unshrunk_unless_it_will_be_refin
     assert torch.equal(readings(ExpertCodec(SHAPES["H=256 I=64"], torch.float32, tiers), weights)[0].up, expected)
 
 
-def test_the_quantiser_that_was_asked_for_is_used():
+def test_the_quantizer_that_was_asked_for_is_used():
     weights = random_weights(SMALL)
     rounded, fitted = (
         ExpertCodec(SMALL, torch.float32, ("int2",), 64, m).encode(weights).errors for m in ("rtn", "als")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from shifting import EVENING, MORNING, as_quantised, assert_answers_as_published, patched, run, upgraded
+from shifting import EVENING, MORNING, as_quantized, assert_answers_as_published, patched, run, upgraded
 from torch import Tensor, nn
 
 import dynaexq
@@ -43,10 +43,10 @@ def test_precision_follows_the_traffic(tiers: tuple[str, ...]) -> None:
 
 
 @two_tiers
-def test_mixed_tiers_answer_as_the_dequantised_weights_do(tiers: tuple[str, ...], original: nn.Module) -> None:
+def test_mixed_tiers_answer_as_the_dequantized_weights_do(tiers: tuple[str, ...], original: nn.Module) -> None:
     model = patched(tiers, slots=7)
     exact = tiny.logits(original)
-    assert (exact - tiny.logits(as_quantised(original, model))).abs().max() > 0.1, "too small a difference to see"
+    assert (exact - tiny.logits(as_quantized(original, model))).abs().max() > 0.1, "too small a difference to see"
     tiny.generated(model, new_tokens=20)
     assert_answers_as_published(model, original)
 

@@ -1,4 +1,4 @@
-"""The CPU path: the native kernel wherever it applies, vectorised torch everywhere else.
+"""The CPU path: the native kernel wherever it applies, vectorized torch everywhere else.
 
 Torch keeps what the kernel does not do: experts that are 16-bit from the start, which must give the very bits of
 Transformers' eager loop; a norm behind each expert; and machines without a compiler or without AVX2.
@@ -29,6 +29,11 @@ def expert_mlp(
     if native is None:
         return torch_path.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
     return native(hidden_states, top_k_index, top_k_weights, upgrades.entries, counts)
+
+
+def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
+    """Whether the native kernel takes these rows, which counts as it goes."""
+    return native_layer(layer, hidden_states.dtype) is not None
 
 
 def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:

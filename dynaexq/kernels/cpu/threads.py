@@ -24,7 +24,7 @@ _address: int | None = None
 
 
 def parallel() -> int:
-    """What runs a function on several threads, or 0 where there is only one."""
+    """Address of the function that runs another on several threads; 0 without OpenMP."""
     global _address
     if _address is None:
         _address = _find_parallel()

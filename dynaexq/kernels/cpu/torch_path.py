@@ -1,4 +1,4 @@
-"""The CPU path in vectorised torch: rows grouped by expert, only routed experts decoded, many at a time."""
+"""The CPU path in vectorized torch: rows grouped by expert, only routed experts decoded, many at a time."""
 
 from collections.abc import Iterator
 
@@ -15,12 +15,13 @@ def expert_mlp(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, upgrades: Upgrades
 ) -> Tensor:
     """The same sum as `reference.expert_mlp`; coded weights are rounded to the dtype of `hidden_states` first."""
-    ids = top_k_index.T.reshape(-1)  # choice by choice, the row order of Transformers' eager loop
-    ids = torch.where((ids >= 0) & (ids < layer.num_experts), ids, layer.num_experts)  # foreign ids sort last
-    counts = torch.bincount(ids, minlength=layer.num_experts + 1).tolist()
+    # Choice by choice, the row order of Transformers' eager loop; foreign ids sort last.
+    ids = top_k_index.T.reshape(-1)  # [N k]
+    ids = torch.where((ids >= 0) & (ids < layer.num_experts), ids, layer.num_experts)
+    counts = torch.bincount(ids, minlength=layer.num_experts + 1).tolist()  # [E + 1]
     routed = [expert for expert in range(layer.num_experts) if counts[expert]]
-    order = torch.argsort(ids, stable=True)[: len(ids) - counts[-1]]
-    token = order % len(hidden_states)
+    order = torch.argsort(ids, stable=True)[: len(ids) - counts[-1]]  # [P], pairs of experts that are here
+    token = order % len(hidden_states)  # [P]
     sizes = [counts[expert] for expert in routed]
     rows = dict(zip(routed, hidden_states[token].split(sizes), strict=True))
 
@@ -28,10 +29,10 @@ def expert_mlp(
     for experts, weights in _decoded(routed, layer, upgrades, hidden_states.dtype):
         for index, expert in enumerate(experts):
             results[expert] = layer.run_expert(rows[expert], weights, index)
-    output = torch.zeros_like(hidden_states)
+    output = torch.zeros_like(hidden_states)  # [N, H]
     if not routed:
         return output
-    weighted = torch.cat([results[expert] for expert in routed]) * top_k_weights.T.reshape(-1)[order, None]
+    weighted = torch.cat([results[expert] for expert in routed]) * top_k_weights.T.reshape(-1)[order, None]  # [P, H]
     # One expert at a time, as the eager loop does: a single call adds 16-bit rows up in float32, to other bits.
     for rows_of_expert, addend in zip(token.split(sizes), weighted.to(output.dtype).split(sizes), strict=True):
         output.index_add_(0, rows_of_expert, addend)

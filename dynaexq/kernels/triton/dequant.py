@@ -5,9 +5,9 @@ A code is a fraction: its bits, from the top, are put where a float's mantissa h
 low nibble of an 8-bit code goes under the exponent of 1 and reads 1 + q / 16. What the exponents add is a constant,
 and leaves through the group's offset. So small an exponent keeps the sums small from which it has to leave again.
 
-Planes lie in memory as `formats.packing` says: in the half-words of a block, *slice* j, the codes at bit j * bits of
-each, is a contiguous run of columns. Products take columns in *pieces*. Where a slice has two, a block comes in two
-tiles of words, and what then counts as a slice is what one tile has of it.
+Planes lie in memory as `quantization.bitplanes` says: in the half-words of a block, *slice* j, the codes at bit
+j * bits of each, is a contiguous run of columns. Products take columns in *pieces*. Where a slice has two, a block
+comes in two tiles of words, and a slice is then what one tile has of it.
 
 Shapes: R weight rows of a tile, W words of a tile a row, C = 2 W columns of a piece.
 """
@@ -22,8 +22,8 @@ def load_plane(plane, row, block, BITS: tl.constexpr, TILES: tl.constexpr, matri
     WORDS: tl.constexpr = matrix.codes * BITS // 32
     TILE: tl.constexpr = WORDS // TILES
     start = plane.to(tl.pointer_type(tl.uint32)) + row[:, None] * (matrix.padded * BITS // 32) + block * WORDS
-    words = start + tl.arange(0, TILE)[None, :]
-    first = tl.load(words)
+    words = start + tl.arange(0, TILE)[None, :]  # [R, W]
+    first = tl.load(words)  # [R, W]
     second = first
     if TILES == 2:
         second = tl.load(words + TILE)
@@ -33,7 +33,7 @@ def load_plane(plane, row, block, BITS: tl.constexpr, TILES: tl.constexpr, matri
 @triton.jit
 def merge_planes(top, middle):
     """Two 2-bit planes as the even and the odd slices of a 4-bit one; a slice keeps its columns."""
-    even = ((top << 2) & 0xCCCCCCCC) | (middle & 0x33333333)
+    even = ((top << 2) & 0xCCCCCCCC) | (middle & 0x33333333)  # [R, W]
     odd = (top & 0xCCCCCCCC) | ((middle >> 2) & 0x33333333)
     return even, odd
 
@@ -65,18 +65,18 @@ def piece_fractions(tiles, PIECE: tl.constexpr, BITS: tl.constexpr, TILES: tl.co
 def as_floats(fractions, POWER: tl.constexpr, dtype: tl.constexpr):
     """Floats `[R, C]` with mantissas `fractions [R, W]` under the exponent of 2 ** `POWER`."""
     EXPONENT: tl.constexpr = (127 + POWER) << 7 if dtype == tl.bfloat16 else (15 + POWER) << 10
-    pairs = fractions | (EXPONENT * 0x10001)
+    pairs = fractions | (EXPONENT * 0x10001)  # [R, W], two floats in each word
     low = (pairs & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
     high = (pairs >> 16).to(tl.uint16).to(dtype, bitcast=True)
     return tl.join(low, high).reshape(pairs.shape[0], 2 * pairs.shape[1])
 
 
 @triton.jit
-def load_scales(meta, DEPTH: tl.constexpr):
-    """(scale, offset) `[R]` of a group, so that a weight read at `DEPTH` bits is `scale * floats + offset`."""
-    CENTRE: tl.constexpr = (2 ** (8 - DEPTH) - 1) / 32
-    ADDED: tl.constexpr = 17 if DEPTH == 8 else 16
-    word = tl.load(meta)
+def load_scales(meta, BITS: tl.constexpr):
+    """(scale, offset) `[R]` of a group, so that a weight read at `BITS` bits is `scale * floats + offset`."""
+    CENTER: tl.constexpr = (2 ** (8 - BITS) - 1) / 32
+    ADDED: tl.constexpr = 17 if BITS == 8 else 16
+    word = tl.load(meta)  # [R], scale and minimum
     scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, minimum + (CENTRE - ADDED) * scale
+    return scale, minimum + (CENTER - ADDED) * scale

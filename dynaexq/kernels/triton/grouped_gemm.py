@@ -28,11 +28,11 @@ def dense_product(product, x, x_mask, block, row, matrix: tl.constexpr, tiling: 
     PADDED: tl.constexpr = matrix.columns % tiling.block_k != 0
     weights = (block + matrix.dense).to(tl.pointer_type(matrix.dtype))
     for k in tl.range(0, matrix.columns, tiling.block_k):
-        columns = k + tl.arange(0, tiling.block_k)
+        columns = k + tl.arange(0, tiling.block_k)  # [C]
         if matrix.transposed:
-            here = weights + row[:, None] + columns[None, :] * matrix.rows
+            here = weights + row[:, None] + columns[None, :] * matrix.rows  # [R, C]
         else:
-            here = weights + row[:, None] * matrix.columns + columns[None, :]
+            here = weights + row[:, None] * matrix.columns + columns[None, :]  # [R, C]
         if PADDED:
             tile = tl.load(here, mask=(columns < matrix.columns)[None, :], other=0.0)
         else:
@@ -106,20 +106,20 @@ def coded_product(
     for block in tl.range(0, matrix.padded // matrix.codes):
         high, low = load_codes(base, upgrade, row, block, DEPTH, matrix)
         for g in tl.static_range(GROUPS):
-            scale, offset = load_scales(meta + (block * GROUPS + g) * matrix.rows, DEPTH)
-            partial = tl.zeros_like(product)
+            scale, offset = load_scales(meta + (block * GROUPS + g) * matrix.rows, DEPTH)  # [R], [R]
+            partial = tl.zeros_like(product)  # [R, M]
             for p in tl.static_range(g * PIECES, (g + 1) * PIECES):
-                columns = block * matrix.codes + p * matrix.piece + tl.arange(0, matrix.piece)
-                activations = load_activations(x, x_mask, columns, PADDED, matrix)
+                columns = block * matrix.codes + p * matrix.piece + tl.arange(0, matrix.piece)  # [C]
+                activations = load_activations(x, x_mask, columns, PADDED, matrix)  # [C, M]
                 if tiling.scale_first:
-                    weights = scaled_floats(high, low, scale, offset, p, DEPTH, matrix)
+                    weights = scaled_floats(high, low, scale, offset, p, DEPTH, matrix)  # [R, C]
                     product = tl.dot(weights, activations, product)
                 else:
                     partial = tl.dot(high_floats(high, p, DEPTH, matrix).to(matrix.dot), activations, partial)
                     if DEPTH == 8:  # two nibbles are too long for the mantissa of one 16-bit float
                         partial = tl.dot(low_floats(low, p, matrix).to(matrix.dot), activations, partial)
             if not tiling.scale_first:
-                total = load_sum(sums, block * GROUPS + g, tiling.sum_width, matrix)
+                total = load_sum(sums, block * GROUPS + g, tiling.sum_width, matrix)  # [M]
                 product += partial * scale[:, None]
                 product += offset[:, None] * total[None, :]
     return product
@@ -168,7 +168,6 @@ def expert_gemm(
         base: uint8 `[num_experts, matrix.base_nbytes]`.
     """
     BLOCK_M: tl.constexpr = tiling.block_m
-    BLOCK_N: tl.constexpr = tiling.block_n
     tile, slot = tl.program_id(0), tl.program_id(1)
     expert = tl.load(blocks + slot)
     if expert < 0:
@@ -184,31 +183,37 @@ def expert_gemm(
     # Triton loads 16 bytes at a time only from where it knows the alignment.
     upgrade = tl.multiple_of(((entry >> 8) * 256).to(tl.pointer_type(tl.uint8)), 256)
 
-    member = tl.arange(0, BLOCK_M)
-    mask = member < tl.load(blocks + 2 * num_blocks + slot)
-    pair = tl.load(order + tl.load(blocks + num_blocks + slot) + member, mask=mask, other=0).to(tl.int64)
-    source = pair // CHOICES
-    rows = x + source * matrix.columns
+    member = tl.arange(0, BLOCK_M)  # [M]
+    mask = member < tl.load(blocks + 2 * num_blocks + slot)  # [M]
+    pair = tl.load(order + tl.load(blocks + num_blocks + slot) + member, mask=mask, other=0).to(tl.int64)  # [M]
+    source = pair // CHOICES  # [M]
+    rows = x + source * matrix.columns  # [M]
     row_sums = sums
     if tiling.sum_width > 0:
         row_sums = sums + source * (matrix.padded // tiling.sum_width)
-    row = weight_rows(tile, matrix, tiling)
+    row = weight_rows(tile, matrix, tiling)  # [R]
 
-    product = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if matrix.upgrade == 0 or tiling.tiers == "base":
-        product = base_product(product, rows, mask, row_sums, here, row, matrix, tiling)
-    elif tiling.tiers == "upgraded":
-        product = upgraded_product(product, rows, mask, row_sums, here, upgrade, row, matrix, tiling)
-    else:
-        if entry & 0xFF == 0:
-            product = base_product(product, rows, mask, row_sums, here, row, matrix, tiling)
-        else:
-            product = upgraded_product(product, rows, mask, row_sums, here, upgrade, row, matrix, tiling)
-
+    product = expert_product(entry, rows, mask, row_sums, here, upgrade, row, matrix, tiling)
     if tiling.swiglu:
         store_swiglu(product, tile, pair, mask, output, output_sums, matrix, tiling)
     else:
         store_rows(product, tile, pair, mask, output, here, row, matrix, tiling)
+
+
+@triton.jit
+def expert_product(entry, x, x_mask, sums, base, upgrade, row, matrix: tl.constexpr, tiling: tl.constexpr):
+    """The product `[R, M]` of one expert, at the precision that its `entry` says."""
+    product = tl.zeros((tiling.block_n, tiling.block_m), tl.float32)  # [R, M]
+    if matrix.upgrade == 0 or tiling.tiers == "base":
+        return base_product(product, x, x_mask, sums, base, row, matrix, tiling)
+    elif tiling.tiers == "upgraded":
+        return upgraded_product(product, x, x_mask, sums, base, upgrade, row, matrix, tiling)
+    else:
+        if entry & 0xFF == 0:
+            product = base_product(product, x, x_mask, sums, base, row, matrix, tiling)
+        else:
+            product = upgraded_product(product, x, x_mask, sums, base, upgrade, row, matrix, tiling)
+        return product
 
 
 @triton.jit
@@ -218,7 +223,7 @@ def weight_rows(tile, matrix: tl.constexpr, tiling: tl.constexpr):
     With SwiGLU, every 8 rows of gate are followed by their 8 rows of up: a thread holds rows r and r + 8 of a matrix
     instruction's result, so gate and up meet without moving.
     """
-    index = tl.arange(0, tiling.block_n)
+    index = tl.arange(0, tiling.block_n)  # [R]
     if tiling.swiglu:
         HALF: tl.constexpr = matrix.rows // 2
         row = tile * (tiling.block_n // 2) + index // 16 * 8 + index % 8
@@ -233,8 +238,8 @@ def store_swiglu(product, tile, pair, mask, output, output_sums, matrix: tl.cons
     COLUMNS: tl.constexpr = matrix.rows // 2
     WIDTH: tl.constexpr = tiling.block_n // 2
     PAIRS: tl.constexpr = tiling.block_m
-    halves = tl.permute(product.reshape(WIDTH // 8, 2, 8, PAIRS), (0, 2, 3, 1))
-    gate, up = tl.split(halves.reshape(WIDTH, PAIRS, 2))
+    halves = tl.permute(product.reshape(WIDTH // 8, 2, 8, PAIRS), (0, 2, 3, 1))  # [R / 16, 8, M, 2]
+    gate, up = tl.split(halves.reshape(WIDTH, PAIRS, 2))  # [R / 2, M], [R / 2, M]
     hidden = (gate / (1.0 + tl.exp(-gate)) * up).to(matrix.dtype)
     column = tile * WIDTH + tl.arange(0, WIDTH)
     inside = (column < COLUMNS)[:, None]

@@ -25,7 +25,7 @@ def group_sums(rows: Tensor, padded: int, group_size: int) -> Tensor:
 def _group_sums(rows, sums, columns, num_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [groups, G]
     values = tl.load(rows + row * columns + column, mask=column < columns, other=0.0)
     tl.store(sums + row * num_groups + group, tl.sum(values.to(tl.float32), axis=1), mask=group < num_groups)
 
@@ -48,7 +48,7 @@ def _weighted_sum(results, ids, weights, output, hidden, num_experts, CHOICES: t
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < hidden
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)  # [columns]
     for choice in tl.static_range(CHOICES):
         pair = token * CHOICES + choice
         expert = tl.load(ids + pair)

@@ -4,7 +4,7 @@ A *pair* is one choice of one token, number token * k + choice. Pairs are ordere
 most M that share one. The host cannot know how many blocks there are, so the list has as many slots as there could
 be, and some stay empty.
 
-Shapes: T tokens, k choices, P = T k pairs, M pairs of a block, S slots.
+Shapes: T tokens, k choices, P = T k pairs, M pairs of a block, S slots, G pairs of a program.
 """
 
 from typing import NamedTuple
@@ -26,6 +26,10 @@ COUNTED_PER_PROGRAM = 256
 class Routing(NamedTuple):
     """Blocks of pairs.
 
+    Three tokens, two choices each, experts (0, 2), (2, 1), (0, 2), blocks of at most two: pairs 0 and 4 go to expert
+    0, pair 3 to expert 1, pairs 1, 2 and 5 to expert 2, so `order` is [0, 4, 3, 1, 2, 5] and the first four slots of
+    `blocks` are experts [0, 1, 2, 2], beginning at [0, 2, 3, 5], with [2, 1, 2, 1] pairs.
+
     Attributes:
         order: int32 `[P]`, pairs by expert, by number within one; those of foreign ids last.
         blocks: int32 `[3, S]`: the expert, or -1 for an empty slot; where in `order` the block begins; its pairs.
@@ -37,8 +41,31 @@ class Routing(NamedTuple):
 
 def route(top_k_index: Tensor, num_experts: int, block_m: int) -> Routing:
     """The blocks of `top_k_index [T, k]`; ids outside `[0, num_experts)` are in none."""
-    by = _route_by_counting if top_k_index.numel() <= COUNTED_PAIRS else _route_by_sorting
+    by = _route_by_counting if top_k_index.numel() <= COUNTED_PAIRS else route_torch
     return by(top_k_index.reshape(-1), num_experts, block_m)
+
+
+def route_torch(ids: Tensor, num_experts: int, block_m: int) -> Routing:
+    """The same blocks by sorting, in PyTorch: the twin that the kernel is held to, and faster for many pairs."""
+    experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)  # [P]
+    order = torch.argsort(experts, stable=True)  # [P]
+    ones = torch.ones_like(experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, experts, ones)
+    counts = counts[:num_experts]  # [E], pairs of each expert
+    per_expert = (counts + block_m - 1) // block_m  # [E], its blocks
+    last_block = per_expert.cumsum(0)  # [E]
+    slot = torch.arange(min(len(ids), len(ids) // block_m + num_experts), device=ids.device)  # [S]
+    expert = torch.searchsorted(last_block, slot, right=True)  # [S], num_experts for an empty slot
+    known = expert.clamp(max=num_experts - 1)
+    done = (slot - last_block[known] + per_expert[known]) * block_m  # [S], pairs of this expert in the blocks before
+    blocks = torch.stack(
+        [
+            torch.where(expert < num_experts, expert, -1),
+            counts.cumsum(0)[known] - counts[known] + done,
+            (counts[known] - done).clamp(max=block_m),
+        ]
+    )  # [3, S]
+    return Routing(order.to(torch.int32), blocks.to(torch.int32))
 
 
 def _route_by_counting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
@@ -57,15 +84,15 @@ def _route_by_counting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
 @triton.jit(do_not_specialize=["pairs", "slots"])
 def _count(ids, order, blocks, pairs, slots, num_experts, block_m, PROGRAM: tl.constexpr):
     """Each pair finds its place by counting the pairs that come before it."""
-    pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)
-    expert = _load_expert(ids, pair, pairs, num_experts)
-    place = tl.zeros((PROGRAM,), tl.int32)
-    rank = tl.zeros((PROGRAM,), tl.int32)
-    shared = tl.zeros((PROGRAM,), tl.int32)
+    pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)  # [G]
+    expert = _load_expert(ids, pair, pairs, num_experts)  # [G]
+    place = tl.zeros((PROGRAM,), tl.int32)  # [G], its place in the order
+    rank = tl.zeros((PROGRAM,), tl.int32)  # [G], pairs of its expert before it
+    shared = tl.zeros((PROGRAM,), tl.int32)  # [G], pairs of its expert
     for start in tl.range(0, pairs, PROGRAM):
-        other = start + tl.arange(0, PROGRAM)
-        others = _load_expert(ids, other, pairs, num_experts)
-        same = (others[None, :] == expert[:, None]) & (other < pairs)[None, :]
+        other = start + tl.arange(0, PROGRAM)  # [G]
+        others = _load_expert(ids, other, pairs, num_experts)  # [G]
+        same = (others[None, :] == expert[:, None]) & (other < pairs)[None, :]  # [G, G]
         earlier = same & (other[None, :] < pair[:, None])
         place += tl.sum((earlier | (others[None, :] < expert[:, None])).to(tl.int32), axis=1)
         rank += tl.sum(earlier.to(tl.int32), axis=1)
@@ -89,28 +116,6 @@ def _load_expert(ids, pair, pairs, num_experts):
     """Experts of `pair`, int32; `num_experts` for foreign ids and for pairs that are none."""
     expert = tl.load(ids + pair, mask=pair < pairs, other=-1)
     return tl.where((expert >= 0) & (expert < num_experts), expert, num_experts).to(tl.int32)
-
-
-def _route_by_sorting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
-    experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)
-    order = torch.argsort(experts, stable=True)
-    ones = torch.ones_like(experts)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, experts, ones)
-    counts = counts[:num_experts]
-    per_expert = (counts + block_m - 1) // block_m
-    last_block = per_expert.cumsum(0)
-    slot = torch.arange(min(len(ids), len(ids) // block_m + num_experts), device=ids.device)
-    expert = torch.searchsorted(last_block, slot, right=True)
-    known = expert.clamp(max=num_experts - 1)
-    done = (slot - last_block[known] + per_expert[known]) * block_m  # pairs of this expert in the blocks before
-    blocks = torch.stack(
-        [
-            torch.where(expert < num_experts, expert, -1),
-            counts.cumsum(0)[known] - counts[known] + done,
-            (counts[known] - done).clamp(max=block_m),
-        ]
-    )
-    return Routing(order.to(torch.int32), blocks.to(torch.int32))
 
 
 def add_routing(sums: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
@@ -145,7 +150,7 @@ def _add_routing(
     mass = tl.minimum(tl.maximum(weight, 0.0), LARGEST).to(tl.float64) * UNITS
     rounded = tl.floor(mass + 0.5)
     units = rounded.to(tl.int64)
-    units -= ((rounded - mass == 0.5) & (units % 2 == 1)).to(tl.int64)  # halves go to the even neighbour
+    units -= ((rounded - mass == 0.5) & (units % 2 == 1)).to(tl.int64)  # halves go to the even neighbor
     tl.atomic_add(sums + expert, units, mask=mask)
     if tl.program_id(0) == 0:
         tl.atomic_add(sums + num_experts + 1, tokens.to(tl.int64))

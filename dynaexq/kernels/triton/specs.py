@@ -1,6 +1,6 @@
 """What the kernels are compiled for: where the parts of a matrix lie, and how its product is cut into tiles.
 
-Both records are compile-time constants of the kernels. Triton recognises a compiled kernel by the source of its
+Both records are compile-time constants of the kernels. Triton recognizes a compiled kernel by the source of its
 functions and by what its constants print, so everything that matters is a field; nothing is computed on the way.
 """
 

@@ -1,7 +1,7 @@
 """Which tiles the two products of a layer take, for few pairs an expert or many. It knows sizes and launches nothing.
 
 The sizes follow from what the compiler makes of them (docs/decisions/0006): no register is spilled on any
-architecture, and unpacking is not repeated in a second group of warps. `benchmarks/gpu/gpu.py` is where they are timed.
+architecture, and unpacking is not repeated in a second group of warps. `benchmarks/gpu/gpu.py` times them.
 """
 
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on a CPU, against the reference: every ladder, tile and layout, on ugly shapes.
+"""The Triton kernels, interpreted on a CPU, against the reference: every pair, tile and layout, on ugly shapes.
 
 The interpreter runs the kernels' own code one program after the other. It says nothing of speed, and cuts bfloat16 off
 where a GPU rounds; so float16 is the tight test, and bfloat16 a loose one.
@@ -6,7 +6,6 @@ where a GPU rounds; so float16 is the tight test, and bfloat16 a loose one.
 
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dynaexq
+import dynaexq.kernels.triton
+from dynaexq import kernels
 from dynaexq.kernels import PlainExchange, dispatch, reference
 from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, routing
 from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
@@ -29,16 +30,16 @@ WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
-ALL_LADDERS = [*TIER_CHOICES, ("int2", "fp16")]
+ALL_PAIRS = [*TIER_CHOICES, ("int2", "fp16")]
 MOST_PLANES = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int8", "fp16")]
-"""Ladders in which every plane is read from every place it may have."""
+"""Pairs in which every plane is read from every place it may have."""
 
-each_ladder = pytest.mark.parametrize("tiers", ALL_LADDERS, ids="+".join)
+each_pair = pytest.mark.parametrize("tiers", ALL_PAIRS, ids="+".join)
 
 
 @pytest.fixture(autouse=True)
 def _poison():
-    """Fill every tensor that torch leaves uninitialised, with NaN or the largest integer."""
+    """Fill every tensor that torch leaves uninitialized, with NaN or the largest integer."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -49,7 +50,7 @@ def compare(name: str, got) -> None:
     assert_close(name, got.run(reference.expert_mlp), got.run(expert_mlp), TOLERANCE[got.hidden_states.dtype])
 
 
-@each_ladder
+@each_pair
 @pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
 def test_every_ladder_for_few_and_for_many_pairs(tiers, regime):
     compare(f"{tiers} {regime}", case(tiers, torch.float16, GATED, distinct_choices(3, 2)))
@@ -146,6 +147,14 @@ def blocks_of(ids: Tensor, block_m: int, num_experts: int) -> list[tuple[int, li
 
 
 @pytest.mark.parametrize(("tokens", "num_experts", "block_m"), [(1, 8, 16), (9, 40, 16), (100, 4, 16), (70, 3, 64)])
+def test_the_kernel_finds_the_blocks_of_its_twin_in_torch(tokens, num_experts, block_m):
+    ids = torch.randint(-1, num_experts + 2, (tokens, 3))
+    order, blocks = routing.route_torch(ids.flatten(), num_experts, block_m)
+    twin = [(e, order[first : first + n].tolist()) for e, first, n in blocks.T.tolist() if e >= 0]
+    assert sorted(blocks_of(ids, block_m, num_experts)) == sorted(twin)
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "block_m"), [(1, 8, 16), (9, 40, 16), (100, 4, 16), (70, 3, 64)])
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "sorted"])
 def test_every_pair_is_in_one_block_of_its_expert(tokens, num_experts, block_m, counted, monkeypatch):
     monkeypatch.setattr(routing, "COUNTED_PAIRS", 2048 if counted else 0)
@@ -212,21 +221,20 @@ def test_no_tokens_count_nothing():
 
 def test_a_patched_model_with_all_of_its_upgrades_and_with_none(monkeypatch):
     """Through table, fence, operator and counter."""
-    fused = SimpleNamespace(expert_mlp=expert_mlp, native_layer=lambda *_: True)
     ids = prompt(batch=1, length=2)
     model = tiny_qwen3_moe(torch.float16)
     runtime = dynaexq.patch(model, hbm_budget="1GB", device="cpu", tiers=("int2", "int4"))
     for budget in ("1GB", runtime.memory()["total"] - runtime.memory()["upgrade"]):
         runtime.set_budget(budget)
         expected, before = logits(model, ids), runtime.routed_mass()
-        monkeypatch.setattr(dispatch, "cpu", fused)
+        monkeypatch.setattr(dispatch, "_backend", lambda *_: kernels.triton)
         assert_close(f"logits within {budget}", expected, logits(model, ids), 5 * TOLERANCE[torch.float16])
         assert (runtime.routed_mass() - before).sum() == pytest.approx(ids.numel() * len(before), rel=1e-3)
         monkeypatch.undo()
 
 
 @pytest.mark.slow
-@each_ladder
+@each_pair
 @each_regime
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), WIDE], ids=[*SHAPES, "wide"])

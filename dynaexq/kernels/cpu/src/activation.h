@@ -1,4 +1,4 @@
-// Activations between the two matrices, in float32, in plain loops that the compiler vectorises.
+// Activations between the two matrices, in float32, in plain loops that the compiler vectorizes.
 #pragma once
 
 #include <algorithm>

@@ -22,7 +22,7 @@ struct Planes {
   }
 };
 
-// Field CHUNK of a block of BLOCK codes: HALFWORDS neighbours, each in the low bits of its half-word, not yet masked.
+// Field CHUNK of a block of BLOCK codes: HALFWORDS neighbors, each in the low bits of its half-word, not yet masked.
 template <int BITS, int BLOCK, int CHUNK>
 inline Vector::Halfwords field(const uint16_t* block) {
   constexpr int run = BLOCK * BITS / 16, first = CHUNK * Vector::HALFWORDS;

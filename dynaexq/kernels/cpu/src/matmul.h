@@ -53,7 +53,7 @@ inline float number(const void* from, int64_t index, Dtype dtype) {
 inline void read_affine(const MatrixView& matrix, int64_t first, int64_t rows, Scratch& scratch) {
   const Matrix& layout = *matrix.layout;
   const int bits = depth(matrix.kind);
-  const float unit = std::ldexp(1.0f, 4 - bits), centre = (std::ldexp(1.0f, 8 - bits) - 1) / 32;
+  const float unit = std::ldexp(1.0f, 4 - bits), center = (std::ldexp(1.0f, 8 - bits) - 1) / 32;
   for (int64_t group = 0; group < layout.padded / layout.group; group++) {
     const uint16_t* pairs = matrix.meta + (group * layout.rows + first) * 2;
     float *step = scratch.step + group * TILE, *offset = scratch.offset + group * TILE;
@@ -62,12 +62,12 @@ inline void read_affine(const MatrixView& matrix, int64_t first, int64_t rows, S
       A::Floats scale, minimum;
       A::load_pairs(pairs + 2 * row, scale, minimum);
       A::store(step + row, A::multiply_add(scale, A::fill(unit), A::zero()));
-      A::store(offset + row, A::multiply_add(scale, A::fill(centre), minimum));
+      A::store(offset + row, A::multiply_add(scale, A::fill(center), minimum));
     }
     for (; row < rows; row++) {
       float scale = _cvtsh_ss(pairs[2 * row]);
       step[row] = scale * unit;
-      offset[row] = std::fma(scale, centre, _cvtsh_ss(pairs[2 * row + 1]));
+      offset[row] = std::fma(scale, center, _cvtsh_ss(pairs[2 * row + 1]));
     }
   }
 }

@@ -186,8 +186,8 @@ struct Float32 : Vector {
   static constexpr float excess(int depth) { return -float(1 << (depth - 1)); }
   template <int DEPTH>
   static Floats dot_code(Floats sum, Halfwords code, Operand row) {
-    const Floats centre = fill(excess(DEPTH));
-    return dot(sum, {add(even(code), centre), add(odd(code), centre)}, row);
+    const Floats center = fill(excess(DEPTH));
+    return dot(sum, {add(even(code), center), add(odd(code), center)}, row);
   }
   static Floats dot_digits(Floats sum, Halfwords high, Halfwords low, Operand row) {
     return dot_code<8>(sum, merge(shift_left<4>(high), fill(uint16_t(0xF0)), low), row);

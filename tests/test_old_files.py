@@ -1,0 +1,55 @@
+"""Files that an earlier version wrote are still read, and mean what they meant."""
+
+from pathlib import Path
+
+import numpy as np
+import patching
+import tiny
+from transformers import AutoModelForCausalLM
+
+from dynaexq.hf.calibration import load_moments
+from dynaexq.settings import Settings
+from dynaexq.simulator.simulate import simulate
+from dynaexq.traces import Trace
+
+V0 = Path(__file__).parent / "data" / "v0"
+
+
+def test_a_packed_checkpoint_answers_with_the_same_bits():
+    model = AutoModelForCausalLM.from_pretrained(V0 / "packed")
+    model.dynaexq.freeze()
+    np.testing.assert_array_equal(model.dynaexq.tiers(), np.load(V0 / "tiers.npy"))
+    np.testing.assert_array_equal(tiny.logits(model).float().numpy(), np.load(V0 / "logits.npy"))
+
+
+def test_options_kept_under_their_old_names_arrive_under_the_new():
+    settings = AutoModelForCausalLM.from_pretrained(V0 / "packed").dynaexq.settings
+    assert settings.hysteresis == 0.25
+    assert settings.update_interval == 4
+    assert settings.copy_rate_limit == 50_000_000
+    assert settings.half_life == 64
+    assert settings.hbm_budget == 2**20
+
+
+def test_a_trace_opens_and_replays():
+    trace = Trace(V0 / "trace.npz")
+    assert trace.header.tiers == ("int2", "int8")
+    assert [phase.name for phase in trace.phases][-1] == "second"
+    outcome = simulate(trace, Settings(tiers=("int2", "int8")), upgraded=0.25)
+    assert outcome.gains_known
+    assert outcome.outcome.tokens.sum() > 0
+
+
+def test_a_heat_profile_is_a_hotness_snapshot():
+    model = tiny.tiny_qwen3_moe()
+    runtime = patching.patch(model, "1MiB", tiers=("int2", "int8"), device="cpu", quantizer="rtn")
+    before = runtime.hotness()
+    runtime.load_hotness(V0 / "profile.safetensors")
+    assert (runtime.hotness() != before).any()
+
+
+def test_moments_calibrate_a_patch():
+    assert load_moments(V0 / "moments.safetensors").num_experts == 8
+    model = tiny.tiny_qwen3_moe()
+    patching.patch(model, "1MiB", tiers=("int2",), device="cpu", calibration=V0 / "moments.safetensors")
+    assert tiny.logits(model).isfinite().all()
