@@ -23,6 +23,7 @@ check: $(VENV)/installed format lint types test
 
 format: $(VENV)/installed
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror dynaexq/kernels/cpu/src/* tests/helpers/*.cpp
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

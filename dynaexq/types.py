@@ -30,6 +30,11 @@ def split_entry(entry: int) -> tuple[int, int]:
 class ExpertShape:
     """One expert of a model: `hidden -> up_rows -> (gate) -> intermediate -> hidden`.
 
+    Qwen3-30B-A3B, whose experts have a gate:
+
+    >>> ExpertShape(2048, 768, up_rows=1536, has_bias=False, transposed=False).num_weights
+    4718592
+
     Attributes:
         hidden_size: H, columns of the first matrix and rows of the second.
         intermediate_size: I, columns of the second matrix.
@@ -52,7 +57,11 @@ class ExpertShape:
 
 @dataclass(frozen=True)
 class Tier:
-    """One precision an expert may have, and the bytes of its block or slot."""
+    """One precision an expert may have, and the bytes of its block or slot.
+
+    >>> Tier("int4", nbytes=2_654_208).bits
+    4
+    """
 
     precision: str
     nbytes: int
@@ -65,6 +74,11 @@ class Tier:
 @dataclass(frozen=True)
 class MemoryPlan:
     """How the device budget is spent. Bytes unless the name says otherwise.
+
+    >>> base, upgrade = Tier("int4", 2_654_208), Tier("int8", 2_359_296)
+    >>> plan = MemoryPlan(20_100_000_000, 3_000_000_000, 98_304, 48, 128, base, upgrade, num_slots=294)
+    >>> plan.tiers, plan.base_bytes, plan.upgrade_bytes, plan.total
+    (('int4', 'int8'), 16307453952, 693633024, 20001185280)
 
     Attributes:
         base: the precision every expert always has, and the bytes of its block.
@@ -111,7 +125,10 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class Transition:
-    """One decided move: give an expert the upgrade, or take it away."""
+    """One decided move: give an expert the upgrade, or take it away.
+
+    `Transition(layer=3, expert=17, promote=True)` copies the upgrade of expert 17 of layer 3 into a slot.
+    """
 
     layer: int
     expert: int

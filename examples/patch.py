@@ -12,7 +12,7 @@ model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(MODEL)
 prompt = tokenizer("The module defines", return_tensors="pt")
 
-runtime = dynaexq.patch(model, hbm_budget="6MB", tiers=("int4", "fp16"), device="cpu")
+runtime = dynaexq.patch(model, hbm_budget="9MB", tiers=("int4", "fp16"), device="cpu")
 output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
 print(tokenizer.decode(output[0]))
 print(runtime.report())

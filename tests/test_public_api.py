@@ -7,13 +7,15 @@ import sys
 import dynaexq
 
 PUBLIC = {
-    "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "PatchError",
-    "HotnessError", "QuantizationError", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError",
-    "UnpatchError", "UnsupportedModelError", "__version__", "calibrate", "patch", "unpatch",
+    "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "HotnessError",
+    "MemoryPlan", "Moments", "PatchError", "QuantizationError", "Recording", "Report", "Runtime", "Settings",
+    "SettingsError", "StoreError", "TraceError", "UnpatchError", "UnsupportedModelError", "Verdict", "__version__",
+    "calibrate", "patch", "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",
-    "trace", "verdict", "close", "warm_start", "save_hotness", "load_hotness",
+    "trace", "verdict", "close", "warm_start", "save_hotness", "load_hotness", "plan", "settings", "devices",
+    "follows_replays",
 }  # fmt: skip
 
 
@@ -28,6 +30,10 @@ def test_every_public_thing_says_what_it_is():
         assert inspect.getdoc(getattr(dynaexq, name)), f"{name} has no docstring"
     for name in RUNTIME:
         assert inspect.getdoc(getattr(dynaexq.Runtime, name)), f"Runtime.{name} has no docstring"
+
+
+def test_the_runtime_has_what_users_call_and_nothing_else():
+    assert {name for name in vars(dynaexq.Runtime) if not name.startswith("_")} == RUNTIME
 
 
 def test_every_error_is_a_dynaexq_error_and_a_familiar_one():

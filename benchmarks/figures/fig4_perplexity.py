@@ -1,6 +1,6 @@
 """The paper's figure 4: perplexity against the share of experts at the low precision, demoted coldest first.
 
-    python benchmarks/figures/fig4_perplexity.py [--model DIR] [--device cpu] [--pair int2,int4 ...] [--out DIR]
+    python benchmarks/figures/fig4_perplexity.py [--model DIR] [--device cpu] [--tiers int2,int4 ...] [--out DIR]
 
 The order is the paper's, by hotness, and ours beside it, by hotness times the error that the upgrade removes; a random
 one is what either must beat. Experts of all layers compete. Hotness comes from the first half of every workload,
@@ -112,7 +112,7 @@ def main(
     model: figures.Model = figures.EMBEDDED,
     device: figures.Device = figures.DEVICE,
     text: figures.Texts = None,
-    pair: Annotated[list[str] | None, typer.Option(help="base,upgrade; by default int2,int4 and int4,fp16.")] = None,
+    pair: Annotated[list[str] | None, typer.Option("--tiers", help="base,upgrade; may be repeated.")] = None,
     shares: Annotated[str, typer.Option(help="Shares demoted.")] = ",".join(map(str, SHARES)),
     windows: Annotated[int, typer.Option(help="Windows of a workload to measure, and as many for hotness.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = 128,

@@ -35,7 +35,7 @@ Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default the accel
 Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
 Out = Annotated[Path, typer.Option(help="Directory for the JSON and the picture.")]
 Texts = Annotated[list[str] | None, typer.Option("--text", metavar="NAME=FILE", help="A workload; may be repeated.")]
-Tiers = Annotated[str, typer.Option(help="The pair, as base,upgrade.")]
+Tiers = Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4.")]
 Upgraded = Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the experts with a slot for an upgrade.")]
 
 EMBEDDED = embedded_model()

@@ -12,7 +12,7 @@ import dynaexq
 from dynaexq.evaluate import evaluate
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.quantization.layout import MatrixLayout
-from dynaexq.quantization.quantize import quantize, reading
+from dynaexq.quantization.quantize import dequantize_at, quantize
 
 BITS_A_WEIGHT = (2.75, 3.0, 3.25, 3.5, 4.5, 5.0)
 UNIFORM = [(tier, group) for tier in ("int2", "int3", "int4") for group in (128, 64, 32)] + [("int8", 64)]
@@ -38,7 +38,7 @@ def emulated_int3(stream: Stream, group_size: int) -> Assignment:
             group = MatrixLayout.of(*matrix.shape[1:], group_size).group_size
             for expert in matrix:
                 code = quantize(expert, group, fit_bits=3, unshrink=True)
-                expert.copy_(reading(code, 3))
+                expert.copy_(dequantize_at(code, 3))
             bits += matrix.numel() * (3 + 32 / group)
             weights += matrix.numel()
     kl = float(np.mean([evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]))

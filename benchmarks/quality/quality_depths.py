@@ -26,7 +26,7 @@ from dynaexq.evaluate import evaluate
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.planning.budget import LOSS, SHARED_LOSS
 from dynaexq.quantization import ExpertWeights
-from dynaexq.quantization.quantize import quantize, reading
+from dynaexq.quantization.quantize import dequantize_at, quantize
 
 DEPTHS = (2, 4, 8)
 LOSSES = {2: SHARED_LOSS["int2", "int4"], 4: LOSS["int4"], 8: LOSS["int8"]}
@@ -62,7 +62,7 @@ def readings(stream: Stream) -> list[dict[int, list[Tensor]]]:
     found = []
     for layer in find_sparse_layers(stream.model):
         codes = [quantize(m.data, GROUP_SIZE, fit_bits=4) for m in (layer.weights().up, layer.weights().down)]
-        found.append({depth: [reading(code, depth) for code in codes] for depth in DEPTHS})
+        found.append({depth: [dequantize_at(code, depth) for code in codes] for depth in DEPTHS})
     return found
 
 

@@ -88,9 +88,11 @@ class ModelPatch:
     def move_dense(self, device: torch.device) -> None:
         """Move what is not experts to `device`; called while the experts have no parameters and no bytes."""
         original = self.layers[0].device
-        if device != original:
+        if device == original:
+            return
+        if original.type != "meta":  # else only the experts were there, and the dense weights come from elsewhere
             self._undo_steps.callback(self.model.to, original)
-            self.model.to(device)
+        self.model.to(device)
 
     def replace_linears(self, twins: Mapping[str, nn.Module]) -> None:
         """Put quantized twins in the place of dense linear layers."""

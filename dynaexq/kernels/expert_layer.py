@@ -15,6 +15,8 @@ from dynaexq.types import split_entry
 class Upgrades:
     """The published upgrades of one layer at one moment, so that both matrices of an expert are read through the same.
 
+    Four experts of which the second is refined to 8 bits have `entries` of [0, 0x7F0000001200 | 8, 0, 0].
+
     Attributes:
         entries: int64 `[num_experts]` on the layer's device, `address | kind`; kind 0 where there is only the base.
         bytes_at: address -> uint8 `[upgrade.nbytes]`, for kernels that cannot follow an address themselves.

@@ -1,4 +1,8 @@
-"""Words that host and device share, so that a graph captured once follows the host without any CUDA call of it.
+"""Epoch-based reclamation over a mapped-memory mailbox, so that a CUDA graph captured once follows the host.
+
+Memory is reclaimed by epochs as in Fraser, *Practical lock-freedom* (2004): what was taken out of the table is used
+again once every reader has reported a later epoch. The readers here are forwards on a device, eager or replayed, that
+never call the host; so they exchange words with it in page-locked memory that both address.
 
 The first layer of every forward *fetches*: it copies the host's table of experts to the device. The last *reports*
 what was routed, and of how late a table it was. Both are kernels, so a replay of the graph does what the captured
@@ -10,10 +14,11 @@ forward did. The host only loads and stores.
     fetched     fetch        the epoch, as the fetch before the last had found it: surely older than the device's table
     seen        report       `fetched`, when a forward has ended
     steps       report       forwards that have ended, and were observed
-    table       host         `[num_layers, num_experts]`, entries as in `memory.table`
-    counts      report       `[num_layers, num_experts + 2]`, the sums of `memory.counter`
+    table       host         `[num_layers, num_experts]`, entries as in `expert_table`
+    counts      report       `[num_layers, num_experts + 2]`, the sums of `routing_counter`
 
-This module knows neither what an entry means nor when memory may be used again; `echo.EpochFence` concludes that.
+`HostMailbox` holds the words, `PlainExchange` says what fetch and report do, `EpochFence` concludes when a slot may be
+used again. What an entry means is not known here.
 """
 
 import threading
@@ -27,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.memory.fences import Fence
-from dynaexq.memory.pinned import PageLocked, on_device, release
+from dynaexq.memory.pinned import PageLocked, on_device, run_outside_capture
 from dynaexq.memory.slab_pool import allocate_bytes
 from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
 
@@ -59,7 +64,7 @@ class HostMailbox:
             with on_device(device):
                 locked = PageLocked(nbytes)
             memory = locked.bytes
-            weakref.finalize(self, release, partial(_unlock, locked, device))
+            weakref.finalize(self, run_outside_capture, partial(_unlock, locked, device))
         else:
             memory = allocate_bytes(nbytes, device)
         self.words: Tensor = memory.view(torch.int64).zero_()

@@ -19,14 +19,14 @@ from torch import Tensor
 from dynaexq.errors import StoreError
 from dynaexq.memory.slab_pool import allocate_bytes
 
-_put_off: deque[Callable[[], object]] = deque()
+_deferred: deque[Callable[[], object]] = deque()
 
 
-def release(act: Callable[[], object]) -> None:
-    """Call `act`, and what was put off before; put it off, until the next call, while this thread captures a graph."""
-    _put_off.append(act)
-    while _put_off and not torch.cuda.is_current_stream_capturing():
-        _put_off.popleft()()
+def run_outside_capture(act: Callable[[], object]) -> None:
+    """Call `act`, and what was deferred before; defer it to the next call while this thread captures a graph."""
+    _deferred.append(act)
+    while _deferred and not torch.cuda.is_current_stream_capturing():
+        _deferred.popleft()()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -51,7 +51,9 @@ class PageLocked:
                     f"cannot page-lock {nbytes:,} bytes of host memory (CUDA error {status}); "
                     'free some, raise the limit on locked memory, or use host_copy="ram"'
                 )
-            self._unlock = weakref.finalize(self, release, partial(_unlock, self.bytes, torch.cuda.current_device()))
+            self._unlock = weakref.finalize(
+                self, run_outside_capture, partial(_unlock, self.bytes, torch.cuda.current_device())
+            )
 
     def close(self) -> None:
         """Unlock the memory; no copy from it may be in flight."""

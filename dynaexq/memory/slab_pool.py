@@ -33,7 +33,10 @@ def allocate_bytes(nbytes: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One fixed place in a slab: its device address and its bytes, uint8 `[slot_nbytes]`."""
+    """One fixed place in a slab: its device address and its bytes, uint8 `[slot_nbytes]`.
+
+    In a segment at 0x7F0000000000 of slots of 4,608 bytes, slot 2 has the address 0x7F0000002400.
+    """
 
     address: int
     bytes: Tensor

@@ -15,7 +15,7 @@ import numpy as np
 from dynaexq.memory.copy_engine import Copier, Copy
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.host_store import HostStore
-from dynaexq.memory.pinned import release
+from dynaexq.memory.pinned import run_outside_capture
 from dynaexq.memory.slab_pool import SlabPool, Slot
 from dynaexq.types import Transition
 
@@ -28,7 +28,10 @@ Key = tuple[int, int]
 
 @dataclass
 class MoveCounts:
-    """Moves since the start. A refused move found no slot, or met an expert that was already there or on its way."""
+    """Moves since the start. A refused move found no slot, or met an expert that was already there or on its way.
+
+    After 26 slots were filled and three experts changed places: 29 promotions, 3 demotions, `bytes_copied` 29 slots.
+    """
 
     promotions: int = 0
     demotions: int = 0
@@ -149,7 +152,7 @@ class SwapPipeline:
         It may be the copier's own thread, in the middle of a job that closing waits for, or with a lock in its hands.
         """
         if self.pool.device.type == "cuda":
-            release(self._close_apart)
+            run_outside_capture(self._close_apart)
         else:
             self._close_apart()
 

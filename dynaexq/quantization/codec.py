@@ -16,7 +16,7 @@ from torch import Tensor
 from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
 from dynaexq.quantization.layout import BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import ExpertInputs, Inputs
-from dynaexq.quantization.quantize import Code, quantize, read, reading
+from dynaexq.quantization.quantize import Code, dequantize, dequantize_at, quantize
 from dynaexq.types import BITS, ExpertShape, Tier
 
 MATRICES = ("up", "down")
@@ -45,7 +45,16 @@ REFINE_PLANES = {("int2", "int4"): (_MIDDLE2,), ("int2", "int8"): (_MIDDLE2, _LO
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Weights of n experts, `up [n, rows, H]`, `down [n, H, I]`, and their biases `[n, rows]`, `[n, H]` or None."""
+    """Weights of n experts in the model's dtype, and their biases or None.
+
+    Of Qwen3-30B-A3B, where the gate and up matrices are one, eight experts have `up [8, 1536, 2048]` and
+    `down [8, 2048, 768]`.
+
+    Attributes:
+        up: `[n, rows, H]`, or `[n, H, rows]` where the family stores it transposed.
+        down: `[n, H, I]`, or `[n, I, H]`.
+        up_bias, down_bias: `[n, rows]` and `[n, H]`.
+    """
 
     up: Tensor
     down: Tensor
@@ -60,6 +69,9 @@ class ExpertWeights:
 
 class Encoded(NamedTuple):
     """n experts as bytes.
+
+    At ("int2", "int4") eight experts with H = 64, I = 32 and a gate have `base [8, 2560]`, `upgrade [8, 2048]`, and
+    `errors` of about [0.09, 0.006] each.
 
     Attributes:
         base: uint8 `[n, base.nbytes]`.
@@ -150,7 +162,7 @@ class ExpertCodec:
 
     @property
     def fit_bits(self) -> int:
-        """The depth whose reading is made optimal; 4 for every code that has, or may get, its 4-bit reading."""
+        """The number of bits that is fitted best; 4 for every code that has, or may get, its 4-bit reading."""
         return BITS[self.tiers[0]] if not self.refine_planes and self.planes else 4
 
     @property
@@ -246,7 +258,7 @@ class ExpertCodec:
         return torch.stack([*errors, exact.square().sum(2)], -1)
 
     def _reading(self, name: str, code: Code, bits: int) -> Tensor:
-        return reading(code, bits)[..., : self.matrices[name].columns]
+        return dequantize_at(code, bits)[..., : self.matrices[name].columns]
 
     def _write_planes(
         self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...], rows: slice
@@ -280,4 +292,4 @@ class ExpertCodec:
             (unpack_plane(parts[f"{name}.{plane.name}"], plane.bits, layout.block) << plane.shift for plane in planes),
         )
         scale, minimum = parts[f"{name}.meta"].transpose(1, 2).unbind(-1)
-        return read(values, scale, minimum, bits)[..., : layout.columns].to(dtype)
+        return dequantize(values, scale, minimum, bits)[..., : layout.columns].to(dtype)

@@ -1,4 +1,16 @@
-"""Where each part of a packed expert lies in its bytes. It knows shapes and offsets, not what the numbers mean."""
+"""Lay out the parts of a packed expert in one run of bytes. It knows shapes and offsets, not what the numbers mean.
+
+The base block of an int4 expert with hidden size 64 and intermediate size 32, gated, in groups of 64:
+
+    byte     0  up.top4     int32   [64, 8]      64 rows of 64 codes, 8 codes to a word
+          2048  up.meta     float16 [1, 64, 2]   (scale, minimum) of each row's one group
+          2304  down.top4   int32   [64, 8]      64 rows of 32 codes, padded to 64
+          4352  down.meta   float16 [1, 64, 2]
+          4608  end         a multiple of 256
+
+Every part begins on a cache line. An upgrade slot has the missing planes only, laid out the same way: `up.low4` and
+`down.low4` for int8 over int4. Where a model has biases, each follows the metadata of its matrix.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +30,9 @@ class MatrixLayout:
 
     Where no block divides K, it is padded to the next multiple of 64 (K = 1408 takes blocks of 128, K = 2880 blocks
     of 64, K = 48 is padded to 64).
+
+    >>> MatrixLayout.of(rows=768, columns=2048, group_size=64)
+    MatrixLayout(rows=768, columns=2048, padded=2048, block=256, group_size=64)
     """
 
     rows: int

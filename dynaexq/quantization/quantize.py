@@ -1,4 +1,4 @@
-"""From weights to integer codes: one 8-bit grid, read to the depth that is resident. It knows no layout.
+"""From weights to integer codes: one 8-bit grid, read to the bits that are resident. It knows no layout.
 
 A group of G weights along K shares a float16 `scale` and `minimum`. A weight's code q is an integer in [0, 255]; its
 top b bits q_b, read at the center of their bin, stand for
@@ -23,10 +23,10 @@ from torch import Tensor
 from dynaexq.errors import QuantizationError
 from dynaexq.quantization.gptq import fed_back
 from dynaexq.quantization.moments import Inputs
-from dynaexq.quantization.scales import Aim, center, fitted_grid, nearest, range_grid, unshrunk
+from dynaexq.quantization.scales import Target, center, fitted_grid, nearest, range_grid, unshrunk
 
 LARGEST_WEIGHT = 32768.0  # half of float16's range, so that minimum and scale stay finite
-COARSE = Aim(2, weight=0.5, length=1.1)
+COARSE = Target(2, weight=0.5, length=1.1)
 """How a code that is fitted for four bits looks after its 2-bit reading: benchmarks/quality/quantizers.py."""
 
 
@@ -61,30 +61,30 @@ def quantize(
 
     `"rtn"` spans the range of each group, and uses none of the last three.
     """
-    aims = (Aim(fit_bits), COARSE) if coarse else (Aim(fit_bits),)
+    targets = (Target(fit_bits), COARSE) if coarse else (Target(fit_bits),)
     *lead, columns = weights.shape
     if method == "als" and inputs is not None:
         importance, factor = (torch.stack(parts) for parts in zip(*(i.padded(columns) for i in inputs), strict=True))
-        return Code(*fed_back(weights.float(), group_size, aims, unshrink, importance, factor))
+        return Code(*fed_back(weights.float(), group_size, targets, unshrink, importance, factor))
     groups = weights.float().contiguous().view(*lead, columns // group_size, group_size)
-    grid = range_grid(groups, fit_bits) if method == "rtn" else fitted_grid(groups, aims)
+    grid = range_grid(groups, fit_bits) if method == "rtn" else fitted_grid(groups, targets)
     values = nearest(groups, grid)
     if unshrink and method == "als":
         grid = unshrunk(groups, values, grid, fit_bits)
     return Code(values.view(*lead, columns), *(part.squeeze(-1).half() for part in grid))
 
 
-def read(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
-    """The weights `[..., K]` that codes stand for at depth `bits`, in float32; bits below that depth must be zero."""
+def dequantize(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    """The weights `[..., K]` that codes stand for at `bits` bits, in float32; bits below that depth must be zero."""
     *lead, num_groups = scale.shape
     scale, minimum = scale.float()[..., None], minimum.float()[..., None]
     groups = values.view(*lead, num_groups, -1).float()
     return (groups * (scale / 16) + (minimum + scale * center(bits))).view(*lead, -1)
 
 
-def reading(code: Code, bits: int) -> Tensor:
-    """The weights `[..., K]` that a whole code stands for when it is read at depth `bits`; lower bits are ignored."""
-    return read(code.values & (0xFF << (8 - bits) & 0xFF), code.scale, code.minimum, bits)
+def dequantize_at(code: Code, bits: int) -> Tensor:
+    """The weights `[..., K]` that a whole code stands for when it is read at `bits` bits; lower bits are ignored."""
+    return dequantize(code.values & (0xFF << (8 - bits) & 0xFF), code.scale, code.minimum, bits)
 
 
 def check_representable(weights: Tensor, name: str, first: int = 0) -> None:

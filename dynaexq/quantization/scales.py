@@ -1,13 +1,13 @@
-"""From groups of weights to the scale and minimum of each, so that the readings that will be served come out best.
+"""Fit the scale and minimum of each group of weights by alternating least squares.
 
 A group of G weights and its code are `[..., G]`; scale and minimum are `[..., 1]`, rounded to float16 as they will be
-stored. An *aim* is a depth that will be read. Several aims at once share one code: their levels are stacked, and one
-least-squares problem serves them all. `importance` weighs the error of each weight; it is the mean square of the
-input that the weight meets, so that the weighted error is that of the output.
+stored. A *target* is a number of bits at which the code will be read. Several targets share one code: their levels
+are stacked, and one least-squares problem serves them all. `importance` weighs the error of each weight; it is the
+mean square of the input that the weight meets, so that the weighted error is that of the output.
 
 Least squares returns the projection of the weights, which is shorter than they are, by 1 - error**2; through gate, up
-and down the loss of length multiplies. So a coarse reading that is not the code's only one aims at weights that are
-longer (`length`), and that of a code with one aim is stretched afterwards (`unshrunk`).
+and down the loss of length multiplies. So the coarser of two targets is fitted to weights that are longer (`length`),
+and a code with one target is stretched afterwards (`unshrunk`).
 """
 
 from typing import NamedTuple
@@ -24,69 +24,76 @@ ROUNDS_TOGETHER = 5
 UNSHRINK_POWER = 0.7
 
 
-class Aim(NamedTuple):
-    """A depth in bits, what its squared error weighs, and how long the reading should be beside the weights."""
+class Target(NamedTuple):
+    """A number of bits at which a code will be read.
+
+    `Target(2, weight=0.5, length=1.1)`: 2-bit weights, which count half and should be a tenth longer than exact ones.
+
+    Attributes:
+        weight: of its squared error.
+        length: wanted norm, in norms of the exact weights.
+    """
 
     bits: int
     weight: float = 1.0
     length: float = 1.0
 
 
-Aims = tuple[Aim, ...]
+Targets = tuple[Target, ...]
 Grid = tuple[Tensor, Tensor]
 """Scale and minimum."""
 
 
 def center(bits: int) -> float:
-    """Half a bin at depth `bits`, in units of scale."""
+    """Half a bin at `bits` bits, in units of scale."""
     return (2.0 ** (8 - bits) - 1) / 32
 
 
 def levels(values: Tensor, bits: int) -> Tensor:
-    """Where codes read at depth `bits` lie, in units of scale above the minimum."""
+    """Where codes read at `bits` bits lie, in units of scale above the minimum."""
     return (values >> (8 - bits)).float().mul_(2.0 ** (4 - bits)).add_(center(bits))
 
 
 def nearest(groups: Tensor, grid: Grid) -> Tensor:
-    """The nearest 8-bit codes, uint8; their top bits are the nearest at every depth."""
+    """The nearest 8-bit codes, uint8; their top bits are the nearest at any number of bits."""
     scale, minimum = grid
     step = torch.where(scale > 0, scale / 16, 1.0)
     return ((groups - minimum) / step).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def range_grid(groups: Tensor, bits: int, share: float = 1.0) -> Grid:
-    """The grid whose depth `bits` spans a `share` of the range of each group, round its middle."""
+    """The grid that spans at `bits` bits a `share` of the range of each group, round its middle."""
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = (high - low) * (share / (2**bits - 1))
     return _stored(step * 2.0 ** (bits - 4), low + (high - low) * ((1 - share) / 2), center(bits))
 
 
-def fitted_grid(groups: Tensor, aims: Aims, importance: Tensor | None = None) -> Grid:
+def fitted_grid(groups: Tensor, targets: Targets, importance: Tensor | None = None) -> Grid:
     """Alternating least squares: the best grid for the codes, the nearest codes of the grid, and again.
 
     A group that ends worse than its range grid, as rounding to float16 can make it, keeps that one.
 
     Args:
-        aims: the finest first.
+        targets: the finest first.
         importance: `[..., G]`, to broadcast with `groups`; None where all weights count alike.
     """
-    first = aims[0]
+    first = targets[0]
     start = range_grid(groups, first.bits)
     if first.bits == 2:
-        tried = [_alternate(groups, range_grid(groups, 2, share), aims, ROUNDS_TO_CHOOSE) for share in STARTS]
-        grid = _alternate(groups, _best(groups, tried, aims, None), aims, ROUNDS_TOGETHER)
+        tried = [_alternate(groups, range_grid(groups, 2, share), targets, ROUNDS_TO_CHOOSE) for share in STARTS]
+        grid = _alternate(groups, _best(groups, tried, targets, None), targets, ROUNDS_TOGETHER)
     else:
-        grid = _alternate(groups, start, (first,), ROUNDS if len(aims) == 1 else ROUNDS_TOGETHER)
-        if len(aims) > 1:
-            grid = _alternate(groups, grid, aims, ROUNDS_TOGETHER)
+        grid = _alternate(groups, start, (first,), ROUNDS if len(targets) == 1 else ROUNDS_TOGETHER)
+        if len(targets) > 1:
+            grid = _alternate(groups, grid, targets, ROUNDS_TOGETHER)
     if importance is not None:
-        weighed = _alternate(groups, grid, aims, ROUNDS, importance)
-        grid = _best(groups, [grid, weighed], aims, importance)
-    return _best(groups, [start, grid], aims, importance)
+        weighed = _alternate(groups, grid, targets, ROUNDS, importance)
+        grid = _best(groups, [grid, weighed], targets, importance)
+    return _best(groups, [start, grid], targets, importance)
 
 
 def unshrunk(groups: Tensor, values: Tensor, grid: Grid, bits: int, importance: Tensor | None = None) -> Grid:
-    """The grid stretched round the center of its reading by (|w|^2 / <w, w_hat>)**0.7, centred, at depth `bits`."""
+    """The grid stretched round the center of its reading by (|w|^2 / <w, w_hat>)**0.7, centred, at `bits` bits."""
     scale, minimum = grid
     level = levels(values, bits)
     middle = _mean(level, importance)
@@ -98,45 +105,47 @@ def unshrunk(groups: Tensor, values: Tensor, grid: Grid, bits: int, importance: 
     return _choose(stretched[1].isfinite(), stretched, grid)  # a giant may leave float16's range
 
 
-def _alternate(groups: Tensor, grid: Grid, aims: Aims, rounds: int, importance: Tensor | None = None) -> Grid:
+def _alternate(groups: Tensor, grid: Grid, targets: Targets, rounds: int, importance: Tensor | None = None) -> Grid:
     mean = _mean(groups, importance)
     away = groups - mean
     for _ in range(rounds):
-        grid = _least_squares(mean, away, nearest(groups, grid), aims, importance)
+        grid = _least_squares(mean, away, nearest(groups, grid), targets, importance)
     return grid
 
 
-def _least_squares(mean: Tensor, away: Tensor, values: Tensor, aims: Aims, importance: Tensor | None) -> Grid:
-    """The grid with the least squared error, summed over `aims`, for given codes of `mean + away`."""
-    stacked = [levels(values, aim.bits) for aim in aims]
-    total = sum(aim.weight for aim in aims)
-    middle = sum(aim.weight / total * _mean(level, importance) for aim, level in zip(aims, stacked, strict=True))
+def _least_squares(mean: Tensor, away: Tensor, values: Tensor, targets: Targets, importance: Tensor | None) -> Grid:
+    """The grid with the least squared error, summed over `targets`, for given codes of `mean + away`."""
+    stacked = [levels(values, target.bits) for target in targets]
+    total = sum(target.weight for target in targets)
+    middle = sum(
+        target.weight / total * _mean(level, importance) for target, level in zip(targets, stacked, strict=True)
+    )
     along = spread = torch.zeros_like(mean)
-    for aim, level in zip(aims, stacked, strict=True):
+    for target, level in zip(targets, stacked, strict=True):
         level -= middle
-        along = along + aim.weight * aim.length * _mean(level * away, importance)
-        spread = spread + aim.weight * _mean(level.square(), importance)
+        along = along + target.weight * target.length * _mean(level * away, importance)
+        spread = spread + target.weight * _mean(level.square(), importance)
     return _stored((along / spread.clamp_min(1e-9)).clamp_min(0), mean, middle)
 
 
-def _errors(groups: Tensor, grid: Grid, aims: Aims, importance: Tensor | None) -> Tensor:
-    """Squared error of each group, summed over `aims`."""
+def _errors(groups: Tensor, grid: Grid, targets: Targets, importance: Tensor | None) -> Tensor:
+    """Squared error of each group, summed over `targets`."""
     scale, minimum = grid
     values = nearest(groups, grid)
     mean = _mean(groups, importance)
     total = torch.zeros_like(mean)
-    for aim in aims:
-        wanted = groups if aim.length == 1 else mean + aim.length * (groups - mean)
-        reading = minimum + scale * levels(values, aim.bits)
-        total = total + aim.weight * _mean((reading - wanted).square(), importance)
+    for target in targets:
+        wanted = groups if target.length == 1 else mean + target.length * (groups - mean)
+        reading = minimum + scale * levels(values, target.bits)
+        total = total + target.weight * _mean((reading - wanted).square(), importance)
     return total
 
 
-def _best(groups: Tensor, grids: list[Grid], aims: Aims, importance: Tensor | None) -> Grid:
+def _best(groups: Tensor, grids: list[Grid], targets: Targets, importance: Tensor | None) -> Grid:
     """Of several grids the best for each group; the earlier where two are as good."""
-    best, least = grids[0], _errors(groups, grids[0], aims, importance)
+    best, least = grids[0], _errors(groups, grids[0], targets, importance)
     for grid in grids[1:]:
-        errors = _errors(groups, grid, aims, importance)
+        errors = _errors(groups, grid, targets, importance)
         best, least = _choose(errors < least, grid, best), torch.minimum(errors, least)
     return best
 

@@ -35,7 +35,10 @@ WINDOWS_A_CHUNK = 64
 
 
 class TraceWindow(NamedTuple):
-    """What was routed over `steps` forward passes: mass `[L, E]` and tokens `[L]`."""
+    """What was routed over `steps` forward passes: mass float `[L, E]` and tokens int `[L]`.
+
+    `TraceWindow(np.array([[1.5, 0.5, 0.0]]), np.array([2]), 2)`: two decode steps, one layer of three experts.
+    """
 
     mass: np.ndarray
     tokens: np.ndarray

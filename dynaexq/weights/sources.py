@@ -41,6 +41,8 @@ class SelectableSource(ExpertSource, Protocol):
 class LoadResult(NamedTuple):
     """What is known once all experts are in their places.
 
+    For 48 layers of 128 experts at two tiers, `errors` is `[48, 128, 2]`.
+
     Attributes:
         errors: float64 `[L, E, tiers]`, relative squared error of each expert's weights at each tier.
         store: where the upgrades wait.

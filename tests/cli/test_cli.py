@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dynaexq.cli import app
 from dynaexq.cli.demo import embedded_model
 
-MADE_UP = ["simulate", "--generate", "flat", "--tokens", "64", "--phases", "1", "--pair", "int2,int4"]
+MADE_UP = ["simulate", "--generate", "flat", "--tokens", "64", "--phases", "1", "--tiers", "int2,int4"]
 
 
 @pytest.fixture(scope="module")

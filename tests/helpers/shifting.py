@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from dynaexq.quantization.quantize import quantize, read
+from dynaexq.quantization.quantize import dequantize, quantize
 from dynaexq.types import BITS
 
 AMPLE = 10**7
@@ -54,7 +54,7 @@ def as_quantized(original: nn.Module, model: nn.Module) -> nn.Module:
                     if bits < 16:
                         code = quantize(weights, 64, fit_bits, "rtn")
                         kept = code.values & (0xFF << (8 - bits) & 0xFF)
-                        weights.copy_(read(kept, code.scale, code.minimum, bits))
+                        weights.copy_(dequantize(kept, code.scale, code.minimum, bits))
     return naive
 
 

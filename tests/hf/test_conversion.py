@@ -151,7 +151,7 @@ def test_a_checkpoint_laid_out_otherwise_is_packed_as_well(family: str, tmp_path
 
 
 def test_what_cannot_be_packed_is_refused_with_a_sentence(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="packed for one pair: give tiers"):
+    with pytest.raises(SettingsError, match="packed at one pair of tiers: give tiers"):
         quantize_checkpoint(source, tmp_path / "out", DynaExqConfig())
     with pytest.raises(CheckpointError, match=r"expected a checkpoint directory with a config.json, found none in"):
         quantize_checkpoint(tmp_path, tmp_path / "out", DynaExqConfig(tiers=("int4",)))

@@ -1,7 +1,10 @@
 """`dynaexq plan`: the figures of published models, agreement with `patch` to the byte, and sentences for the rest."""
 
+import ast
 import json
+import re
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,18 @@ from typer.testing import CliRunner
 from dynaexq.cli import app
 from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
 from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.dense import bytes_saved, quantized_linears
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.hf.model_size import inspect_checkpoint
 from dynaexq.hf.planning import dense_bytes
-from dynaexq.planning.budget import TIER_CHOICES, ModelSpec
-from dynaexq.planning.estimate import Card, CardEstimate, TierEstimate, least_card
+from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
+from dynaexq.planning.budget import TIER_CHOICES, ModelSpec, plan_memory
+from dynaexq.planning.estimate import Card, CardEstimate, TierEstimate, find_remedies, least_card
 from dynaexq.planning.estimate import estimate_card as estimate_on
 from dynaexq.planning.hardware import CARDS, DISK_RATE, DRIVER_BYTES, ENCODE_RATE
+from dynaexq.quantization import ExpertCodec
+from dynaexq.settings import parse_bytes
 
 GIB = 2**30
 QWEN3_30B = Qwen3MoeConfig(
@@ -334,3 +341,96 @@ def test_errors_of_the_command_are_sentences(
     model = str(saved(QWEN3_30B, tmp_path))
     assert run_main(["plan", *(word.format(model=model) for word in arguments)], monkeypatch) == 1
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tiers": ("int2", "int4")},
+        {"tiers": ("int4",), "group_size": 32},
+        {"dense": "bnb-4bit"},
+        {"dense": "bnb-8bit", "tiers": ("int4", "int8")},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_plan_and_patch_agree_to_the_byte_under_the_same_options(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = inspect_checkpoint(saved_of(models.tiny_model(family, torch.bfloat16), tmp_path), DynaExqConfig(**options))
+    budget = spec.weights(spec.choices[0][0]) + 20_000
+    found = estimate_card(spec, card_with(budget, spec))
+    model = models.tiny_model(family, torch.bfloat16)
+    runtime = patching.patch(model, found.budget, device="cpu", quantizer="rtn", **options)
+    assert runtime.plan == found.auto.plan
+    runtime.close()
+
+
+def test_the_bytes_of_quantized_dense_layers_are_those_that_bitsandbytes_allocates() -> None:
+    model = models.tiny_model("qwen3_next", torch.bfloat16)
+    for dense in ("bnb-4bit", "bnb-8bit"):
+        twins = quantized_linears(model, dense, torch.device("cpu"))
+        before = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
+        after = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
+        assert twins
+        assert bytes_saved(model, dense) == before - after
+    assert bytes_saved(model, None) == 0
+
+
+def test_a_patch_makes_the_one_codec_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    create = ExpertCodec.__init__
+
+    def counted(codec: ExpertCodec, *args: Any, **kwargs: Any) -> None:
+        made.append(args)
+        create(codec, *args, **kwargs)
+
+    monkeypatch.setattr(ExpertCodec, "__init__", counted)
+    patching.patch(tiny.tiny_qwen3_moe(), "300KB", device="cpu", quantizer="rtn")
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--gpu", "24GiB"), ("--gpu", "80GB", "--tiers", "int4,fp16")], ids=str)
+def test_the_tables_are_whole_at_80_columns(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    text = run(saved(QWEN3_30B, tmp_path / "Qwen3-30B-A3B"), *arguments)
+    shown = [line for line in text.splitlines() if "dynaexq." not in line]
+    assert max(map(len, shown)) <= 80
+    assert "…" not in text
+    assert any("int4 + " in line for line in shown)
+
+
+def test_where_nothing_fits_it_names_what_does_and_that_is_true(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(saved(SMALL, tmp_path / "model"))
+    spec = inspect_checkpoint(Path(source), DynaExqConfig(tiers=("int8",), max_context=8192))
+    card = least_card(spec, spec.choices)[0] - 1
+    assert run_main(["plan", source, "--gpu", f"{card}B", "--tiers", "int8", "--context", "8192"], monkeypatch) == 1
+    said = capsys.readouterr().err
+    assert "is too small for model" in said
+    assert "It fits with tiers='auto':" in said
+    call = re.search(r'dynaexq\.patch\(model, hbm_budget=("[^"]+"|\d+), tiers=(\([^)]+\))', said)
+    assert call
+    budget, tiers = (ast.literal_eval(part) for part in call.groups())
+    assert (
+        plan_memory(inspect_checkpoint(Path(source), DynaExqConfig(tiers=tiers)), parse_bytes(budget)).tiers == tiers
+    )
+
+
+def test_the_remedies_are_fits_and_come_in_the_order_of_their_trials(sizes: dict[str, ModelSpec]) -> None:
+    small, large = replace(sizes["30B"], dense=10**6), sizes["30B"]
+    card = Card("card", least_card(small, small.choices)[0])
+    found = list(find_remedies(lambda changes: small if changes else large, [{"a": 1}, {}, {"b": 2}], card))
+    assert [remedy.changes for remedy in found] == [{"a": 1}, {"b": 2}]
+    assert all(remedy.found.auto is not None for remedy in found)
+
+
+def test_the_ram_of_this_machine_is_a_card_without_a_driver_in_which_upgrades_wait(
+    sizes: dict[str, ModelSpec],
+) -> None:
+    spec = replace(sizes["30B"], choices=tuple(p for p in sizes["30B"].offered if p[0].precision == "int4"))
+    gpu = estimate_on(spec, Card("gpu", 64 * GIB, driver=0))
+    ram = estimate_on(spec, Card("ram", 64 * GIB, driver=0, is_cpu=True))
+    waiting = max(upgrade.nbytes for _, upgrade in spec.choices if upgrade) * spec.num_layers * spec.num_experts
+    assert gpu.budget - ram.budget == pytest.approx(0.9 * waiting, abs=2)

@@ -349,7 +349,7 @@ def test_a_refused_plan_says_what_it_needs_and_which_ladder_would_fit():
     assert caught.value.least == 346_000
     assert str(caught.value) == (
         "hbm_budget of 200,000 bytes is too small: 5,000 of dense weights, 1,000 of workspace and 100 experts at int8 "
-        'need 346,000 (0.0 GiB); raise hbm_budget to at least 346000, or take tiers=("int4",), which fits'
+        'need 346,000; raise hbm_budget to at least 346000, or take tiers=("int4",), which fits'
     )
 
 

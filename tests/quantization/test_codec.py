@@ -13,7 +13,7 @@ from torch import Tensor
 from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.quantization.codec import REFINE_PLANES
 from dynaexq.quantization.layout import MatrixLayout
-from dynaexq.quantization.quantize import quantize, read
+from dynaexq.quantization.quantize import dequantize, quantize
 from dynaexq.types import BITS, ExpertShape
 
 TIER_CHOICES = [
@@ -244,7 +244,7 @@ def test_a_base_is_fitted_for_its_own_depth_and_unshrunk_unless_it_will_be_refin
     refined = tiers in REFINE_PLANES
     coarse = tiers == ("int2", "int4")
     code = quantize(weights.up, 64, fit_bits=4 if refined else bits, unshrink=not refined, coarse=coarse)
-    expected = read(code.values & -(1 << 8 - bits) % 256, code.scale, code.minimum, bits)
+    expected = dequantize(code.values & -(1 << 8 - bits) % 256, code.scale, code.minimum, bits)
     assert torch.equal(readings(ExpertCodec(SHAPES["H=256 I=64"], torch.float32, tiers), weights)[0].up, expected)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynaexq.errors import QuantizationError
 from dynaexq.quantization import scales
-from dynaexq.quantization.quantize import LARGEST_WEIGHT, Code, check_representable, quantize, read
+from dynaexq.quantization.quantize import LARGEST_WEIGHT, Code, check_representable, dequantize, quantize
 
 G = 64
 DEPTHS = (2, 4, 8)
@@ -42,13 +42,13 @@ def groups(kind: str, rows: int = 128) -> Tensor:
     return GROUPS[kind](torch.randn(rows, G))
 
 
-def reading(code: Code, bits: int) -> Tensor:
-    return read(code.values & -(1 << 8 - bits) % 256, code.scale, code.minimum, bits)
+def dequantize_at(code: Code, bits: int) -> Tensor:
+    return dequantize(code.values & -(1 << 8 - bits) % 256, code.scale, code.minimum, bits)
 
 
 def squared_errors(weights: Tensor, bits: int, method: str, unshrink: bool = False) -> Tensor:
     code = quantize(weights, G, bits, method, unshrink)
-    return (reading(code, bits).double() - weights).square().sum(-1)
+    return (dequantize_at(code, bits).double() - weights).square().sum(-1)
 
 
 def same(code: Code, other: Code) -> bool:
@@ -61,9 +61,9 @@ def test_weights_on_a_grid_come_back_exactly(bits, method, unshrink):
     levels = torch.randint(0, 2**bits, (32, G), dtype=torch.uint8)
     levels[:, 0], levels[:, 1] = 0, 2**bits - 1
     scale = 2.0 ** torch.randint(-9, -2, (32, 1))
-    weights = read(levels << 8 - bits, scale, -7 * scale, bits)
+    weights = dequantize(levels << 8 - bits, scale, -7 * scale, bits)
     code = quantize(weights, G, bits, method, unshrink)
-    assert torch.equal(reading(code, bits), weights)
+    assert torch.equal(dequantize_at(code, bits), weights)
     assert torch.equal(code.values >> 8 - bits, levels)
 
 
@@ -73,7 +73,7 @@ def test_weights_on_a_grid_come_back_exactly(bits, method, unshrink):
 def test_a_constant_group_comes_back_as_float16_holds_it_at_every_depth(value, bits, method, unshrink):
     code = quantize(torch.full((3, 2 * G), value), G, bits, method, unshrink)
     for depth in DEPTHS:
-        assert torch.equal(reading(code, depth), torch.full((3, 2 * G), value).half().float())
+        assert torch.equal(dequantize_at(code, depth), torch.full((3, 2 * G), value).half().float())
 
 
 @each_depth
@@ -83,7 +83,7 @@ def test_rounding_errs_by_at_most_half_a_step(kind, bits):
     low, high = weights.aminmax(dim=-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     float16_rounding = 2.0**-11 * (weights.abs().amax(-1, keepdim=True) + 4 * 2**bits * step) + 2.0**-18
-    errors = (reading(quantize(weights, G, bits, "rtn"), bits) - weights).abs()
+    errors = (dequantize_at(quantize(weights, G, bits, "rtn"), bits) - weights).abs()
     assert (errors <= step / 2 + float16_rounding).all()
 
 
@@ -104,7 +104,7 @@ def test_finite_weights_never_become_infinite_or_nan(values, random, fit):
     weights = torch.tensor([[random.choice(values) for _ in range(G)]])
     for unshrink in (False, True):
         code = quantize(weights, G, *fit, unshrink=unshrink)
-        assert all(reading(code, bits).isfinite().all() for bits in DEPTHS)
+        assert all(dequantize_at(code, bits).isfinite().all() for bits in DEPTHS)
 
 
 def test_stretching_a_group_with_a_giant_does_not_leave_float16():
@@ -166,14 +166,14 @@ MEASURED = {
 def test_the_error_on_gaussian_weights_is_the_one_measured(bits, group_size, method):
     weights = torch.randn(128, 1024)
     code = quantize(weights, group_size, bits, method)
-    error = (reading(code, bits) - weights).norm() / weights.norm()
+    error = (dequantize_at(code, bits) - weights).norm() / weights.norm()
     assert error == pytest.approx(MEASURED[bits, group_size, method], rel=0.01)
 
 
 def test_a_code_fitted_at_four_bits_reads_well_at_every_depth():
     weights = torch.randn(128, 1024)
     code = quantize(weights, G)
-    errors = [float((reading(code, bits) - weights).norm() / weights.norm()) for bits in DEPTHS]
+    errors = [float((dequantize_at(code, bits) - weights).norm() / weights.norm()) for bits in DEPTHS]
     assert errors == pytest.approx([0.360, 0.0839, 0.0059], rel=0.01)
 
 
@@ -182,7 +182,7 @@ def test_a_fit_that_looks_after_two_bits_too_improves_them_at_little_cost_to_fou
     errors = {}
     for coarse in (False, True):
         code = quantize(weights, G, coarse=coarse)
-        errors[coarse] = [float((reading(code, bits) - weights).norm() / weights.norm()) for bits in (2, 4)]
+        errors[coarse] = [float((dequantize_at(code, bits) - weights).norm() / weights.norm()) for bits in (2, 4)]
     assert errors[True][0] < 0.99 * errors[False][0]
     assert errors[True][1] < 1.05 * errors[False][1]
 
@@ -200,7 +200,7 @@ def test_an_unshrunk_reading_is_as_long_as_the_weights_and_little_worse(bits):
     weights = torch.randn(128, 1024)
     lengths, errors = [], []
     for unshrink in (False, True):
-        read_back = reading(quantize(weights, G, bits, unshrink=unshrink), bits)
+        read_back = dequantize_at(quantize(weights, G, bits, unshrink=unshrink), bits)
         lengths.append(float((read_back * weights).sum() / weights.square().sum()))
         errors.append(float((read_back - weights).norm() / weights.norm()))
     assert lengths[0] == pytest.approx(1 - errors[0] ** 2, abs=1e-3)  # least squares returns a projection

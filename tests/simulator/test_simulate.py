@@ -154,7 +154,7 @@ def test_a_budget_buys_slots_of_the_size_the_codec_gives(shifting: Trace) -> Non
     ("options", "upgraded", "error", "match"),
     [
         ({}, None, SettingsError, "give a budget"),
-        ({}, 0.2, SettingsError, "needs a pair of two tiers"),
+        ({}, 0.2, SettingsError, "needs two tiers"),
         ({"tiers": ("int2", "int4")}, 1.5, SettingsError, r"must lie in \(0, 1\], got 1.5"),
         ({"hbm_budget": "1TB"}, None, SettingsError, "best spent on one tier, fp16"),
         ({"hbm_budget": "1GB"}, None, BudgetError, "too small"),
@@ -195,7 +195,7 @@ def test_the_command_replays_a_file_and_writes_its_figures(tmp_path: Path) -> No
     command = [
         "simulate",
         str(tmp_path / "a.npz"),
-        "--pair",
+        "--tiers",
         "int2,int4",
         "--upgraded",
         "0.25",

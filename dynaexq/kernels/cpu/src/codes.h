@@ -28,8 +28,7 @@ inline Vector::Halfwords field(const uint16_t* block) {
   constexpr int run = BLOCK * BITS / 16, first = CHUNK * Vector::HALFWORDS;
   if constexpr (run >= Vector::HALFWORDS)
     return Vector::shift_right<first / run * BITS>(Vector::load(block + first % run));
-  else
-    return Vector::shift_runs<run, first / run * BITS, BITS>(Vector::repeat<run>(block));
+  else return Vector::shift_runs<run, first / run * BITS, BITS>(Vector::repeat<run>(block));
 }
 
 // The upper four bits of the codes, or the code itself where it has no more, over the bits of `magic`.

@@ -16,21 +16,21 @@ namespace dynaexq {
 using A = Arithmetic;
 using Element = A::Element;
 
-constexpr int TILE = 64;        // rows of a matrix in one task
-constexpr int PANEL = 16;       // of which so many are decoded at a time
-constexpr int FEW_ROWS = 8;     // activation rows up to which decoding once does not pay
-constexpr int ROW_BLOCK = 4;    // activation rows that share a decoded weight
-constexpr int AHEAD = 16;       // rows of a matrix to fetch ahead, into the second cache: the first has too few misses
-                                // in flight to keep up with the memory
+constexpr int TILE = 64;      // rows of a matrix in one task
+constexpr int PANEL = 16;     // of which so many are decoded at a time
+constexpr int FEW_ROWS = 8;   // activation rows up to which decoding once does not pay
+constexpr int ROW_BLOCK = 4;  // activation rows that share a decoded weight
+constexpr int AHEAD = 16;     // rows of a matrix to fetch ahead, into the second cache: the first has too few misses
+                              // in flight to keep up with the memory
 
 // One matrix of one expert, found in the expert's bytes.
 struct MatrixView {
   const Matrix* layout;
   Kind kind;
-  Planes planes;          // row 0
-  const void* dense;      // [rows, columns], or [columns, rows] where transposed
-  const uint16_t* meta;   // float16 [num_groups, rows, 2]: scale, minimum
-  const void* bias;       // [rows], or null
+  Planes planes;         // row 0
+  const void* dense;     // [rows, columns], or [columns, rows] where transposed
+  const uint16_t* meta;  // float16 [num_groups, rows, 2]: scale, minimum
+  const void* bias;      // [rows], or null
   Dtype dtype;
   bool transposed;
 };
@@ -181,7 +181,7 @@ void multiply_codes(const MatrixView& matrix, int64_t first, int64_t count, cons
     for (int i = 0; i < WEIGHTS; i++)
       weights[i] = matrix.planes.at(KIND, (first + std::min(n + i, count - 1)) * layout.padded);
     multiply_codes_block<KIND, BLOCK, WEIGHTS, ROWS>(layout, weights, AHEAD * layout.padded, rows, scratch.step + n,
-                                                    out + n);
+                                                     out + n);
   }
 }
 

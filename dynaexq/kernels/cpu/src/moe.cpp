@@ -124,10 +124,8 @@ class Forward {
       Scratch& scratch = shared.scratches[shared.next_thread++];
       for (int64_t i; (i = shared.next_task++) < shared.count;) shared.task(i, scratch);
     };
-    if (std::min(threads, count) > 1)
-      Parallel(call.parallel)(work, &shared, unsigned(std::min(threads, count)), 0);
-    else
-      work(&shared);
+    if (std::min(threads, count) > 1) Parallel(call.parallel)(work, &shared, unsigned(std::min(threads, count)), 0);
+    else work(&shared);
   }
 
   // The input rows as the arithmetic wants them: where they lie, or copied, converted and padded.
@@ -140,8 +138,8 @@ class Forward {
     prepared.reset(new Element[count * matrix.padded]());
     distribute(count, [&](int64_t row, Scratch&) {
       for (int64_t k = 0; k < matrix.columns; k++)
-        prepared[row * matrix.padded + A::place(k)] = A::element(
-            number((const void*)call.hidden_states, row * matrix.columns + k, Dtype(call.dtype)));
+        prepared[row * matrix.padded + A::place(k)] =
+            A::element(number((const void*)call.hidden_states, row * matrix.columns + k, Dtype(call.dtype)));
     });
     rows = prepared.get();
   }
@@ -227,8 +225,8 @@ class Forward {
   }
 
   void clear_output() {
-    const int64_t count = call.stage == UP_ONLY ? call.num_tokens * call.top_k * layer.up.rows
-                                                : call.num_tokens * layer.down.rows;
+    const int64_t count =
+        call.stage == UP_ONLY ? call.num_tokens * call.top_k * layer.up.rows : call.num_tokens * layer.down.rows;
     for (int64_t i = 0; i < count; i++) write((void*)call.output, i, call.dtype, 0);
   }
 

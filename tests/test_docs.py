@@ -1,0 +1,83 @@
+"""Pages tell the truth: links lead somewhere, code compiles, commands exist, options are those that there are."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from dynaexq.cli.app import app
+from dynaexq.settings import OPTION_NAMES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+HOME = "https://github.com/dynaexq/dynaexq/"
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if path.startswith(HOME):
+            found = ROOT / re.sub(r"^(blob|tree)/main/?", "", path.removeprefix(HOME))
+        elif "://" in path:
+            continue
+        else:
+            found = page.parent / path if path else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor and found.suffix == ".md":
+            headings = {
+                re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-")
+                for line in found.read_text().splitlines()
+                if line.startswith("#")
+            }
+            assert anchor in headings, f"{page.name} links to {target}"
+
+
+def test_the_readme_links_absolutely_as_a_package_index_shows_it():
+    assert all("://" in target for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text()))
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+@each_page
+def test_python_compiles_and_imports_what_there_is(page):
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("dynaexq"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), f"{page.name}: {ast.unparse(node)}"
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "dynaexq":
+                assert hasattr(importlib.import_module("dynaexq"), node.attr), f"{page.name}: dynaexq.{node.attr}"
+
+
+@each_page
+def test_commands_take_the_options_that_they_are_shown_with(page):
+    commands = typer.main.get_command(app).commands
+    shown = re.findall(
+        r"(?:^|[`$] ?)dynaexq ((?:plan|demo|quantize|simulate|version)\b[^`\n]*)", page.read_text(), re.M
+    )
+    for line in shown:
+        name, *words = line.split()
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        options = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert options <= known, f"{page.name}: dynaexq {line}"
+
+
+@each_page
+def test_scripts_that_pages_name_are_there(page):
+    for script in re.findall(r"python ((?:benchmarks|examples)/[\w/.-]+\.py)", page.read_text()):
+        assert (ROOT / script).is_file(), f"{page.name} names {script}"
+
+
+def test_the_table_of_options_is_complete():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    options = page[page.index("## Options") : page.index("## Who wins")]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", options, re.M)) == sorted(OPTION_NAMES)
