@@ -7,6 +7,7 @@ imports and set-up of the first are left out. `--package` counts another checkou
 """
 
 import ast
+import gc
 import json
 import sys
 import tempfile
@@ -92,11 +93,13 @@ def passed_through(package: Path, call: Callable[[], Any]) -> tuple[Any, dict[st
         if event == "call" and frame.f_code.co_filename.startswith(str(package)):
             seen.add(Path(frame.f_code.co_filename))
 
+    gc.disable()  # or finalizers of earlier models would be counted
     sys.setprofile(profile)
     try:
         result = call()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return result, {"files": len(seen), "rooms": len({room_of(path, package) for path in seen})}
 
 
@@ -120,18 +123,40 @@ def walks(package: Path) -> dict[str, dict[str, int]]:
     patch()
     _, found["patch"] = passed_through(package, patch)
     live = model()
-    runtime = dynaexq.patch(live, "1MiB", tiers=tiers, device="cpu")
+    dynaexq.patch(live, "1MiB", tiers=tiers, device="cpu")
     with torch.no_grad():
         live(ids)
         _, found["one forward"] = passed_through(package, lambda: live(ids))
-    runtime.tick()
-    _, found["one tick"] = passed_through(package, runtime.tick)
+    with tempfile.TemporaryDirectory() as directory:
+        found["one tick"] = tick_walk(package, model(), Path(directory))
     with tempfile.TemporaryDirectory() as directory:
         live.save_pretrained(directory)
         AutoModelForCausalLM.from_pretrained(directory)
         _, found["from_pretrained, packed"] = passed_through(
             package, lambda: AutoModelForCausalLM.from_pretrained(directory)
         )
+    return found
+
+
+def tick_walk(package: Path, model: Any, directory: Path) -> dict[str, int]:
+    """Files and rooms of a tick in which experts change places."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import dynaexq
+
+    model.save_pretrained(directory)
+    least = 142_000  # room for the base and for a few upgrades
+    config = dynaexq.DynaExqConfig(hbm_budget=least, tiers=("int2", "int4"), auto_pause=False, half_life=1)
+    live = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+    found = {"files": 0, "rooms": 0}
+    for start in range(6):
+        with torch.no_grad():
+            live(torch.arange(10 * start, 10 * start + 4)[None])
+        before = live.dynaexq.stats()["promotions"]
+        _, walk = passed_through(package, live.dynaexq.tick)
+        if live.dynaexq.stats()["promotions"] > before:
+            found = walk
     return found
 
 
