@@ -5,6 +5,7 @@ there is held against the code.
 """
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,16 @@ def test_imports_go_downward_only(path):
         assert FLOORS[other][0] < floor, (
             f"{room} (floor {floor}) imports {other} (floor {FLOORS[other][0]}); imports go downward only"
         )
+
+
+def test_no_two_modules_need_each_other():
+    """Imports inside functions count. An `__init__` only hands names on."""
+    sorter = graphlib.TopologicalSorter()
+    for path in modules():
+        if path.name != "__init__.py":
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            sorter.add(name, *(n for n in imports(path) if n.startswith("dynaexq.")))
+    sorter.prepare()
 
 
 @each_module

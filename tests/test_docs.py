@@ -81,3 +81,14 @@ def test_the_table_of_options_is_complete():
     page = (ROOT / "docs" / "configuration.md").read_text()
     options = page[page.index("## Options") : page.index("## Who wins")]
     assert sorted(re.findall(r"^\| `(\w+)` \|", options, re.M)) == sorted(OPTION_NAMES)
+
+
+def test_what_a_comment_names_with_its_module_is_there():
+    """`module.Name` in backticks, in the words of the code: both are found outside of backticks."""
+    sources = {p: p.read_text() for folder in ("dynaexq", "benchmarks") for p in (ROOT / folder).rglob("*.py")}
+    plain = {path: re.sub(r"`[^`\n]*`", "", text) for path, text in sources.items()}
+    known = {word for text in plain.values() for word in re.findall(r"\w+", text)} | {path.stem for path in sources}
+    for path, text in sources.items():
+        for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)+)`", text):
+            lost = set(name.removesuffix(".py").split(".")) - known
+            assert not lost, f"{path.relative_to(ROOT)} speaks of {name}, but nothing is called {', '.join(lost)}"

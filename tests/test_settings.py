@@ -158,7 +158,7 @@ def test_an_expert_is_never_demoted_above_the_threshold_that_promotes_it():
 @pytest.mark.parametrize(
     ("limit", "kept"), [(None, None), (0.25, 0.25), (1.0, 1.0), (10**8, 10**8), ("500MB", 5 * 10**8)], ids=repr
 )
-def test_a_traffic_limit_is_a_share_of_the_link_or_bytes_a_second(limit, kept):
+def test_a_copy_rate_limit_is_a_share_of_the_link_or_bytes_a_second(limit, kept):
     assert Settings(copy_rate_limit=limit).copy_rate_limit == kept
 
 

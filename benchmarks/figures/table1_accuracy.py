@@ -3,8 +3,8 @@
     python benchmarks/figures/table1_accuracy.py [--model DIR] [--device cpu] [--out DIR]
     python benchmarks/figures/table1_accuracy.py --model DIR --task gsm8k --contestants int8,static,dynamic
 
-Needs lm_eval: pip install "dynaexq[benchmarks]". Without --task it writes a task of its own, so that it runs without a
-network: arithmetic of `dynaexq.corpus`, the result to be chosen among four. Tasks of yours come from --tasks-dir.
+Needs lm_eval: pip install "dynaexq[benchmarks]". Without --task it writes a task of its own, so that it runs without
+a network: arithmetic of `dynaexq.cli.demo_corpus`, the result to be chosen among four. Your tasks: --tasks-dir.
 
 *High* and *low* have every, and no, expert upgraded; *static* keeps the choice made at the start, *dynamic* follows
 the tasks, in the order in which they are given. A precision (int2, int4, int8, fp16) can take part by its name: what

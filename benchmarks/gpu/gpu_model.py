@@ -69,7 +69,7 @@ class RepeatedLoader:
     """A few random experts, quantized once, in the place of all."""
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
-        """See `placement.ExpertLoader`."""
+        """See `sources.ExpertLoader`."""
         shape, (num_layers, num_experts, _) = codec.shape, base.shape
         up, down = (
             torch.empty(DIFFERENT_EXPERTS, *size, dtype=codec.dtype, device=base.device).normal_(0, 0.02)

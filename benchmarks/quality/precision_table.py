@@ -3,7 +3,7 @@
     python benchmarks/quality/precision_table.py [--model DIR] [--json FILE]
 
 KL divergence from the model in its own dtype, nats per token, on held-out prose, code and arithmetic of
-`dynaexq.corpus`, seen in that order; mean over the three.
+`dynaexq.cli.demo_corpus`, seen in that order; mean over the three.
 """
 
 import json

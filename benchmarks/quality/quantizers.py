@@ -3,9 +3,9 @@
     python benchmarks/quality/quantizers.py [--model DIR] [--json FILE]
 
 Weights are replaced by what their codes stand for. KL divergence from the model in its own dtype, nats per token, on
-held-out prose, code and arithmetic of `dynaexq.corpus`, and its mean; the error of the outputs is relative, of both
-matrices, for the inputs of that text. What is calibrated was calibrated on the part that training saw. `mix` is the
-KL with the fifth of the experts that a text routes most to at the upgrade of a code that can be refined.
+held-out prose, code and arithmetic of `dynaexq.cli.demo_corpus`, and its mean; the error of the outputs is relative,
+of both matrices, for the inputs of that text. What is calibrated was calibrated on the part that training saw. `mix`
+is the KL with the fifth of the experts that a text routes most to at the upgrade of a code that can be refined.
 
 HQQ is half-quadratic splitting (Badri and Shaji, 2023), 20 rounds, p = 0.7.
 """

@@ -1,12 +1,21 @@
 """Files on disk: safetensors shards by position, packed experts in them, and directories replaced in one step."""
 
 from dynaexq.checkpoint.atomic_directory import is_weights, link_or_copy, replaced
-from dynaexq.checkpoint.packed_format import FORMAT_VERSION, MARK, PackedReader, PackedShape, PackedStore, PackedWriter
+from dynaexq.checkpoint.packed_format import (
+    FORMAT_VERSION,
+    MARK,
+    QUANT_METHOD,
+    PackedReader,
+    PackedShape,
+    PackedStore,
+    PackedWriter,
+)
 from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter
 
 __all__ = [
     "FORMAT_VERSION",
     "MARK",
+    "QUANT_METHOD",
     "Entry",
     "PackedReader",
     "PackedShape",

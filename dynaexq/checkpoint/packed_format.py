@@ -24,6 +24,9 @@ from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter
 from dynaexq.errors import CheckpointError, StoreError
 
 FORMAT_VERSION = 1
+QUANT_METHOD = "dynaexq"
+"""What config.json calls checkpoints of ours."""
+
 MARK = ".packed."
 _UNFINISHED = ".unfinished"
 

@@ -148,7 +148,7 @@ class _Recipe:
 
 
 class CheckpointSource:
-    """The experts of `layers` in a checkpoint; see `placement.ExpertSource`.
+    """The experts of `layers` in a checkpoint; see `sources.ExpertSource`.
 
     Args:
         model: on the meta device, its experts' parameters still in place.

@@ -10,10 +10,9 @@ from typing import Any
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dynaexq.checkpoint import FORMAT_VERSION
+from dynaexq.checkpoint import FORMAT_VERSION, QUANT_METHOD
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.compat import take_loading_attributes
-from dynaexq.hf.registration import METHOD
 from dynaexq.settings import OPTION_NAMES, Options, Settings, resolve, strict_init
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
     """
 
     packed: dict[str, Any] | None = None
-    quant_method: Any = field(default=METHOD, init=False)
+    quant_method: Any = field(default=QUANT_METHOD, init=False)
 
     def __post_init__(self) -> None:
         if self.packed is not None:
@@ -98,7 +97,7 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
             logger.warning("policy is a function and is not saved; pass it again when the model is loaded")
             del options["policy"]
         stored = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-        return {"quant_method": METHOD, **stored} | ({"packed": self.packed} if self.packed else {})
+        return {"quant_method": QUANT_METHOD, **stored} | ({"packed": self.packed} if self.packed else {})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -134,6 +133,6 @@ def _check_packed(packed: Any) -> None:
     Settings(tiers=packed["tiers"], group_size=packed["group_size"], quantizer=packed["quantizer"])
 
 
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DynaExqConfig  # in the place of the stand-in
+AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DynaExqConfig  # in the place of the stand-in
 take_loading_attributes(DynaExqConfig)
 DynaExqConfig.__doc__ = f"{DynaExqConfig.__doc__}\n{(Options.__doc__ or '').partition('Raises:')[0]}"  # for help()

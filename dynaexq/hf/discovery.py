@@ -76,7 +76,7 @@ class SparseLayer:
 
 
 class LiveSource:
-    """The experts of a model in memory; see `placement.ExpertSource`."""
+    """The experts of a model in memory; see `sources.ExpertSource`."""
 
     def __init__(self, layers: list[SparseLayer]):
         self._names = [layer.name for layer in layers]

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dynaexq.checkpoint import QUANT_METHOD
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.checkpoint_source import INDEX
 from dynaexq.hf.config import DynaExqConfig
@@ -12,7 +13,6 @@ from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.kv_cache_size import context_bytes
 from dynaexq.hf.meta_model import build_meta_model, quantization_method, read_config
 from dynaexq.hf.planning import inspect_model
-from dynaexq.hf.registration import METHOD
 from dynaexq.planning.budget import ModelSpec
 from dynaexq.settings import Settings
 
@@ -66,7 +66,7 @@ def _kept_options(source: Path, model_config: Any) -> DynaExqConfig | None:
     method = quantization_method(model_config)
     if method is None:
         return None
-    if method != METHOD:
+    if method != QUANT_METHOD:
         raise CheckpointError(
             f"{source} is quantized already (quant_method={method!r}), and its packing cannot be taken over exactly; "
             "give the 16-bit checkpoint it was made from, or its config.json"

@@ -10,12 +10,12 @@ import torch
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
+from dynaexq.checkpoint import QUANT_METHOD
 from dynaexq.errors import PatchError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.hf.planning import resolve_device
-from dynaexq.hf.registration import METHOD
 from dynaexq.hf.save import save_packed
 from dynaexq.runtime.experts import saved_apart
 
@@ -145,4 +145,4 @@ class DynaExqQuantizer(HfQuantizer):
         )
 
 
-AUTO_QUANTIZER_MAPPING[METHOD] = DynaExqQuantizer  # in the place of the stand-in
+AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DynaExqQuantizer  # in the place of the stand-in

@@ -11,9 +11,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-METHOD = "dynaexq"
-"""The `quant_method` of checkpoints."""
-
 TABLES = "transformers.quantizers.auto"
 
 
@@ -64,5 +61,7 @@ class _Finder:
 
 
 def _fill(tables: ModuleType) -> None:
-    tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, StandInConfig)
-    tables.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, stand_in_quantizer)
+    from dynaexq.checkpoint import QUANT_METHOD
+
+    tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, StandInConfig)
+    tables.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, stand_in_quantizer)

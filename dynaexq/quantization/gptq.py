@@ -23,7 +23,7 @@ def fed_back(
     """Codes uint8 `[n, N, K]`, scales and minimums float16 `[n, N, K/G]` of matrices `[n, N, K]`, float32.
 
     Args:
-        targets: one depth, or two with the finer one first.
+        targets: one precision, or two with the finer one first.
         unshrink: as for `quantize`.
         importance: `[n, K]`, the diagonal of H.
         factor: U, `[n, K, K]`.

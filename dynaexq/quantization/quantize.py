@@ -5,13 +5,13 @@ top b bits q_b, read at the center of their bin, stand for
 
     w_b = minimum + scale / 16 * (2**(8 - b) * q_b + (2**(8 - b) - 1) / 2)        b = 2, 4 or 8
 
-so one code serves every depth and refining it only adds bits. `scale` is the step of the 4-bit reading, not of the
+so one code serves every precision and refining it only adds bits. `scale` is the step of the 4-bit reading, not of the
 8-bit one: that keeps it clear of float16's subnormals. Rounding to the nearest 8-bit level and dropping bits equals
 rounding to the nearest b-bit level, whichever b the grid was fitted for.
 
-Grids come from `fitting`: *round to nearest* spans the group's range, *alternating least squares* minimizes the error.
+Grids come from `scales`: *round to nearest* spans the group's range, *alternating least squares* minimizes the error.
 Where something is known of the inputs (`moments`), it is the error of the output that is minimized: weights count by
-the mean square of what they meet, and what one column errs by is fed back to the columns after it (`feedback`).
+the mean square of what they meet, and what one column errs by is fed back to the columns after it (`gptq`).
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def quantize(
     """Fit codes to finite `weights` `[..., N, K]`, K a multiple of `group_size`.
 
     Args:
-        fit_bits: the depth whose reading is made optimal: 2, 4 or 8.
+        fit_bits: the bits whose reading is made optimal: 2, 4 or 8.
         method: `"als"` or `"rtn"`.
         unshrink: stretch the reading at `fit_bits`; only for codes that are never refined, as the other readings
             no longer fit afterwards.
@@ -75,7 +75,7 @@ def quantize(
 
 
 def dequantize(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
-    """The weights `[..., K]` that codes stand for at `bits` bits, in float32; bits below that depth must be zero."""
+    """The weights `[..., K]` that codes stand for at `bits` bits, in float32; the bits below must be zero."""
     *lead, num_groups = scale.shape
     scale, minimum = scale.float()[..., None], minimum.float()[..., None]
     groups = values.view(*lead, num_groups, -1).float()

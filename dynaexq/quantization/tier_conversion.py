@@ -55,7 +55,7 @@ def _holds(stored: tuple[str, ...], tiers: tuple[str, ...]) -> bool:
     base, upgrade = tiers[0], tiers[1] if len(tiers) > 1 else None
     keeps_source = stored[1] == "fp16"
     if keeps_source and base not in stored:
-        return False  # a code that is not refined is fitted to its own depth, and to no other
+        return False  # a code that is not refined is fitted to its own bits, and to no others
     refined = {plane.name for plane in REFINE_PLANES.get((stored[0], stored[1]), ())}
     planes = {plane.name for plane in BASE_PLANES[stored[0]]} | refined
     if {"top2", "middle2"} <= planes:

@@ -33,7 +33,7 @@ class StepCount:
     """Forwards since the start, and since the last tick."""
 
     def __init__(self, memory: DeviceMemory, update_interval: int):
-        self._memory, self._tick_every = memory, update_interval
+        self._memory, self._update_interval = memory, update_interval
         self._run_here = self._at_tick = self._tokens = 0
 
     @property
@@ -53,7 +53,7 @@ class StepCount:
     def is_due(self) -> bool:
         """Whether it is time for a tick."""
         steps = max(self.total - self._at_tick, self._tokens // TOKENS_A_STEP)
-        return steps >= self._tick_every
+        return steps >= self._update_interval
 
     def take(self) -> int:
         """How many since the last tick; the next one counts from here."""

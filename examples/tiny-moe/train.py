@@ -1,4 +1,4 @@
-"""Train the embedded model: a Qwen3-MoE of 7.6 million parameters on the text of `dynaexq.corpus`.
+"""Train the embedded model: a Qwen3-MoE of 7.6 million parameters on the text of `dynaexq.cli.demo_corpus`.
 
     python examples/tiny-moe/train.py --output-dir /tmp/tiny-moe
 

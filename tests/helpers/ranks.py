@@ -1,4 +1,4 @@
-"""What two ranks find when they load and run models together, case by case. `test_parallel` starts them and judges.
+"""What two ranks find when they load and run models together, case by case. `test_distributed` starts them and judges.
 
 Every case is called on both ranks, in the same order, because they wait for each other in it.
 """

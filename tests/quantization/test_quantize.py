@@ -1,4 +1,4 @@
-"""The quantizer: exact where it can be, bounded everywhere, as good as was measured, one code for every depth.
+"""The quantizer: exact where it can be, bounded everywhere, as good as was measured, one code for every precision.
 
 G is the weights of a group. Errors are relative Frobenius errors, ||w - w_hat|| / ||w||.
 """

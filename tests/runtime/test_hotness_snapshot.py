@@ -35,7 +35,7 @@ HOT = ((0, 1), (0, 7), (1, 2), (1, 3))
 
 
 @pytest.mark.parametrize("policy", ["topn", "frozen"])
-def test_a_profile_is_a_warm_start(tmp_path: Path, policy: str) -> None:
+def test_a_snapshot_is_a_warm_start(tmp_path: Path, policy: str) -> None:
     path = tmp_path / "heat.safetensors"
     before = patched()
     before.warm_start(heat(*HOT))
