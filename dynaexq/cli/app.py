@@ -70,6 +70,9 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="Memory of the card, such as 24GiB; several common ones if left out.")
     ] = None,
+    hbm_budget: Annotated[
+        str | None, typer.Option(help="Bytes for weights alone, such as 20GiB, as patch takes them; instead of --gpu.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu: plan for this machine's RAM; cuda: for its card, if it has one.")
     ] = None,
@@ -80,8 +83,10 @@ def plan(
         str | None, typer.Option(help="Dense linear layers in bnb-4bit or bnb-8bit; sizes by arithmetic.")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
-    context: Annotated[int, typer.Option(help="Tokens of a sequence that the cache must hold.")] = 4096,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    context: Annotated[
+        int, typer.Option("--max-context", "--context", help="Tokens of a sequence that the cache must hold.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option("--max-batch", "--batch", help="Sequences at once.")] = 1,
     host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
     json: Annotated[
         Path | None,
@@ -94,7 +99,7 @@ def plan(
     options |= {"group_size": group_size} if group_size != 64 else {}
     from dynaexq.cli.plan import run
 
-    run(source, gpu, options, context, batch, host_ram, None if json is None else str(json))
+    run(source, gpu, hbm_budget, options, context, batch, host_ram, None if json is None else str(json))
 
 
 @app.command()
@@ -176,13 +181,17 @@ def simulate(
     tokens: Annotated[int, typer.Option(help="Tokens of each made-up phase.", min=8)] = 4000,
     phases: Annotated[int, typer.Option(help="How many made-up phases.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Of what is made up.", min=0)] = 0,
-    budget: Annotated[str | None, typer.Option(help="Bytes for all weights, such as 20GiB.")] = None,
+    hbm_budget: Annotated[
+        str | None, typer.Option("--hbm-budget", "--budget", help="Bytes for all weights, such as 20GiB.")
+    ] = None,
     upgraded: Annotated[float | None, typer.Option(help="Share of experts to upgrade, instead of a budget.")] = None,
     tiers: Annotated[str, typer.Option(help="Base and upgrade, such as int2,int4; or auto.")] = "auto",
     policy: Annotated[str, typer.Option(help="topn, threshold or frozen.")] = "topn",
     option: Annotated[list[str] | None, typer.Option(help="Another setting, such as half_life=256.")] = None,
     link: Annotated[str, typer.Option(help="Bytes per second to the device, such as 25GB (PCIe 4).")] = "25GB",
-    link_share: Annotated[float, typer.Option(help="Share of the link that moves may take.")] = 0.1,
+    copy_rate_limit: Annotated[
+        float, typer.Option("--copy-rate-limit", "--link-share", help="Share of the link that moves may take.")
+    ] = 0.1,
     tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
     json: Annotated[
         Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
@@ -193,11 +202,13 @@ def simulate(
     from dynaexq.simulator.simulate import parse_options, provided
     from dynaexq.simulator.simulate import simulate as run
 
-    options = {"policy": policy, "copy_rate_limit": float(link_share), **parse_options(option or [])}
-    options |= {"hbm_budget": budget} if budget else {}
+    options = {"policy": policy, "copy_rate_limit": float(copy_rate_limit), **parse_options(option or [])}
+    options |= {"hbm_budget": hbm_budget} if hbm_budget else {}
     options |= {"tiers": _tiers_of(tiers)} if tiers != "auto" else {}
-    if budget and upgraded is not None:
-        raise typer.BadParameter("--budget and --upgraded both say how many experts are upgraded; give one of them")
+    if hbm_budget and upgraded is not None:
+        raise typer.BadParameter(
+            "--hbm-budget and --upgraded both say how many experts are upgraded; give one of them"
+        )
     settings = Settings(**options)
     with provided(trace, generate, tokens, phases, settings.update_interval, seed) as opened:
         simulation = run(

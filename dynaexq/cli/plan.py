@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from dynaexq.cli.plan_tables import no_fit, show_card, show_cards, write_json
-from dynaexq.errors import BudgetError
+from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import InspectedCheckpoint
 from dynaexq.hf.planning import free_bytes, resolve_device
@@ -24,16 +24,18 @@ SHORTEST_CONTEXT = 1024  # tokens
 def run(
     source: Path,
     gpu: str | None,
+    hbm_budget: str | None,
     options: dict[str, Any],
     context: int,
     batch: int,
     host_ram: str | None,
     json: str | None,
 ) -> None:
-    """Plan for one card if `gpu` or a device is named, for this machine's card and the common ones else.
+    """Plan for one card if a budget, `gpu` or a device is named, for this machine's card and the common ones else.
 
     Raises:
         BudgetError: nothing fits on the one card; names what would.
+        SettingsError: a size or an option that cannot be, or two sizes.
     """
     transformers.logging.set_verbosity_error()  # which kernels a forward would use is of no interest here
     room = None if host_ram is None else parse_bytes(host_ram, "--host-ram")
@@ -44,7 +46,7 @@ def run(
         return checkpoint.spec(DynaExqConfig(**{**sizes, **options, **changes}))
 
     asked = spec({})
-    cards = _cards(gpu, options.get("device"))
+    cards = _cards(gpu, hbm_budget, options.get("device"))
     estimates = [estimate_card(asked, card, room) for card in cards]
     if len(cards) == 1 and estimates[0].auto is None:
         trials = _trials(options, context, batch)
@@ -67,8 +69,12 @@ def _show(
         show_cards(spec, estimates)
 
 
-def _cards(gpu: str | None, device: str | None) -> list[Card]:
-    """The card that was named, this machine's memory, or this machine's card before the common ones."""
+def _cards(gpu: str | None, hbm_budget: str | None, device: str | None) -> list[Card]:
+    """What was named, this machine's memory, or this machine's card before the common ones."""
+    if gpu is not None and hbm_budget is not None:
+        raise SettingsError("--gpu is the memory of a card and --hbm-budget what of it weights may take; give one")
+    if hbm_budget is not None:
+        return [Card("hbm_budget", parse_bytes(hbm_budget, "--hbm-budget"), driver=0, weights_only=True)]
     if gpu is not None:
         return [Card(gpu, parse_bytes(gpu, "--gpu"))]
     if device is not None:

@@ -31,9 +31,12 @@ def show_card(spec: ModelSpec, found: CardEstimate, source: str, options: Mappin
         plan, mark = estimate.plan, "*" if estimate.is_auto else ""
         parts = map(gib, (plan.base_bytes, plan.upgrade_bytes, plan.total))
         table.add_row(mark, *_tiers(estimate), *parts, f"{estimate.loss:.4f}", _waiting(estimate))
-    taken = (
+    less = (
         f"{amount(found.card.nbytes)} less driver {amount(found.card.driver)}, reserve {amount(found.reserve)}, "
-        f"KV cache {amount(found.cache)}, activations {amount(found.activations)}: hbm_budget {amount(found.budget)}, "
+        f"KV cache {amount(found.cache)}, activations {amount(found.activations)}: "
+    )
+    taken = (
+        f"{'' if found.card.weights_only else less}hbm_budget {amount(found.budget)}, "
         f"with dense weights {amount(spec.dense)}, workspace {amount(spec.workspace)}"
     )
     notes = ["* what patch takes", *_notes(spec, [found])]
@@ -69,15 +72,9 @@ def show_cards(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> None:
 
 def no_fit(spec: ModelSpec, found: CardEstimate, remedies: Sequence[Remedy], source: str) -> str:
     """Why nothing fits on a card, and what would, each with the call to paste."""
-    card = found.card
-    least, base = least_card(spec, spec.choices)
-    reason = (
-        f"{card.name} with {card.nbytes:,} bytes is too small for {spec.name}: {card.driver:,} for the driver, "
-        f"{max(found.reserve, 0):,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and "
-        f"{found.activations:,} of activations leave {max(found.budget, 0):,} for weights; with all experts at "
-        f"{base} it takes at least {least:,} ({amount(least)})"
-    )
-    lines = [reason]
+    lines = [_too_small(spec, found)]
+    if not remedies:
+        lines.append("No other tiers, group size, dense= or context makes it fit.")
     for remedy in remedies:
         changes = ", ".join(f"{name}={value!r}" for name, value in remedy.changes.items())
         assert remedy.found.auto is not None, "a remedy is a fit"
@@ -131,6 +128,21 @@ def gib(nbytes: int) -> str:
 def duration(seconds: float) -> str:
     """Seconds, or minutes from two of them on."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _too_small(spec: ModelSpec, found: CardEstimate) -> str:
+    card = found.card
+    least, base = least_card(spec, spec.choices)
+    if card.weights_only:
+        least = min(spec.weights(base) for base, _ in spec.choices)
+        taken = f"{card.name} of {card.nbytes:,} bytes is too small for {spec.name}: dense weights take {spec.dense:,}"
+    else:
+        taken = (
+            f"{card.name} with {card.nbytes:,} bytes is too small for {spec.name}: {card.driver:,} for the driver, "
+            f"{max(found.reserve, 0):,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and "
+            f"{found.activations:,} of activations leave {max(found.budget, 0):,} for weights"
+        )
+    return f"{taken}; with all experts at {base} it takes at least {least:,} ({amount(least)})"
 
 
 def _arguments(options: Mapping[str, Any]) -> str:

@@ -19,18 +19,21 @@ from dynaexq.types import MemoryPlan
 class Card:
     """A device whose memory is to be planned.
 
-    A card sold as 24 GB is `Card("24 GB", 25_757_220_864)`; RAM is `Card("RAM", nbytes, driver=0, is_cpu=True)`.
+    A card sold as 24 GB is `Card("24 GB", 25_757_220_864)`; RAM is `Card("RAM", nbytes, driver=0, is_cpu=True)`; a
+    budget such as `patch` takes is `Card("hbm_budget", nbytes, driver=0, weights_only=True)`.
 
     Attributes:
         nbytes: its memory.
         driver: bytes that driver and context take.
         is_cpu: whether upgrades wait in the same memory.
+        weights_only: whether cache, activations and reserve lie elsewhere.
     """
 
     name: str
     nbytes: int
     driver: int = DRIVER_BYTES
     is_cpu: bool = False
+    weights_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Remedy:
 
 def estimate_card(spec: ModelSpec, card: Card, host_ram: int | None = None) -> CardEstimate:
     """What fits on `card` beside `host_ram` bytes of host memory, None for any amount."""
+    if card.weights_only:
+        return CardEstimate(card, 0, 0, 0, card.nbytes, tuple(_estimates(spec, card.nbytes, host_ram)))
     available = card.nbytes - card.driver
     if card.is_cpu and not spec.packed:
         largest = max(upgrade.nbytes if upgrade else 0 for _, upgrade in spec.choices)

@@ -44,6 +44,8 @@ class DeviceRuntime:
     Args:
         loader: where the experts come from.
         base: the base slab, if it was prefetched; see `memory.DeviceMemory`.
+
+    Attributes:
         listener: called with every tick's window.
     """
 

@@ -40,7 +40,7 @@ def said(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             "there is no directory /nowhere; make it first",
         ),
         ([*MADE_UP, "--upgraded", "0.2", "--seed", "-1"], "Invalid value for '--seed'"),
-        ([*MADE_UP, "--upgraded", "0.2", "--budget", "15GB"], "--budget and --upgraded both say"),
+        ([*MADE_UP, "--upgraded", "0.2", "--budget", "15GB"], "--hbm-budget and --upgraded both say"),
         (["quantize", "{source}", "{target}", "--annotate", "--device", "cpu"], "with --annotate nothing is packed"),
         (["quantize", "{source}", "{target}", "--annotate", "--max-shard-size", "1GB"], "nothing is packed"),
         (["demo", "--model", "{empty}"], "error: expected a checkpoint directory with a config.json, found none in"),

@@ -257,7 +257,7 @@ def test_a_configuration_of_no_use_is_a_sentence(
         assert "\n" not in str(caught.value)
 
 
-def test_a_missing_path_and_a_wrong_dial_are_sentences(tmp_path: Path) -> None:
+def test_a_missing_path_and_a_wrong_option_are_sentences(tmp_path: Path) -> None:
     for missing in (tmp_path / "none", tmp_path / "none.json", Path("none.json"), tmp_path):
         with pytest.raises(CheckpointError, match=r"expected a checkpoint directory .*config\.json"):
             inspect_checkpoint(missing, DynaExqConfig())
@@ -273,7 +273,7 @@ def run(*arguments: Any) -> str:
     return result.stdout
 
 
-def test_the_command_shows_all_ladders_of_one_card(tmp_path: Path) -> None:
+def test_the_command_shows_all_tiers_of_one_card(tmp_path: Path) -> None:
     source = saved(QWEN3_30B, tmp_path / "Qwen3-30B-A3B")
     text = run(source, "--gpu", "24GiB", "--host-ram", "8GiB")
     assert text.startswith("Qwen3-30B-A3B: 48 layers of 128 experts, 54.0 GiB of 56.9 GiB in bfloat16\n")
@@ -328,6 +328,9 @@ def test_an_index_that_counts_something_else_is_pointed_out(tmp_path: Path) -> N
         (("nowhere.json",), "found nothing at nowhere.json"),
         (("{model}", "--gpu", "24"), "--gpu must be a positive number of bytes"),
         (("{model}", "--gpu", "1GiB"), "is too small for"),
+        (("{model}", "--hbm-budget", "6GB"), "with all experts at int2 it takes at least 12,141,"),
+        (("{model}", "--gpu", "1GiB"), "No other tiers, group size, dense= or context makes it fit."),
+        (("{model}", "--hbm-budget", "20GiB", "--gpu", "24GiB"), "give one"),
         (("{model}", "--json", "/nowhere/plan.json"), "/nowhere/plan.json"),
     ],
 )
@@ -364,6 +367,8 @@ def test_plan_and_patch_agree_to_the_byte_under_the_same_options(
     model = models.tiny_model(family, torch.bfloat16)
     runtime = patching.patch(model, found.budget, device="cpu", quantizer="rtn", **options)
     assert runtime.plan == found.auto.plan
+    given = Card("hbm_budget", found.budget, driver=0, weights_only=True)
+    assert estimate_on(spec, given).auto.plan == runtime.plan
     runtime.close()
 
 
@@ -391,7 +396,11 @@ def test_a_patch_makes_the_one_codec_that_it_uses(monkeypatch: pytest.MonkeyPatc
     assert len(made) == 1
 
 
-@pytest.mark.parametrize("arguments", [(), ("--gpu", "24GiB"), ("--gpu", "80GB", "--tiers", "int4,fp16")], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("--gpu", "24GiB"), ("--gpu", "80GB", "--tiers", "int4,fp16"), ("--hbm-budget", "24GiB")],
+    ids=str,
+)
 def test_the_tables_are_whole_at_80_columns(arguments: tuple[str, ...], tmp_path: Path) -> None:
     text = run(saved(QWEN3_30B, tmp_path / "Qwen3-30B-A3B"), *arguments)
     shown = [line for line in text.splitlines() if "dynaexq." not in line]
