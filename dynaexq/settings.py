@@ -23,6 +23,9 @@ BUDGET_VARIABLE = "DYNAEXQ_HBM_BUDGET"
 
 DEFAULT_HALF_LIFE = 128.0
 
+RENAMED = {"margin": "hysteresis", "tick_every": "update_interval", "traffic_limit": "copy_rate_limit"}
+"""Options as they were once called, in checkpoints and in habits."""
+
 _UNITS = {"b": 1} | {
     (prefix + suffix).lower(): base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -57,9 +60,13 @@ def refuse_unknown(options: Mapping[str, Any], known: list[str]) -> None:
     unknown = sorted(set(options) - set(known))
     if not unknown:
         return
-    meant = [match for name in unknown for match in difflib.get_close_matches(name, known, n=1)]
-    hint = f"did you mean {', '.join(meant)}? " if meant else ""
-    raise SettingsError(f"unknown option {', '.join(unknown)}; {hint}The options are {', '.join(known)}")
+    meant = [near for name in unknown for near in _near(name, known)]
+    hint = f"did you mean {', '.join(meant)}? The" if meant else "the"
+    raise SettingsError(f"unknown option {', '.join(unknown)}; {hint} options are {', '.join(known)}")
+
+
+def _near(name: str, known: list[str]) -> list[str]:
+    return [RENAMED[name]] if name in RENAMED else difflib.get_close_matches(name, known, n=1)
 
 
 @strict_init

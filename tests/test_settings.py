@@ -173,6 +173,11 @@ def test_an_unknown_option_is_named_beside_what_was_probably_meant(of):
         of(tier="int4", hbm_buget="20GiB", hysteresis=0.2)
 
 
+def test_an_option_under_its_old_name_is_told_the_new_one():
+    with pytest.raises(SettingsError, match=r"unknown option tick_every; did you mean update_interval\?"):
+        dynaexq.DynaExqConfig(tick_every=32)
+
+
 @pytest.mark.parametrize("of", [Options, Settings, dynaexq.DynaExqConfig])
 def test_every_option_is_a_typed_documented_field_of_the_signature(of):
     parameters = inspect.signature(of).parameters

@@ -4,6 +4,7 @@
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dynaexq.checkpoint import FORMAT_VERSION, QUANT_METHOD
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.compat import take_loading_attributes
-from dynaexq.settings import OPTION_NAMES, Options, Settings, resolve, strict_init
+from dynaexq.settings import OPTION_NAMES, RENAMED, Options, Settings, resolve, strict_init
 
 logger = logging.getLogger(__name__)
 
 OF_THE_MACHINE = {"device", "host_copy", "calibration"}
 """Options that say nothing about a model, and are not kept with it."""
-
-RENAMED = {"margin": "hysteresis", "tick_every": "update_interval", "traffic_limit": "copy_rate_limit"}
-"""Options of checkpoints that were written before these had their names."""
 
 PACKED_FIELDS = {"format_version", "tiers", "group_size", "quantizer"}
 
@@ -117,6 +115,22 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
 
     def _settled_by_packing(self) -> dict[str, Any]:
         return {name: self.packed[name] for name in ("group_size", "quantizer")} if self.packed else {}
+
+
+def as_config(config: DynaExqConfig | Mapping[str, Any] | None) -> DynaExqConfig:
+    """What a caller gave as `config`: one, a dict of options, or nothing.
+
+    Raises:
+        SettingsError: something else, or an unknown option.
+    """
+    if isinstance(config, DynaExqConfig):
+        return config
+    if config is not None and not isinstance(config, Mapping):
+        raise SettingsError(
+            f"config must be a DynaExqConfig or a dict of options, got {type(config).__name__}; "
+            "write config=DynaExqConfig(...)"
+        )
+    return DynaExqConfig.from_dict(dict(config or {}))
 
 
 def _check_packed(packed: Any) -> None:

@@ -4,7 +4,7 @@ A patch is a transaction: everything that can be refused is refused first, then 
 model, and only then is the model changed, in steps that are all undone if one of them fails.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from dynaexq.errors import PatchError, UnsupportedModelError
 from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
-from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.config import DynaExqConfig, as_config
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
 from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers
 from dynaexq.hf.model_patch import RECORD, ModelPatch
@@ -41,7 +41,7 @@ def patch(
     host_copy: str | None = None,
     calibration: str | PathLike[str] | None = None,
     checkpoint: str | PathLike[str] | None = None,
-    config: DynaExqConfig | None = None,
+    config: DynaExqConfig | Mapping[str, Any] | None = None,
 ) -> Runtime:
     """Put the experts of `model` under a byte budget, in place; `model.generate()` and all else work as before.
 
@@ -57,7 +57,7 @@ def patch(
         tiers, device, dense, policy, host_copy, calibration: the options of these names; see `DynaExqConfig`.
         checkpoint: the directory of the 16-bit safetensors to read the experts from, where the model's own are on
             the meta device.
-        config: every other option. An argument that is not None wins over it.
+        config: every other option, also as a dict. An argument that is not None wins over it.
 
     Returns:
         The runtime, also `model.dynaexq`.
@@ -71,7 +71,7 @@ def patch(
 
     After any error the model is as it was.
     """
-    config = (config or DynaExqConfig()).updated(
+    config = as_config(config).updated(
         hbm_budget=hbm_budget,
         tiers=tiers,
         device=device,

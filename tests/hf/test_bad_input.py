@@ -70,10 +70,19 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[DynaExqError], str]] = {
 
 
 @pytest.mark.parametrize(("options", "error", "match"), OPTIONS.values(), ids=OPTIONS)
-def test_a_bad_dial_is_refused(options: dict[str, Any], error: type[DynaExqError], match: str) -> None:
+def test_a_bad_option_is_refused(options: dict[str, Any], error: type[DynaExqError], match: str) -> None:
     model = tiny.tiny_qwen3_moe()
     with refused(model, error, match):
         patching.patch(model, **{"hbm_budget": AMPLE} | options)
+
+
+def test_a_config_of_another_kind_is_refused_and_a_dict_is_one() -> None:
+    model = tiny.tiny_qwen3_moe()
+    with refused(model, SettingsError, "a dict of options, got str; write config=DynaExqConfig"):
+        dynaexq.patch(model, AMPLE, config="int4")
+    with refused(model, SettingsError, "unknown option hysterisis; did you mean hysteresis"):
+        dynaexq.patch(model, AMPLE, config={"hysterisis": 3})
+    assert dynaexq.patch(model, AMPLE, config={"hysteresis": 3}).settings.hysteresis == 3
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
