@@ -16,7 +16,7 @@ WHERE = {
     "auto_pause": ("policy/auto_pause.py", "class AutoPause"),
     "copy_rate_limit": ("policy/rate_limit.py", "class CopyRateLimiter"),
     "host copies": ("memory/host_store.py", "class HostStore"),
-    'hbm_budget="auto"': ("planning/budget.py", "def weights_budget"),
+    'hbm_budget="auto"': ("planning/budget.py", "def plan_within"),
     "CUDA graphs": ("memory/graph_sync.py", "graph"),
     "plan": ("cli/plan.py", "def run("),
     "packed format": ("checkpoint/packed_format.py", "class PackedReader"),

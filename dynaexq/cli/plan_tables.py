@@ -33,7 +33,8 @@ def show_card(spec: ModelSpec, found: CardEstimate, source: str, options: Mappin
         table.add_row(mark, *_tiers(estimate), *parts, f"{estimate.loss:.4f}", _waiting(estimate))
     less = (
         f"{amount(found.card.nbytes)} less driver {amount(found.card.driver)}, reserve {amount(found.reserve)}, "
-        f"KV cache {amount(found.cache)}, activations {amount(found.activations)}: "
+        f"KV cache {amount(found.cache)}, activations {amount(found.activations)}"
+        f"{f', upgrades that wait {amount(found.waiting)}' if found.waiting else ''}: "
     )
     taken = (
         f"{'' if found.card.weights_only else less}hbm_budget {amount(found.budget)}, "
@@ -70,15 +71,17 @@ def show_cards(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> None:
     _show(_console(), spec, taken, table, [smallest, *_notes(spec, estimates)])
 
 
-def no_fit(spec: ModelSpec, found: CardEstimate, remedies: Sequence[Remedy], source: str) -> str:
-    """Why nothing fits on a card, and what would, each with the call to paste."""
+def no_fit(
+    spec: ModelSpec, found: CardEstimate, remedies: Sequence[Remedy], source: str, options: Mapping[str, Any]
+) -> str:
+    """Why nothing fits on a card, and what would, each with the call to paste; `source` and `options` as above."""
     lines = [_too_small(spec, found)]
     if not remedies:
         lines.append("No other tiers, group size, dense= or context makes it fit.")
     for remedy in remedies:
         changes = ", ".join(f"{name}={value!r}" for name, value in remedy.changes.items())
         assert remedy.found.auto is not None, "a remedy is a fit"
-        lines += [f"It fits with {changes}:", *calls(remedy.found.auto, source, remedy.changes)]
+        lines += [f"It fits with {changes}:", *calls(remedy.found.auto, source, {**options, **remedy.changes})]
     return "\n".join(lines)
 
 
@@ -132,7 +135,7 @@ def duration(seconds: float) -> str:
 
 def _too_small(spec: ModelSpec, found: CardEstimate) -> str:
     card = found.card
-    least, base = least_card(spec, spec.choices)
+    least, base = least_card(spec, spec.choices, card.driver, card.holds_upgrades(spec))
     if card.weights_only:
         least = min(spec.weights(base) for base, _ in spec.choices)
         taken = f"{card.name} of {card.nbytes:,} bytes is too small for {spec.name}: dense weights take {spec.dense:,}"
@@ -142,7 +145,9 @@ def _too_small(spec: ModelSpec, found: CardEstimate) -> str:
             f"{max(found.reserve, 0):,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and "
             f"{found.activations:,} of activations leave {max(found.budget, 0):,} for weights"
         )
-    return f"{taken}; with all experts at {base} it takes at least {least:,} ({amount(least)})"
+    waits = card.holds_upgrades(spec) and all(upgrade for _, upgrade in spec.choices)
+    beside = ", and with the upgrades that wait there," if waits else ""
+    return f"{taken}; with all experts at {base}{beside} it takes at least {least:,} ({amount(least)})"
 
 
 def _arguments(options: Mapping[str, Any]) -> str:

@@ -21,7 +21,15 @@ from dynaexq.hf.kv_cache_size import Context, context_bytes
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.memory import DeviceMemory
 from dynaexq.memory.tensor_bytes import weight_bytes
-from dynaexq.planning.budget import TIER_CHOICES, ModelSpec, TierPair, loss_of, plan_memory, weights_budget
+from dynaexq.planning.budget import (
+    TIER_CHOICES,
+    ModelSpec,
+    TierPair,
+    loss_of,
+    plan_memory,
+    plan_within,
+    weights_budget,
+)
 from dynaexq.quantization import ExpertCodec, offered, tier_layout
 from dynaexq.settings import Settings
 from dynaexq.types import MemoryPlan
@@ -82,8 +90,17 @@ def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 
         BudgetError: nothing fits.
         SettingsError: `hbm_budget="auto"`, and the context alone does not fit.
     """
-    budget = settings.hbm_budget
-    return plan_memory(spec, auto_budget(spec, settings, device, held) if isinstance(budget, str) else budget)
+    if not isinstance(settings.hbm_budget, str):
+        return plan_memory(spec, settings.hbm_budget)
+    available = held + free_bytes(device)
+    left = weights_budget(available, spec.context)
+    if left <= 0:
+        raise SettingsError(
+            f'hbm_budget="auto" found {available:,} bytes on {device} and max_context={settings.max_context}, '
+            f"max_batch={settings.max_batch} need {available - left:,} of them; lower these or give hbm_budget "
+            "yourself"
+        )
+    return plan_within(spec, available, device.type == "cpu" and _waits_in_ram(spec, settings))
 
 
 def plan_together(
@@ -121,22 +138,6 @@ def context_for(model: Any, settings: Settings) -> Context:
         return Context(0, 0)
     twin = model if next(model.parameters()).is_meta else meta_twin(model)
     return context_bytes(twin, find_sparse_layers(twin, on_meta=True), settings.max_context, settings.max_batch)
-
-
-def auto_budget(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 0) -> int:
-    """Bytes that the weights may take on `device`: what is free, less room for the context."""
-    available = held + free_bytes(device)
-    if device.type == "cpu" and settings.host_copy != "disk":  # there, upgrades wait in the same memory
-        largest = max(upgrade.nbytes if upgrade else 0 for _, upgrade in spec.choices)
-        available -= largest * spec.num_layers * spec.num_experts
-    budget = weights_budget(available, spec.context)
-    if budget <= 0:
-        raise SettingsError(
-            f'hbm_budget="auto" found {available:,} bytes on {device} and max_context={settings.max_context}, '
-            f"max_batch={settings.max_batch} need {available - budget:,} of them; lower these or give hbm_budget "
-            "yourself"
-        )
-    return budget
 
 
 def resolve_device(settings: Settings) -> torch.device:
@@ -205,6 +206,11 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
+
+
+def _waits_in_ram(spec: ModelSpec, settings: Settings) -> bool:
+    """Whether upgrades are copied into RAM; those of a packed checkpoint are read where they are, unless asked for."""
+    return settings.host_copy == "ram" or (settings.host_copy == "auto" and not spec.packed)
 
 
 def _sizes(layer: SparseLayer, choices: Iterable[Tiers], settings: Settings) -> tuple[TierPair, ...]:

@@ -5,7 +5,7 @@ a model whose experts all have one precision, and the share of the gap between b
 upgraded experts recovers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,6 +90,11 @@ class ModelSpec:
         """The least bytes of all weights with every expert at `base`."""
         return self.dense + self.workspace + self.num_layers * self.num_experts * base.nbytes
 
+    def waiting(self, pair: TierPair) -> int:
+        """Bytes of the upgrades of all experts, where they wait for their turn."""
+        _, upgrade = pair
+        return self.num_layers * self.num_experts * upgrade.nbytes if upgrade else 0
+
 
 def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
     """The plan with the least predicted loss among `spec.choices`; ties go to fewer bytes, then to a single tier.
@@ -97,7 +102,7 @@ def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
     Raises:
         BudgetError: not even the base of any choice fits; names the least budget that does, and the remedy.
     """
-    fitting = fitting_plans(spec, spec.choices, budget)
+    fitting = fitting_plans(spec, dict.fromkeys(spec.choices, budget))
     if fitting:
         return fitting[0]
     least, base = min((spec.weights(base), base.precision) for base, _ in spec.choices)
@@ -114,9 +119,41 @@ def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
     )
 
 
-def fitting_plans(spec: ModelSpec, pairs: Iterable[TierPair], budget: int) -> list[MemoryPlan]:
-    """One plan for each of `pairs` whose base fits, the best first."""
-    plans = (_filled(spec, pair, budget) for pair in pairs)
+def plan_within(spec: ModelSpec, available: int, waits_here: bool = False) -> MemoryPlan:
+    """The same in `available` bytes of memory, less a reserve, the context, and the upgrades that wait there.
+
+    Args:
+        waits_here: whether upgrades wait for their turn in the same memory, as they do on a CPU.
+
+    Raises:
+        BudgetError: nothing fits.
+    """
+    fitting = fitting_plans(spec, budgets_within(spec, spec.choices, available, waits_here))
+    if fitting:
+        return fitting[0]
+    budget = weights_budget(available, spec.context)
+    plan = plan_memory(spec, budget)  # where this fits, it is what waits that does not
+    waiting = spec.waiting((plan.base, plan.upgrade))
+    raise BudgetError(
+        f"{available:,} bytes leave {budget:,} for weights, and at {plan.tiers} {waiting:,} of upgrades would wait in "
+        f'the same memory; set host_copy="disk", or take tiers=("{plan.base.precision}",)',
+        available,
+        spec.weights(plan.base) + waiting,
+    )
+
+
+def budgets_within(
+    spec: ModelSpec, pairs: Iterable[TierPair], available: int, waits_here: bool
+) -> dict[TierPair, int]:
+    """What of `available` bytes weights may take, by pair of tiers; see `plan_within`."""
+    return {
+        pair: weights_budget(available - (spec.waiting(pair) if waits_here else 0), spec.context) for pair in pairs
+    }
+
+
+def fitting_plans(spec: ModelSpec, budgets: Mapping[TierPair, int]) -> list[MemoryPlan]:
+    """One plan for each pair of tiers whose base fits its budget, the best first."""
+    plans = (_filled(spec, pair, budget) for pair, budget in budgets.items())
     fitting = [plan for plan in plans if plan is not None]
     return sorted(fitting, key=lambda plan: (loss_of(plan), plan.total, len(plan.tiers)))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from dynaexq.planning.budget import (
     ModelSpec,
     TierPair,
+    budgets_within,
     fitting_plans,
     least_available,
     loss_of,
@@ -34,6 +35,10 @@ class Card:
     driver: int = DRIVER_BYTES
     is_cpu: bool = False
     weights_only: bool = False
+
+    def holds_upgrades(self, spec: ModelSpec) -> bool:
+        """Whether upgrades of a model wait here; those of a packed checkpoint are read where they are."""
+        return self.is_cpu and not spec.packed
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class CardEstimate:
     """One card: where its bytes go before the weights come, and the tiers that fit then, the best first.
 
     Attributes:
+        waiting: of the upgrades that wait in the same memory.
         budget: bytes left for weights: what `hbm_budget="auto"` takes there; not positive where the context
             alone does not fit.
     """
@@ -79,6 +85,7 @@ class CardEstimate:
     reserve: int
     cache: int
     activations: int
+    waiting: int
     budget: int
     estimates: tuple[TierEstimate, ...]
 
@@ -102,16 +109,15 @@ class Remedy:
 
 def estimate_card(spec: ModelSpec, card: Card, host_ram: int | None = None) -> CardEstimate:
     """What fits on `card` beside `host_ram` bytes of host memory, None for any amount."""
+    estimates = tuple(_estimates(spec, card, host_ram))
     if card.weights_only:
-        return CardEstimate(card, 0, 0, 0, card.nbytes, tuple(_estimates(spec, card.nbytes, host_ram)))
-    available = card.nbytes - card.driver
-    if card.is_cpu and not spec.packed:
-        largest = max(upgrade.nbytes if upgrade else 0 for _, upgrade in spec.choices)
-        available -= largest * spec.num_layers * spec.num_experts
+        return CardEstimate(card, 0, 0, 0, 0, card.nbytes, estimates)
+    chosen = next((estimate for estimate in estimates if estimate.is_auto), None)
+    waiting = chosen.waiting if chosen and card.holds_upgrades(spec) else 0
+    available = card.nbytes - card.driver - waiting
     budget = weights_budget(available, spec.context)
     reserve = available - budget - spec.context
-    estimates = tuple(_estimates(spec, budget, host_ram))
-    return CardEstimate(card, reserve, spec.cache, spec.activations, budget, estimates)
+    return CardEstimate(card, reserve, spec.cache, spec.activations, waiting, budget, estimates)
 
 
 def find_remedies(
@@ -128,16 +134,35 @@ def find_remedies(
             yield Remedy(changes, found)
 
 
-def least_card(spec: ModelSpec, pairs: Iterable[TierPair] | None = None) -> tuple[int, str]:
-    """Bytes of the least card that the model fits on, and the precision that all experts have there."""
-    base = min((base for base, _ in pairs or spec.offered), key=lambda base: base.nbytes)
-    return DRIVER_BYTES + least_available(spec.weights(base), spec.context), base.precision
+def least_card(
+    spec: ModelSpec, pairs: Iterable[TierPair] | None = None, driver: int = DRIVER_BYTES, holds_upgrades: bool = False
+) -> tuple[int, str]:
+    """Bytes of the least card that the model fits on, and the precision that all experts have there.
+
+    Args:
+        pairs: the tiers to choose from, all if left out.
+        driver, holds_upgrades: of the card.
+    """
+    return min(
+        (
+            driver
+            + least_available(spec.weights(pair[0]), spec.context)
+            + (spec.waiting(pair) if holds_upgrades else 0),
+            pair[0].precision,
+        )
+        for pair in pairs or spec.offered
+    )
 
 
-def _estimates(spec: ModelSpec, budget: int, host_ram: int | None) -> Iterator[TierEstimate]:
-    chosen = next((plan.tiers for plan in fitting_plans(spec, spec.choices, budget)), None)
-    for plan in fitting_plans(spec, spec.offered, budget):
-        waiting = plan.num_layers * plan.num_experts * plan.upgrade.nbytes if plan.upgrade else 0
+def _estimates(spec: ModelSpec, card: Card, host_ram: int | None) -> Iterator[TierEstimate]:
+    def fitting(pairs: Iterable[TierPair]) -> list[MemoryPlan]:
+        if card.weights_only:
+            return fitting_plans(spec, dict.fromkeys(pairs, card.nbytes))
+        return fitting_plans(spec, budgets_within(spec, pairs, card.nbytes - card.driver, card.holds_upgrades(spec)))
+
+    chosen = next((plan.tiers for plan in fitting(spec.choices)), None)
+    for plan in fitting(spec.offered):
+        waiting = spec.waiting((plan.base, plan.upgrade))
         reading = (spec.experts + spec.dense) / DISK_RATE
         quantizing = 0.0 if plan.tiers == ("fp16",) else spec.num_weights / ENCODE_RATE[spec.quantizer]
         yield TierEstimate(

@@ -19,13 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen
 from typer.testing import CliRunner
 
 from dynaexq.cli import app
-from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
+from dynaexq.errors import BudgetError, CheckpointError, SettingsError, UnsupportedModelError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import bytes_saved, quantized_linears
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.hf.model_size import inspect_checkpoint
-from dynaexq.hf.planning import dense_bytes
+from dynaexq.hf.planning import dense_bytes, inspect_model
 from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.planning.budget import TIER_CHOICES, ModelSpec, plan_memory
 from dynaexq.planning.estimate import Card, CardEstimate, TierEstimate, find_remedies, least_card
@@ -435,11 +435,45 @@ def test_the_remedies_are_fits_and_come_in_the_order_of_their_trials(sizes: dict
     assert all(remedy.found.auto is not None for remedy in found)
 
 
-def test_the_ram_of_this_machine_is_a_card_without_a_driver_in_which_upgrades_wait(
-    sizes: dict[str, ModelSpec],
+def test_on_a_cpu_the_upgrades_of_the_tiers_that_are_chosen_wait_beside_them(sizes: dict[str, ModelSpec]) -> None:
+    spec = sizes["30B"]
+    gpu = estimate_on(spec, Card("gpu", 24 * GIB, driver=0))
+    ram = estimate_on(spec, Card("ram", 24 * GIB, driver=0, is_cpu=True))
+    assert gpu.auto.plan.tiers == ("int4", "int8")
+    assert ram.auto.plan.tiers == ("int4",)
+    for estimate in ram.estimates:
+        assert estimate.plan.total + estimate.waiting + spec.context <= 24 * GIB
+    mixed = next(estimate for estimate in ram.estimates if estimate.plan.tiers == ("int2", "int4"))
+    alone = next(estimate for estimate in gpu.estimates if estimate.plan.tiers == ("int2", "int4"))
+    assert mixed.plan.budget == pytest.approx(alone.plan.budget - 0.9 * mixed.waiting, abs=2)
+    assert mixed.plan.num_slots < alone.plan.num_slots
+
+
+@pytest.mark.parametrize("tiers", ["auto", ("int2", "int4"), ("int4", "int8")], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["16 bit", "packed"])
+def test_what_plan_finds_in_ram_is_what_auto_takes_on_a_cpu(
+    tiers: str | tuple[str, ...], packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = replace(sizes["30B"], choices=tuple(p for p in sizes["30B"].offered if p[0].precision == "int4"))
-    gpu = estimate_on(spec, Card("gpu", 64 * GIB, driver=0))
-    ram = estimate_on(spec, Card("ram", 64 * GIB, driver=0, is_cpu=True))
-    waiting = max(upgrade.nbytes for _, upgrade in spec.choices if upgrade) * spec.num_layers * spec.num_experts
-    assert gpu.budget - ram.budget == pytest.approx(0.9 * waiting, abs=2)
+    source, model = tmp_path / "source", tiny.tiny_qwen3_moe()
+    if packed:
+        patching.patch(model, "1MB", tiers=("int2", "int8") if tiers == "auto" else tiers, device="cpu")
+    model.save_pretrained(source)
+    sizes = {"hbm_budget": "auto", "device": "cpu", "max_context": 64}
+    config = DynaExqConfig(tiers=tiers, quantizer="rtn", **sizes) if not packed else DynaExqConfig(**sizes)
+    spec = inspect_checkpoint(source, config)
+    free = 500_000 - spec.dense  # the dense weights are there already when the experts are planned
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
+    loaded = type(model).from_pretrained(source, quantization_config=config)
+    assert loaded.dynaexq.plan == estimate_on(spec, Card("RAM", 500_000, driver=0, is_cpu=True)).auto.plan
+
+
+def test_upgrades_that_have_no_room_to_wait_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.tiny_qwen3_moe()
+    held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    context = inspect_model(model, find_sparse_layers(model), DynaExqConfig(max_context=16).settings()).context
+    room = int((115_000 + context) / 0.9) + 1  # enough for int2, and not for upgrades besides
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=room - held))
+    options: dict[str, Any] = {"tiers": ("int2", "int4"), "device": "cpu", "max_context": 16, "quantizer": "rtn"}
+    with pytest.raises(BudgetError, match=r'wait in the same memory; set host_copy="disk", or take tiers=\("int2",\)'):
+        patching.patch(model, "auto", **options)
+    assert patching.patch(model, "auto", host_copy="disk", **options).plan.tiers == ("int2", "int4")
