@@ -41,7 +41,7 @@ def _swapped_class(mixin: Any, family: Any) -> Any:
     return type(name, (mixin, family), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
 
 
-RECORD = "_dynaexq_installation"
+RECORD = "_dynaexq_patch"
 """The attribute of a patched model that holds its `ModelPatch`."""
 
 

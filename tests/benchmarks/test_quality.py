@@ -17,8 +17,8 @@ from dynaexq.types import ExpertShape
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks" / "quality"))
 
-import quality_depths
 import quality_policies
+import quality_three_tiers
 
 
 def paper(delta: float, hotness: list[list[float]], upgraded: list[list[int]], slots: int) -> list[list[int]]:
@@ -44,12 +44,12 @@ def test_the_papers_rule_gives_every_layer_its_share_whatever_the_others_have() 
 def test_an_oracle_spends_no_more_bits_than_it_has_and_on_the_hottest_first(allowed: tuple[int, ...]) -> None:
     mass = np.random.default_rng(0).dirichlet(np.ones(16), size=2)
     for bits in np.arange(allowed[0], allowed[-1] + 0.1, 0.3):
-        depths = quality_depths.assignment(mass, allowed, bits)
+        depths = quality_three_tiers.assignment(mass, allowed, bits)
         assert set(np.unique(depths)) <= set(allowed)
         assert bits - 8 / mass.size < depths.mean() <= bits + 1e-9
         ranked = depths.flat[np.argsort(-mass, axis=None)]
         assert (np.diff(ranked) <= 0).sum() >= mass.size - 3, "a hotter expert is deeper, but for the last that fits"
-    assert quality_depths.assignment(mass, allowed, allowed[0] - 0.1) is None
+    assert quality_three_tiers.assignment(mass, allowed, allowed[0] - 0.1) is None
 
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "quality.json"

@@ -1,6 +1,6 @@
 """Would three depths in one model beat two? Oracle assignments of int2, int4 and int8 at equal bytes, emulated.
 
-    python benchmarks/quality/quality_depths.py [--tokens 5000] [--json FILE]
+    python benchmarks/quality/quality_three_tiers.py [--tokens 5000] [--json FILE]
 
 Every expert is coded once and read at the depth that it is given for a phase, by an oracle that knows the phase's
 traffic: the benefit of a step up is the expert's routing mass times the KL that all experts together gain by it, and
