@@ -51,7 +51,7 @@ def run(
     if len(cards) == 1 and estimates[0].auto is None:
         trials = _trials(options, context, batch)
         remedies = list(islice(find_remedies(spec, trials, cards[0]), REMEDIES_SHOWN))
-        least = asked.weights(min((base for base, _ in asked.choices), key=lambda base: base.nbytes))
+        least, _ = asked.least()
         raise BudgetError(no_fit(asked, estimates[0], remedies, str(source), options), cards[0].nbytes, least)
     _show(asked, estimates, str(source), options, json)
 

@@ -135,11 +135,11 @@ def duration(seconds: float) -> str:
 
 def _too_small(spec: ModelSpec, found: CardEstimate) -> str:
     card = found.card
-    least, base = least_card(spec, spec.choices, card.driver, card.holds_upgrades(spec))
     if card.weights_only:
-        least = min(spec.weights(base) for base, _ in spec.choices)
+        least, base = spec.least()
         taken = f"{card.name} of {card.nbytes:,} bytes is too small for {spec.name}: dense weights take {spec.dense:,}"
     else:
+        least, base = least_card(spec, spec.choices, card.driver, card.holds_upgrades(spec))
         taken = (
             f"{card.name} with {card.nbytes:,} bytes is too small for {spec.name}: {card.driver:,} for the driver, "
             f"{max(found.reserve, 0):,} of reserve ({RESERVED_SHARE:.0%}), {found.cache:,} of cache and "

@@ -7,6 +7,7 @@ weight is read and no codec is made.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -24,13 +25,13 @@ from dynaexq.memory.tensor_bytes import weight_bytes
 from dynaexq.planning.budget import (
     TIER_CHOICES,
     ModelSpec,
-    TierPair,
     loss_of,
     plan_memory,
     plan_within,
+    tier_choices,
     weights_budget,
 )
-from dynaexq.quantization import ExpertCodec, offered, tier_layout
+from dynaexq.quantization import ExpertCodec, offered, tier_sizes
 from dynaexq.settings import Settings
 from dynaexq.types import MemoryPlan
 
@@ -61,6 +62,7 @@ def inspect_model(
     """
     first = layers[0]
     shape, num_experts = first.shape(), num_experts or first.num_experts
+    sized = partial(tier_sizes, shape, first.dtype, settings.group_size)
     context = context_for(model, settings) if context is None else context
     return ModelSpec(
         name=type(model).__name__,
@@ -71,8 +73,8 @@ def inspect_model(
         num_weights=len(layers) * num_experts * shape.num_weights,
         dense=dense_bytes(model, layers) - bytes_saved(model, settings.dense) if dense is None else dense,
         workspace=DeviceMemory.workspace_bytes(len(layers), num_experts),
-        choices=_sizes(first, tier_choices(settings, stored), settings),
-        offered=_sizes(first, offered(stored) if stored else TIER_CHOICES, settings),
+        choices=sized(_choices(settings, stored)),
+        offered=sized(offered(stored) if stored else TIER_CHOICES),
         quantizer=settings.quantizer,
         cache=context.cache,
         activations=context.activations,
@@ -100,7 +102,7 @@ def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 
             f"max_batch={settings.max_batch} need {available - left:,} of them; lower these or give hbm_budget "
             "yourself"
         )
-    return plan_within(spec, available, device.type == "cpu" and _waits_in_ram(spec, settings))
+    return plan_within(spec, available, device.type == "cpu" and spec.waits_in_ram(settings.host_copy))
 
 
 def plan_together(
@@ -162,14 +164,14 @@ def resolve_device(settings: Settings) -> torch.device:
     return device
 
 
-def tier_choices(settings: Settings, stored: Tiers | None = None) -> tuple[Tiers, ...]:
+def _choices(settings: Settings, stored: Tiers | None) -> tuple[Tiers, ...]:
     """The tiers to choose from: those that were asked for, all that there are, or what a packed checkpoint holds.
 
     Raises:
         SettingsError: the tiers that were asked for are not among those that the `stored` planes allow.
     """
     if stored is None:
-        return TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
+        return tier_choices(settings.tiers)
     if isinstance(settings.tiers, str):
         return (stored,)
     if settings.tiers not in offered(stored):
@@ -206,13 +208,3 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
-
-
-def _waits_in_ram(spec: ModelSpec, settings: Settings) -> bool:
-    """Whether upgrades are copied into RAM; those of a packed checkpoint are read where they are, unless asked for."""
-    return settings.host_copy == "ram" or (settings.host_copy == "auto" and not spec.packed)
-
-
-def _sizes(layer: SparseLayer, choices: Iterable[Tiers], settings: Settings) -> tuple[TierPair, ...]:
-    shape = layer.shape()
-    return tuple(tier_layout(shape, layer.dtype, tiers, settings.group_size).sizes() for tiers in choices)

@@ -90,10 +90,23 @@ class ModelSpec:
         """The least bytes of all weights with every expert at `base`."""
         return self.dense + self.workspace + self.num_layers * self.num_experts * base.nbytes
 
+    def least(self) -> tuple[int, str]:
+        """The least bytes of all weights at any of `choices`, and the precision that all experts have there."""
+        return min((self.weights(base), base.precision) for base, _ in self.choices)
+
+    def waits_in_ram(self, host_copy: str = "auto") -> bool:
+        """Whether upgrades are copied into RAM; of a packed checkpoint they are read where they are, unless asked."""
+        return host_copy == "ram" or (host_copy == "auto" and not self.packed)
+
     def waiting(self, pair: TierPair) -> int:
         """Bytes of the upgrades of all experts, where they wait for their turn."""
         _, upgrade = pair
         return self.num_layers * self.num_experts * upgrade.nbytes if upgrade else 0
+
+
+def tier_choices(tiers: str | tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    """The tiers to choose from: those that were asked for, or all for `"auto"`."""
+    return TIER_CHOICES if isinstance(tiers, str) else (tiers,)
 
 
 def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
@@ -105,7 +118,7 @@ def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
     fitting = fitting_plans(spec, dict.fromkeys(spec.choices, budget))
     if fitting:
         return fitting[0]
-    least, base = min((spec.weights(base), base.precision) for base, _ in spec.choices)
+    least, base = spec.least()
     others = sorted((spec.weights(base), base.precision) for base, _ in spec.offered)
     smaller = [precision for needed, precision in others if needed <= budget]
     remedy = f', or take tiers=("{smaller[-1]}",), which fits' if smaller else ""

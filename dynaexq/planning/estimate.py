@@ -37,8 +37,8 @@ class Card:
     weights_only: bool = False
 
     def holds_upgrades(self, spec: ModelSpec) -> bool:
-        """Whether upgrades of a model wait here; those of a packed checkpoint are read where they are."""
-        return self.is_cpu and not spec.packed
+        """Whether upgrades of a model wait here."""
+        return self.is_cpu and spec.waits_in_ram()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the bits mean: number formats, packing, and the quantizer. No device logic and no kernel lives here."""
 
-from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout
+from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout, tier_sizes
 from dynaexq.quantization.moments import BLOCK, ExpertInputs, Inputs, Moments
 from dynaexq.quantization.quantize import check_representable
 from dynaexq.quantization.tier_conversion import offered, pieces, rebase
@@ -18,4 +18,5 @@ __all__ = [
     "pieces",
     "rebase",
     "tier_layout",
+    "tier_sizes",
 ]

@@ -4,7 +4,7 @@ Every expert has a *base* block. A hot expert has an *upgrade* besides: the miss
 where the upgrade is 16-bit, a complete block that stands in its place (*replace*).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -139,6 +139,13 @@ def tier_layout(shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], 
     base_block = dense_block() if base == "fp16" else code_block(planes)
     refinement = BlockLayout([array for name in matrices for array in planes_of(name, refine)])
     return TierLayout(tiers, matrices, planes, refine, base_block, dense_block() if upgrade == "fp16" else refinement)
+
+
+def tier_sizes(
+    shape: ExpertShape, dtype: torch.dtype, group_size: int, choices: Iterable[tuple[str, ...]]
+) -> tuple[tuple[Tier, Tier | None], ...]:
+    """Base and upgrade with their bytes, for each of several tiers; see `ExpertCodec` for the arguments."""
+    return tuple(tier_layout(shape, dtype, tiers, group_size).sizes() for tiers in choices)
 
 
 class ExpertCodec:

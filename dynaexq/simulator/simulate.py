@@ -18,8 +18,8 @@ from rich.table import Table
 
 from dynaexq.errors import SettingsError
 from dynaexq.memory import DeviceMemory
-from dynaexq.planning.budget import TIER_CHOICES, ModelSpec, plan_memory
-from dynaexq.quantization import tier_layout
+from dynaexq.planning.budget import ModelSpec, plan_memory, tier_choices
+from dynaexq.quantization import tier_sizes
 from dynaexq.settings import Settings
 from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, replay
 from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, generate
@@ -182,8 +182,7 @@ def _spec(header: TraceHeader, settings: Settings, dense: int) -> ModelSpec:
     if header.expert is None:
         raise SettingsError("the trace does not say what shape an expert has, and so not how large it is")
     shape, dtype = header.expert, getattr(torch, header.dtype)
-    choices = TIER_CHOICES if isinstance(settings.tiers, str) else (settings.tiers,)
-    pairs = tuple(tier_layout(shape, dtype, tiers, settings.group_size).sizes() for tiers in choices)
+    pairs = tier_sizes(shape, dtype, settings.group_size, tier_choices(settings.tiers))
     num_layers, num_experts = header.shape
     weights = num_layers * num_experts * shape.num_weights
     workspace = DeviceMemory.workspace_bytes(num_layers, num_experts)
