@@ -67,6 +67,7 @@ BENCHMARKS = (
     ),
     Benchmark("quality/quantizers", "quality/quantizers.py", "KL by quantizer and calibration", "quantizers.json"),
     Benchmark("checkpoints/start", "checkpoints/checkpoint.py", "memory and time of loading", "checkpoint.json"),
+    Benchmark("start_up", "start_up.py", "seconds to import and of short commands", "start_up.json"),
     Benchmark("policy/speed", "policy/policy_speed.py", "milliseconds per tick", "policy_speed.json"),
     Benchmark("policy/simulate", "policy/simulate.py", "policies on made-up traffic", "simulate.json"),
     Benchmark("figures/1", "figures/fig1_activation.py", "routing frequency by workload", "fig1_activation.json"),

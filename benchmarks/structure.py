@@ -71,9 +71,29 @@ def height(arrows: dict[str, set[str]]) -> int:
     return floors
 
 
+def lines(package: Path) -> dict[str, dict[str, int]]:
+    """Lines of each room, and how many of them are code: neither empty, nor a comment, nor a docstring."""
+    found: dict[str, dict[str, int]] = {}
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        prose = {
+            number
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+            for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        rows = [(number, row.strip()) for number, row in enumerate(text.splitlines(), 1)]
+        room = found.setdefault(room_of(path, package), {"lines": 0, "code": 0})
+        room["lines"] += len(rows)
+        room["code"] += sum(bool(row) and not row.startswith("#") and number not in prose for number, row in rows)
+    return found
+
+
 def counts(package: Path) -> dict[str, int]:
     """What can be counted without running anything."""
-    arrows = graph(package)
+    arrows, by_room = graph(package), lines(package)
     files = [path for path in package.rglob("*.py") if path.name != "__init__.py"]
     return {
         "packages": sum((package / room).is_dir() for room in arrows),
@@ -81,7 +101,8 @@ def counts(package: Path) -> dict[str, int]:
         "floors": height(arrows),
         "arrows": sum(map(len, arrows.values())),
         "files": len(files),
-        "lines": sum(len(path.read_text().splitlines()) for path in package.rglob("*.py")),
+        "lines": sum(room["lines"] for room in by_room.values()),
+        "lines of code": sum(room["code"] for room in by_room.values()),
     }
 
 
@@ -167,7 +188,7 @@ def main(
     """Count the structure of a checkout, and walk through it."""
     package = package.resolve()
     sys.path.insert(0, str(package.parent))
-    found = {"counts": counts(package), "walks": walks(package)}
+    found = {"counts": counts(package), "lines by room": lines(package), "walks": walks(package)}
     table = Table(box=None, header_style="bold")
     for column in ("", "files", "rooms"):
         table.add_column(column)

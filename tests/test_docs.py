@@ -92,3 +92,14 @@ def test_what_a_comment_names_with_its_module_is_there():
         for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)+)`", text):
             lost = set(name.removesuffix(".py").split(".")) - known
             assert not lost, f"{path.relative_to(ROOT)} speaks of {name}, but nothing is called {', '.join(lost)}"
+
+
+FOLDERS = ("dynaexq", "benchmarks", "examples", "tests", "docs")
+SPOKEN_OF = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|json)\b")
+SPEAKING = [*PAGES, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SPEAKING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_the_repository_that_are_spoken_of_are_there(path):
+    for name in SPOKEN_OF.findall(path.read_text()):
+        assert (ROOT / name).exists(), f"{path.relative_to(ROOT)} speaks of {name}"

@@ -69,7 +69,8 @@ WORKLOADS = {
   used last meet 67 and 81 %: `locality` and `locality_tokens`).
 - `flat`: nothing to follow.
 
-`tests/test_traces.py` measures these figures. The weights of the choices are those of the softmax and are not fitted.
+`tests/traces/test_traces.py` measures these figures. The weights of the choices are those of the softmax and are not
+fitted.
 """
 
 
