@@ -11,6 +11,8 @@ DynaExqError
 ├── CheckpointError(OSError)          a checkpoint that is incomplete, damaged, of another kind, or cannot be written
 ├── TraceError(ValueError)            a routing trace that cannot be read, or a recording that cannot begin
 ├── HotnessError(ValueError)          a hotness file that cannot be read, or of another model
+├── InputError(ValueError)            tensors that do not belong together were given to a layer
+├── ReentryError(RuntimeError)        control was asked for from within itself, where waiting would never end
 └── ClosedError(RuntimeError)         the runtime was closed
 """
 
@@ -67,6 +69,14 @@ class ClosedError(DynaExqError, RuntimeError):
 
 class TraceError(DynaExqError, ValueError):
     """A routing trace that cannot be read, or a recording that cannot begin."""
+
+
+class InputError(DynaExqError, ValueError):
+    """Tensors that do not belong together, or not to the layer that they were given to."""
+
+
+class ReentryError(DynaExqError, RuntimeError):
+    """Control was asked for from within itself (a policy, a signal handler), where waiting would never end."""
 
 
 class HotnessError(DynaExqError, ValueError):

@@ -28,14 +28,17 @@ TOKENS = 8
 class FullSlots:
     """Slots that are all taken; see `policy.Slots`. What is submitted begins and changes nothing."""
 
-    failing, num_free = False, 0
+    allowance, num_free = None, 0
 
     def __init__(self, upgraded: np.ndarray):
-        self.upgraded, self.broken = upgraded, np.zeros_like(upgraded)
+        self.upgraded, self.barred = upgraded, np.zeros_like(upgraded)
         self.num_slots = int(upgraded.sum())
 
     def submit(self, move: Transition) -> bool:
         return True
+
+    def tick(self) -> None:
+        """No copy fails."""
 
     def settle(self) -> None:
         pass

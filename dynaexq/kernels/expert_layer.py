@@ -4,11 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynaexq.errors import InputError
 from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.types import split_entry
+
+INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+"""What ids of experts may be."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,36 @@ class ExpertLayer:
     @property
     def num_experts(self) -> int:
         return len(self.base)
+
+    @property
+    def hidden_size(self) -> int:
+        """Elements of a row that goes in, and of one that comes out."""
+        return self.codec.shape.hidden_size
+
+    def check(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Raise an InputError unless rows `[N, H]`, ids and weights `[N, k]` belong together and to this layer.
+
+        Kernels are handed addresses: what is said here is all that keeps them within these tensors.
+        """
+        rows, ids, weights = hidden_states.shape, top_k_index.shape, top_k_weights.shape
+        if len(rows) != 2 or len(ids) != 2 or rows[0] != ids[0] or ids != weights or rows[1] != self.hidden_size:
+            raise InputError(
+                f"expected rows [N, {self.hidden_size}], ids [N, k] and weights [N, k] of the same N and k, got "
+                f"{list(rows)}, {list(ids)} and {list(weights)}"
+            )
+        if not (hidden_states.is_floating_point() and top_k_weights.is_floating_point()) or (
+            top_k_index.dtype not in INDEX_DTYPES
+        ):
+            raise InputError(
+                f"expected floating rows and weights and whole ids, got {hidden_states.dtype}, {top_k_weights.dtype} "
+                f"and {top_k_index.dtype}"
+            )
+        device = self.base.device
+        if not hidden_states.device == top_k_index.device == top_k_weights.device == device:
+            raise InputError(
+                f"expected all tensors on {device}, where the experts are, got rows on {hidden_states.device}, ids on "
+                f"{top_k_index.device} and weights on {top_k_weights.device}; move the inputs there"
+            )
 
     def run_expert(self, hidden_states: Tensor, weights: ExpertWeights, index: int = 0) -> Tensor:
         """Expert `index` of `weights` on its rows `[n, H]`, in the dtype of the rows."""

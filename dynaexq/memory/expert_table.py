@@ -7,8 +7,8 @@ store, so no reader ever sees half of it.
     layer 0:  [0, 0x7f00_1200 | 8, 0, 0]       expert 1 is refined to 8 bits by the slot at 0x7f001200
     layer 1:  [0, 0, 0, 0]
 
-The table is written where the host keeps it. From there it comes to the device at once, by a store in the order of the
-readers; or, where there are `HostMailbox`, with the next forward that fetches.
+The table is written where the host keeps it, which on a CPU is all there is. From there it comes to the device at once,
+by a store in the order of the readers; or, where there is a `HostMailbox`, with the next forward that fetches.
 """
 
 import numpy as np
@@ -29,7 +29,12 @@ class ExpertTable:
     def __init__(self, num_layers: int, num_experts: int, device: torch.device, words: HostMailbox | None = None):
         self.entries: Tensor = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         self._is_fetched = words is not None
-        self._published = np.zeros((num_layers, num_experts), dtype=np.int64) if words is None else words.table
+        if words is not None:
+            self._published = words.table
+        elif device.type == "cpu":
+            self._published = self.entries.numpy()
+        else:
+            self._published = np.zeros((num_layers, num_experts), dtype=np.int64)
 
     def publish(self, layer: int, expert: int, address: int, kind: int) -> None:
         """Later readers find the upgrade at `address`. Where it is not fetched: in order on the current stream."""
@@ -40,6 +45,16 @@ class ExpertTable:
     def unpublish(self, layer: int, expert: int) -> None:
         """Later readers find the base only."""
         self._write(layer, expert, 0)
+
+    def addresses(self) -> dict[tuple[int, int], int]:
+        """(layer, expert) -> where its published upgrade lies."""
+        where = np.argwhere(self._published).tolist()
+        return {(layer, expert): int(self._published[layer, expert]) & ~KIND_MASK for layer, expert in where}
+
+    def mend(self) -> None:
+        """Have the device find what the host says, after a write that was cut short between the two."""
+        if not self._is_fetched:
+            self.entries.copy_(torch.from_numpy(self._published))
 
     def kinds(self) -> np.ndarray:
         """Kinds `[num_layers, num_experts]` as published, 0 for base only."""
@@ -55,5 +70,5 @@ class ExpertTable:
 
     def _write(self, layer: int, expert: int, entry: int) -> None:
         self._published[layer, expert] = entry  # one aligned 8-byte store
-        if not self._is_fetched:
+        if not self._is_fetched and not self.entries.is_cpu:
             self.entries[layer, expert].fill_(entry)  # as a kernel argument: no host buffer has to outlive the launch

@@ -1,11 +1,16 @@
 """When has the last reader of a retired slot finished? One answer a device; it knows neither slots nor experts."""
 
-import threading
+import itertools
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
+
+from dynaexq.errors import ReentryError
+from dynaexq.safeguards.call_lock import PAUSE, Call
 
 
 class Fence(Protocol):
@@ -27,43 +32,71 @@ class Fence(Protocol):
         """Return once it has."""
 
 
+class Reader(Call):
+    """A call that reads, and the moment at which it began."""
+
+    def __init__(self, moment: int, depth: int):
+        super().__init__(depth + 1)
+        self.moment = moment
+
+
 class ReaderFence:
-    """On a CPU a reader is a thread inside `reading()`. A ticket passes when all readers older than it have left."""
+    """On a CPU a reader is a call inside `reading()`. A ticket passes when all readers older than it have ended.
+
+    A reader is looked for on the stack of its thread, so that one whose end was lost (an interrupt, a fork) is none.
+    """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._clock = 0
-        self._begun: set[int] = set()
+        self._clock = itertools.count()
+        self._begun: set[Reader] = set()
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        with self._changed:
-            self._clock += 1
-            reader = self._clock
-            self._begun.add(reader)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._begun.remove(reader)
-                self._changed.notify_all()
+    def reading(self) -> AbstractContextManager[None]:
+        return _Reading(self)
 
     def writing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def mark(self) -> int:
-        return self._clock
+        return next(self._clock)
 
     def passed(self, ticket: int) -> bool:
-        with self._changed:
-            return self._oldest() > ticket
+        return not self._older(ticket)
 
     def wait(self, ticket: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._oldest() > ticket)
+        while readers := self._older(ticket):
+            if any(reader.is_below for reader in readers):
+                raise ReentryError(
+                    "a forward was interrupted to ask for what waits until that forward has ended (a signal handler, "
+                    "say, that lowers the budget); return from there first, then ask again"
+                )
+            time.sleep(PAUSE)
 
-    def _oldest(self) -> float:
-        return min(self._begun, default=float("inf"))
+    def _older(self, ticket: int) -> list[Reader]:
+        """Readers that began before `ticket` and go on; those that have ended are forgotten."""
+        older = [reader for reader in list(self._begun) if reader.moment < ticket]
+        running = [reader for reader in older if reader.is_running]
+        self._begun.difference_update(set(older).difference(running))
+        return running
+
+
+class _Reading:
+    """One reader of a `ReaderFence`."""
+
+    def __init__(self, fence: ReaderFence):
+        self._fence = fence
+
+    def __enter__(self) -> None:
+        self._reader = Reader(next(self._fence._clock), depth=1)
+        try:
+            self._fence._begun.add(self._reader)
+        except BaseException:
+            self._fence._begun.discard(self._reader)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._fence._begun.discard(self._reader)
 
 
 class StreamFence:

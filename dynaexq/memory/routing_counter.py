@@ -4,13 +4,12 @@ The sums are int64 fixed point and only ever grow; the host takes differences. (
 order of atomic additions, and with them every decision.)
 """
 
-import threading
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from dynaexq.memory.graph_sync import HostMailbox
+from dynaexq.safeguards.call_lock import CallLock
 from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 
@@ -29,7 +28,7 @@ class RoutingCounter:
         """Experts per token is routed to, as last seen."""
         self.sums: Tensor = torch.zeros(num_layers, num_experts + 2, dtype=torch.int64, device=device)
         self._drained = np.zeros((num_layers, num_experts + 2), dtype=np.int64)
-        self._lock = threading.Lock()
+        self._lock = CallLock("counting what is routed")
         self._reported = None if words is None else words.counts
         self._pinned: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
@@ -46,7 +45,7 @@ class RoutingCounter:
         ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
         mass = top_k_weights.reshape(-1).float().nan_to_num(0.0, 0.0, 0.0).clamp_(0.0, LARGEST_MASS)
         fixed = mass.mul_(MASS_UNIT).round_().to(torch.int64)
-        with self._lock:
+        with self._lock.turn():
             self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
             self.sums[layer, -1] += top_k_index.shape[0]
 
@@ -76,7 +75,7 @@ class RoutingCounter:
         if self._reported is not None:
             return self._reported.copy()  # perhaps in the middle of a report: every sum is one that was true
         if self.sums.device.type == "cpu":
-            with self._lock:
+            with self._lock.turn():
                 return self.sums.numpy().copy()
         latest = None
         if self._copied is not None and self._pinned is not None:

@@ -108,14 +108,33 @@ class SlabPool:
 
     def reclaim(self) -> None:
         """Free the retired slots whose last reader has finished. Never waits."""
-        while self._retired and self.fence.passed(self._retired[0][0]):
-            self._free.append(self._retired.popleft()[1])
+        passed: object = None
+        while self._retired and (self._retired[0][0] is passed or self.fence.passed(self._retired[0][0])):
+            passed, slot = self._retired.popleft()
+            self._free.append(slot)
 
     def settle(self) -> None:
         """Free every retired slot; waits for their last readers."""
         for ticket, _ in self._retired:
             self.fence.wait(ticket)
         self.reclaim()
+
+    def mend(self, owned: set[int]) -> None:
+        """Put the books in order after a call that was cut short: the slots at `owned` have owners, and no others.
+
+        Those are taken for retired now, whatever they were: a reader that has begun may have found any of them.
+        """
+        self._at = {slot.address: slot for segment in self._segments for slot in segment.slots}
+        self._owned = set(owned)
+        self._retired = deque()
+        self._free = []
+        ticket = self.fence.mark()
+        self._retired.extend((ticket, slot) for address, slot in self._at.items() if address not in owned)
+        self.reclaim()
+
+    def slot(self, address: int) -> Slot:
+        """The slot at `address`."""
+        return self._at[address]
 
     def at(self, address: int) -> Tensor:
         """The bytes of the slot at `address`."""

@@ -2,12 +2,12 @@
 
 A promotion takes a slot and starts a copy (`submit`); when the bytes have arrived the expert is published (`settle`).
 A demotion is published at once, and its slot retires until the last reader has finished. A slot with a copy in flight
-stays owned until that copy is done. What fails leaves the published version as it was, and is counted.
+stays owned until that copy is done. What fails leaves the published version as it was, is counted, and is tried again
+later (`retries`).
 """
 
 import logging
 import threading
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +16,11 @@ from dynaexq.memory.copy_engine import Copier, Copy
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.host_store import HostStore
 from dynaexq.memory.pinned import run_outside_capture
+from dynaexq.memory.retries import Retries
 from dynaexq.memory.slab_pool import SlabPool, Slot
 from dynaexq.types import Transition
 
 logger = logging.getLogger(__name__)
-
-FAILURES_UNTIL_BROKEN = 3
 
 Key = tuple[int, int]
 
@@ -40,8 +39,20 @@ class MoveCounts:
     bytes_copied: int = 0
 
 
+@dataclass(eq=False)
+class Flight:
+    """A slot that bytes are on their way to; `copy` is None until the copier has taken the job."""
+
+    slot: Slot
+    copy: Copy | None = None
+
+
 class SwapPipeline:
-    """Brings upgrades of one `kind` into `pool` and publishes them in `table`."""
+    """Brings upgrades of one `kind` into `pool` and publishes them in `table`.
+
+    What is published is what the table says, and the rest of the books can be made from it and from what is in flight:
+    `mend` does so after a call that was cut short, at whatever line. Each step below is ordered for that.
+    """
 
     def __init__(
         self,
@@ -56,13 +67,9 @@ class SwapPipeline:
         shape = tuple(table.entries.shape)
         self.upgraded = np.zeros(shape, dtype=bool)
         """Experts published or in flight: what the next decision must take as given."""
-        self.broken = np.zeros(shape, dtype=bool)
-        """Experts whose bytes could not be fetched three times over; not worth another try."""
-        self.failing = False
-        """Whether the last copy to end has failed: a bad time to take an upgrade away for another."""
+        self.retries = Retries(shape)  # type: ignore[arg-type]
         self._published: dict[Key, Slot] = {}
-        self._in_flight: dict[Key, tuple[Slot, Copy]] = {}
-        self._failures: Counter[Key] = Counter()
+        self._in_flight: dict[Key, Flight] = {}
 
     @property
     def num_slots(self) -> int:
@@ -79,6 +86,21 @@ class SwapPipeline:
         """Copies on their way."""
         return len(self._in_flight)
 
+    @property
+    def barred(self) -> np.ndarray:
+        """Experts not to be tried now, as their last copy has failed, bool `[L, E]`."""
+        return self.retries.barred
+
+    @property
+    def allowance(self) -> int | None:
+        """Promotions that may begin now: None for any number, 1 to probe a store that failed, 0 while it rests."""
+        allowance = self.retries.allowance
+        return 0 if allowance and self._in_flight else allowance
+
+    def tick(self) -> None:
+        """Time passes for what waits to be tried again."""
+        self.retries.tick()
+
     def reclaim(self) -> None:
         """Free the slots whose last reader has finished. Never waits."""
         self.pool.reclaim()
@@ -92,19 +114,13 @@ class SwapPipeline:
 
     def settle(self) -> None:
         """Publish every upgrade whose bytes have arrived. Never waits."""
-        for key, (slot, copy) in list(self._in_flight.items()):
-            if not copy.done:
+        for key, flight in list(self._in_flight.items()):
+            if flight.copy is None or not flight.copy.done:
                 continue
-            del self._in_flight[key]
-            if copy.error is not None:
-                self._give_up(key, slot, copy.error)
-                continue
-            self.failing = False
-            self._published[key] = slot
-            with self.pool.fence.writing():
-                self.table.publish(*key, slot.address, self.kind)
-            self.counts.promotions += 1
-            self.counts.bytes_copied += self.pool.slot_nbytes
+            if flight.copy.error is not None:
+                self._give_up(key, flight.slot, flight.copy.error)
+            else:
+                self._publish(key, flight.slot)
 
     def drain(self) -> None:
         """Wait for everything in flight and publish it."""
@@ -140,8 +156,23 @@ class SwapPipeline:
             self._demote(key)
         self.pool.settle()
 
+    def mend(self) -> None:
+        """Put the books in order after a call that was cut short; what it had not finished counts as not begun."""
+        if any(flight.copy is None for flight in self._in_flight.values()):
+            self.copier.synchronize()  # it may have taken the job all the same, and then it has now done it
+        self.table.mend()
+        published = {key: self.pool.slot(address) for key, address in self.table.addresses().items()}
+        in_flight = {
+            key: flight for key, flight in self._in_flight.items() if flight.copy is not None and key not in published
+        }
+        self.pool.mend({slot.address for slot in (*published.values(), *(f.slot for f in in_flight.values()))})
+        self.counts.promotions = self.counts.demotions + len(published)
+        self.counts.bytes_copied = self.counts.promotions * self.pool.slot_nbytes
+        self._published, self._in_flight = published, in_flight
+        self._count_upgraded()
+
     def close(self) -> None:
-        """Wait for copies in flight, then close the copier and the store."""
+        """Wait for copies in flight, then close the copier and the store. A second call finishes what one began."""
         self.copier.close()
         self.settle()
         self.store.close()
@@ -169,26 +200,42 @@ class SwapPipeline:
         if slot is None:
             return False
         index = key[0] * self.upgraded.shape[1] + key[1]
-        self._in_flight[key] = slot, self.copier.start(self.store, index, slot.bytes)
+        flight = self._in_flight[key] = Flight(slot)
+        flight.copy = self.copier.start(self.store, index, slot.bytes)
         self.upgraded[key] = True
         return True
 
+    def _publish(self, key: Key, slot: Slot) -> None:
+        with self.pool.fence.writing():
+            self.table.publish(*key, slot.address, self.kind)
+        self._published[key] = slot
+        self.retries.arrived(key)
+        self.counts.promotions += 1
+        self.counts.bytes_copied += self.pool.slot_nbytes
+        del self._in_flight[key]
+
     def _demote(self, key: Key) -> bool:
-        slot = self._published.pop(key, None)
+        slot = self._published.get(key)
         if slot is None:
             return False
         with self.pool.fence.writing():
             self.table.unpublish(*key)
+        del self._published[key]
         self.pool.retire(slot)
         self.upgraded[key] = False
         self.counts.demotions += 1
         return True
 
     def _give_up(self, key: Key, slot: Slot, error: Exception) -> None:
-        logger.warning("upgrade of expert %d in layer %d not copied, it keeps its base: %s", key[1], key[0], error)
+        logger.debug("upgrade of expert %d in layer %d not copied, it keeps its base: %s", key[1], key[0], error)
+        self.retries.failed(key, error)
+        self.counts.failed += 1
+        del self._in_flight[key]
         self.pool.release(slot)
         self.upgraded[key] = False
-        self.failing = True
-        self.counts.failed += 1
-        self._failures[key] += 1
-        self.broken[key] = self._failures[key] >= FAILURES_UNTIL_BROKEN
+
+    def _count_upgraded(self) -> None:
+        upgraded = np.zeros_like(self.upgraded)
+        for key in (*self._published, *self._in_flight):
+            upgraded[key] = True
+        self.upgraded = upgraded

@@ -65,12 +65,12 @@ class Slots(Protocol):
         """Experts that hold an upgrade or have one on its way, bool `[L, E]`."""
 
     @property
-    def broken(self) -> np.ndarray:
-        """Experts whose upgrade cannot be fetched, bool `[L, E]`."""
+    def barred(self) -> np.ndarray:
+        """Experts not to be tried now, as their last copy has failed, bool `[L, E]`."""
 
     @property
-    def failing(self) -> bool:
-        """Whether the last copy to end has failed: a bad time to take an upgrade away for another."""
+    def allowance(self) -> int | None:
+        """Promotions that may begin now: None for any number, 1 to probe a store that failed, 0 while it rests."""
 
     @property
     def num_slots(self) -> int:
@@ -82,6 +82,9 @@ class Slots(Protocol):
 
     def submit(self, move: Transition) -> bool:
         """Begin one move; whether that was possible."""
+
+    def tick(self) -> None:
+        """Time passes for what waits to be tried again."""
 
     def settle(self) -> None:
         """Publish every upgrade whose bytes have arrived. Never waits."""
@@ -111,7 +114,7 @@ class PrecisionController:
         Args:
             followed: what `followed` made of the same.
         """
-        upgraded, lost = slots.upgraded, slots.broken & ~slots.upgraded
+        upgraded, lost = slots.upgraded, slots.barred & ~slots.upgraded
         score = np.where(lost, -1.0, self.score(hotness))
         if self._settings.policy == "topn":
             wanted = followed
@@ -119,18 +122,18 @@ class PrecisionController:
             wanted = self._wanted(score, upgraded, slots.num_slots, hotness)
         return transitions(score, upgraded, wanted & ~lost, self._free_slots(slots), max_promotions)
 
-    def followed(self, hotness: np.ndarray, upgraded: np.ndarray, broken: np.ndarray, num_slots: int) -> np.ndarray:
+    def followed(self, hotness: np.ndarray, upgraded: np.ndarray, barred: np.ndarray, num_slots: int) -> np.ndarray:
         """The set `[L, E]` that following the traffic by `"topn"` would upgrade now, whatever the rule in force."""
-        lost = broken & ~upgraded
+        lost = barred & ~upgraded
         score = np.where(lost, -1.0, self.score(hotness))
         return self._best(score, upgraded, num_slots, self._settings.hysteresis) & ~lost
 
     def fill(self, hotness: np.ndarray, slots: Slots) -> list[Transition]:
         """Promotions that fill the free slots with the best experts, whatever the rule; no expert loses a slot."""
-        upgraded, broken = slots.upgraded, slots.broken
-        score = np.where(broken, -1.0, self.score(hotness))
+        upgraded, barred = slots.upgraded, slots.barred
+        score = np.where(barred, -1.0, self.score(hotness))
         wanted = self._best(score, upgraded, slots.num_slots, _NEVER_BEATEN)
-        wanted = (wanted | upgraded) & ~(broken & ~upgraded)
+        wanted = (wanted | upgraded) & ~(barred & ~upgraded)
         return transitions(score, upgraded, wanted, slots.num_free, slots.num_free)
 
     def _best(self, score: np.ndarray, upgraded: np.ndarray, num_slots: int, hysteresis: float) -> np.ndarray:
@@ -182,6 +185,7 @@ class ControlLoop:
         Returns:
             The moves that began.
         """
+        slots.tick()
         slots.settle()
         self.tracker.update(window.mass, window.tokens, window.steps)
         self.auto_pause.observe(window.mass, window.tokens, window.upgraded, window.top_k)
@@ -195,31 +199,32 @@ class ControlLoop:
 
     def fill(self, slots: Slots) -> None:
         """Begin to give every free slot to the best expert that lacks one."""
-        for move in self.controller.fill(self.tracker.hotness, slots):
+        for move in self.controller.fill(self.tracker.hotness, slots)[: slots.allowance]:
             slots.submit(move)
 
     def best_set(self, slots: Slots) -> np.ndarray:
         """The experts `[L, E]` to upgrade if none held a slot yet."""
         none = np.zeros_like(slots.upgraded)
-        return self.controller.followed(self.tracker.hotness, none, slots.broken, slots.num_slots)
+        return self.controller.followed(self.tracker.hotness, none, slots.barred, slots.num_slots)
 
     def verdict(self, upgraded: np.ndarray, frozen: bool = False) -> Verdict:
         """Whether it is worth it here, with the experts `upgraded [L, E]`."""
         return self.auto_pause.verdict(upgraded, frozen or self._stands_still)
 
     def _decide(self, slots: Slots, frozen: bool) -> list[Transition]:
-        """The moves to begin: none while frozen, only promotions into empty slots while paused."""
+        """The moves to begin: none while frozen or while the store rests, only into empty slots while paused."""
         frozen = frozen or self._stands_still
         hotness, controller = self.tracker.hotness, self.controller
-        followed = controller.followed(hotness, slots.upgraded, slots.broken, slots.num_slots)
+        followed = controller.followed(hotness, slots.upgraded, slots.barred, slots.num_slots)
         self.auto_pause.review(followed, slots.upgraded, frozen)
-        if frozen:
-            return []
         allowed = self.limit.promotions()
+        if slots.allowance is not None:
+            allowed = min(allowed, slots.allowance)
+        if frozen or slots.allowance == 0:
+            return []  # no upgrade is taken away for another that cannot come
         if self.auto_pause.paused:
             return controller.fill(hotness, slots)[:allowed]
-        moves = controller.choose(hotness, followed, slots, allowed)
-        return [move for move in moves if move.promote] if slots.failing else moves
+        return controller.choose(hotness, followed, slots, allowed)
 
 
 def _checked(wanted: object, score: np.ndarray, num_slots: int) -> np.ndarray:

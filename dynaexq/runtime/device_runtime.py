@@ -5,7 +5,6 @@ each is handed what joins it to the memory (`LayerPorts`) when the model is patc
 """
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,15 +21,20 @@ from dynaexq.policy.controller import ControlLoop, Window
 from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.quantization import ExpertCodec
 from dynaexq.runtime.experts import LayerPorts
+from dynaexq.runtime.health import DEGRADED, OK, STANDING_STILL, Health, HealthMonitor
 from dynaexq.runtime.moe import LayerView
 from dynaexq.runtime.report import RoutingTotals
 from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
+from dynaexq.safeguards.call_lock import CallLock
 from dynaexq.settings import Settings
 from dynaexq.types import BITS, MemoryPlan
 from dynaexq.weights.export import StoredExperts
 from dynaexq.weights.sources import ExpertLoader
 
 logger = logging.getLogger(__name__)
+
+LONGEST_PAUSE = 64
+"""How many times the usual interval between ticks may grow while they fail."""
 
 Listener = Callable[[Window], None]
 
@@ -64,7 +68,11 @@ class DeviceRuntime:
         self.ticks, self.totals = 0, RoutingTotals()
         self.listener: Listener | None = None
         self._model = weakref.ref(model)
-        self._ticking = threading.Lock()
+        self._agreed = plan
+        """The plan to return to where a change of it is cut short."""
+        self._ticking = CallLock("the control of a model's precision", self._mend)
+        self._monitor = HealthMonitor(str(device))
+        self._failed_ticks, self._failure = 0, ""
         slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)
         self.memory = DeviceMemory(
             plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base, exchange
@@ -115,19 +123,19 @@ class DeviceRuntime:
     def drain(self) -> None:
         """Wait for every copy in flight and publish it."""
         self._check_open()
-        with self._ticking:
+        with self._ticking.turn():
             self.pipeline.drain()
 
     def freeze(self) -> None:
         """Publish what is in flight, then leave every expert at its precision."""
-        with self._ticking:
+        with self._ticking.turn():
             self.pipeline.drain()
             self.frozen = True
 
     def thaw(self) -> None:
         """Undo `freeze`."""
         self._check_open()
-        self.frozen = False
+        self.frozen, self._failure = False, ""
 
     def slots_within(self, budget: int) -> int:
         """Upgrade slots that `budget` bytes leave room for; a BudgetError if not even the bases fit."""
@@ -147,10 +155,12 @@ class DeviceRuntime:
     @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
     def set_budget(self, budget: int) -> None:
         """Shrink or grow the upgrade slab; the new ceiling holds when this returns."""
-        with self._ticking:
-            num_slots = self.slots_within(budget)
-            self.pipeline.resize(num_slots, self.control.controller.score(self.control.tracker.hotness))
-            self.plan = replace(self.plan, budget=budget, num_slots=num_slots)
+        with self._ticking.turn():
+            plan = replace(self.plan, budget=budget, num_slots=self.slots_within(budget))
+            if budget > self.plan.budget:
+                self.plan = plan  # the ceiling rises before the bytes do, and falls after them
+            self._resize(plan.num_slots)
+            self.plan = self._agreed = plan
             if not self.frozen:
                 self._fill()
 
@@ -158,24 +168,47 @@ class DeviceRuntime:
     def warm_start(self, hotness: np.ndarray) -> None:
         """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them."""
         self._check_open()
-        with self._ticking:
+        with self._ticking.turn():
             self.control.tracker.hotness = np.array(hotness, dtype=np.float64)
-            self.pipeline.keep(self.control.best_set(self.pipeline))
+            if self.pipeline.allowance is None:  # else what is there is better than what may not come
+                self.pipeline.keep(self.control.best_set(self.pipeline))
             self._fill()
 
     def close(self) -> None:
-        """Wait once for what is in flight, then stop for good."""
+        """Wait once for what is in flight, then stop for good. A second call finishes what one began."""
+        with self._ticking.turn():
+            self.frozen = self.closed = True
+            self.pipeline.close()
         self.poller.stop()
-        with self._ticking:
-            if not self.closed:
-                self.frozen = self.closed = True
-                self.pipeline.close()
 
     def nbytes(self) -> dict[str, int]:
         """Device bytes really allocated, by purpose."""
         model = self._model()
         held = () if model is None else (t for t in held_tensors(model) if t.device == self.device)
         return {"dense": weight_bytes(held), **self.memory.parts()}
+
+    def health(self) -> Health:
+        """How it is doing; see `Health`."""
+        retries = self.pipeline.retries
+        state, why = OK, ""
+        if self.closed:
+            state, why = STANDING_STILL, "the runtime was closed"
+        elif self._failure:
+            state, why = STANDING_STILL, self._failure
+        elif retries.num_in_a_row > 1:
+            state, why = STANDING_STILL, f"no upgrade can be copied, and one is tried now and then: {retries.last}"
+        elif retries.num_suspect:
+            state, why = DEGRADED, f"an upgrade could not be copied, and is tried again later: {retries.last}"
+        elif self.frozen or self.settings.policy == "frozen":
+            why = "precision is frozen by choice"
+        return self._monitor.look(
+            state,
+            why,
+            self.closed,
+            failed_copies=self.pipeline.counts.failed,
+            suspect_experts=retries.num_suspect,
+            failed_ticks=self._failed_ticks,
+        )
 
     def upgraded(self) -> np.ndarray:
         """Experts with a published upgrade, bool `[L, E]`."""
@@ -191,26 +224,35 @@ class DeviceRuntime:
 
     def _look(self) -> int:
         """Tick if it is time, from a forward or from the poller; how many forwards there were so far."""
-        try:
-            if self.steps.is_due:
+        if self.steps.is_due:
+            try:
                 self._try_tick()
-        except Exception:
-            if not callable(self.settings.policy):
-                raise
-            logger.exception("the policy failed; precision is frozen, see runtime.thaw()")
-            self.frozen = True
+            except Exception as error:  # whatever it is, generation goes on
+                self._note_failure(error)
+            else:
+                self.steps.postpone(1)
         return self.steps.total
+
+    def _note_failure(self, error: Exception) -> None:
+        """A tick has failed: one of a user's policy freezes precision, another is tried again, ever later."""
+        self._failed_ticks += 1
+        if not self._failure:
+            logger.error("a tick has failed, and generation goes on", exc_info=error)
+        if callable(self.settings.policy):
+            self._failure = f"the policy failed ({error!r}); precision is frozen, see runtime.thaw()"
+            self.frozen = True
+        else:
+            self._failure = f"a tick failed ({error!r}); it is tried again, after growing pauses"
+            self.steps.postpone(min(2 * self.steps.postponed, LONGEST_PAUSE))
+        self.health()
 
     @torch.inference_mode(False)  # as above
     def _try_tick(self) -> bool:
-        if not self._ticking.acquire(blocking=False):
-            return False
-        try:
-            if not self.closed:
-                self._tick()
-            return not self.closed
-        finally:
-            self._ticking.release()
+        with self._ticking.turn(wait=False) as taken:
+            if not taken or self.closed:
+                return False
+            self._tick()
+            return True
 
     def _tick(self) -> None:
         """One tick: what was routed since the last one, and what that decides."""
@@ -222,6 +264,28 @@ class DeviceRuntime:
         if self.listener is not None:
             self.listener(window)
         self.control.step(window, self.pipeline, self.frozen)
+        if not self.frozen:
+            self._failure = ""
+        self.health()
+
+    def _resize(self, num_slots: int) -> None:
+        self.pipeline.resize(num_slots, self.control.controller.score(self.control.tracker.hotness))
+
+    @torch.inference_mode(False)  # as above
+    def _mend(self) -> None:
+        """Put in order what a call has left behind that was cut short; a change of the budget is undone."""
+        self.pipeline.mend()
+        if self.closed:
+            return
+        try:
+            self._resize(self._agreed.num_slots)
+        except (
+            MemoryError,
+            OSError,
+            torch.OutOfMemoryError,
+        ):  # what was given back a moment ago is somebody else's now
+            self._agreed = replace(self._agreed, num_slots=self.pipeline.num_slots)
+        self.plan = self._agreed
 
     def _fill(self) -> None:
         self.control.fill(self.pipeline)

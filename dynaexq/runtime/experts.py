@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from dynaexq.errors import PatchError
+from dynaexq.errors import InputError, PatchError
 from dynaexq.kernels import (
     ExpertLayer,
     Upgrades,
@@ -77,7 +77,8 @@ class MixedPrecisionExperts(nn.Module):
         return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle, observe)
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
-        """What the operator runs."""
+        """What the operator runs. Raises an InputError for tensors that do not belong together."""
+        self._layer.check(hidden_states, top_k_index, top_k_weights)
         ports, counts = self._ports, None
         counter = ports.memory.counter
         if observe and ports.before_forward is not None:
@@ -100,6 +101,12 @@ class MixedPrecisionExperts(nn.Module):
         def output(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
             return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
 
+        self._layer.check(hidden_states, top_k_index, top_k_weights)
+        if (grad.shape, grad.device) != (hidden_states.shape, hidden_states.device):
+            raise InputError(
+                f"expected a gradient like the output, {list(hidden_states.shape)} on {hidden_states.device}, got "
+                f"{list(grad.shape)} on {grad.device}"
+            )
         with self._ports.memory.fence.reading():
             # Inside an operator autograd records nothing; `torch.func` brings its own.
             pull_back = torch.func.vjp(output, hidden_states, top_k_weights)[1]

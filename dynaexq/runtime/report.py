@@ -51,14 +51,16 @@ class Report:
         tiers: np.ndarray,
         names: tuple[str, ...],
         verdict: str,
+        health: str,
     ):
-        self.memory, self.stats, self.tiers, self.names, self.verdict = memory, stats, tiers, names, verdict
+        self.memory, self.stats, self.tiers, self.names = memory, stats, tiers, names
+        self.verdict, self.health = verdict, health
 
     def __rich__(self) -> RenderableType:
         table = Table(
             title=f"dynaexq: {' + '.join(self.names)}",
             show_header=False,
-            caption=self.verdict,
+            caption=f"{self.verdict}\nhealth: {self.health}",
             caption_justify="left",
         )
         table.add_column(style="bold")

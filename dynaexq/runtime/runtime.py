@@ -3,8 +3,10 @@
 It adds up what its `DeviceRuntime`s know and passes on what it is told; it owns no memory and decides nothing.
 """
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from dynaexq.errors import ClosedError, SettingsError
 from dynaexq.policy import Verdict
 from dynaexq.runtime.device_runtime import DeviceRuntime
+from dynaexq.runtime.health import Health
 from dynaexq.runtime.hotness_snapshot import is_hotness, read_snapshot, write_snapshot
 from dynaexq.runtime.moe import layer_names
 from dynaexq.runtime.report import Report, RoutingTotals
@@ -22,6 +25,8 @@ from dynaexq.settings import Settings, parse_bytes
 from dynaexq.traces import TraceHeader
 from dynaexq.traces.recorder import Recorder, Recording
 from dynaexq.types import MemoryPlan
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -104,14 +109,13 @@ class Runtime:
         for part in self._parts:
             part.slots_within(budget)
         before = [part.plan.budget for part in self._parts]
-        changed = 0
         try:
             for part in self._parts:
                 part.set_budget(budget)
-                changed += 1
         except BaseException:
-            for part, old in zip(self._parts[:changed], before, strict=False):
-                part.set_budget(old)
+            for part, old in zip(self._parts, before, strict=True):
+                if part.plan.budget != old:
+                    part.set_budget(old)
             raise
 
     def save_hotness(self, path: str | Path) -> None:
@@ -158,8 +162,12 @@ class Runtime:
 
     def close(self) -> None:
         """Wait once for what is in flight, then stop for good. The model goes on answering at its last precisions."""
-        self._recorder.close()
-        self._each(DeviceRuntime.close)
+        try:
+            self._recorder.close()
+        except Exception:
+            logger.exception("the routing trace could not be finished")
+        finally:
+            self._each(DeviceRuntime.close)
 
     def memory(self) -> dict[str, int]:
         """Device bytes really allocated: dense, base, upgrade, staging, workspace and their total; and the budget."""
@@ -200,9 +208,15 @@ class Runtime:
             "hot_coverage": totals.hot_coverage,
         }
 
+    def health(self) -> Health:
+        """Whether precision follows the traffic as it should, since when not, and why; see `Health`."""
+        return Health.merged([part.health() for part in self._parts])
+
     def report(self) -> Report:
-        """Bytes, tiers, traffic, moves and verdict as a table; prints itself, and shows itself in a notebook."""
-        return Report(self.memory(), self.stats(), self.tiers(), self.plan.tiers, str(self.verdict()))
+        """Bytes, tiers, traffic, moves, health and verdict as a table; shows itself in a notebook, too."""
+        return Report(
+            self.memory(), self.stats(), self.tiers(), self.plan.tiers, str(self.verdict()), str(self.health())
+        )
 
     def verdict(self) -> Verdict:
         """Whether it is worth it here: in words (`str`), and the shares behind them, from the traffic so far."""
@@ -238,8 +252,9 @@ class Runtime:
         return [names[row] for row in sorted(names)]
 
     def _each(self, act: Callable[[DeviceRuntime], object]) -> None:
-        for part in self._parts:
-            act(part)
+        with ExitStack() as acts:  # one that fails keeps no other from its turn
+            for part in reversed(self._parts):
+                acts.callback(act, part)
 
     def _sum(self, count: Callable[[DeviceRuntime], int]) -> int:
         return sum(map(count, self._parts))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dynaexq.memory import DeviceMemory, leave_captures_alone
+from dynaexq.safeguards.call_lock import CallLock
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class StepCount:
     def __init__(self, memory: DeviceMemory, update_interval: int):
         self._memory, self._update_interval = memory, update_interval
         self._run_here = self._at_tick = self._tokens = 0
+        self.postponed = 1
+        """How many times the usual interval the next tick waits."""
 
     @property
     def total(self) -> int:
@@ -53,7 +56,11 @@ class StepCount:
     def is_due(self) -> bool:
         """Whether it is time for a tick."""
         steps = max(self.total - self._at_tick, self._tokens // TOKENS_A_STEP)
-        return steps >= self._update_interval
+        return steps >= self._update_interval * self.postponed
+
+    def postpone(self, times: int) -> None:
+        """Let the next tick wait so many times the usual interval."""
+        self.postponed = times
 
     def take(self) -> int:
         """How many since the last tick; the next one counts from here."""
@@ -71,7 +78,7 @@ class Poller:
         self._look = weakref.WeakMethod(look)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._starting = CallLock("the poller")
 
     @property
     def is_running(self) -> bool:
@@ -79,7 +86,7 @@ class Poller:
 
     def start(self) -> None:
         """Start the thread, unless it was started before."""
-        with self._starting:
+        with self._starting.turn():
             if self._thread is None and not self._stop.is_set():
                 arguments = self._look, self._stop
                 self._thread = threading.Thread(target=_watch, args=arguments, name="dynaexq-poller", daemon=True)
@@ -88,7 +95,7 @@ class Poller:
     def stop(self) -> None:
         """End the thread for good, and wait for it unless this is it."""
         self._stop.set()
-        with self._starting:
+        with self._starting.turn():
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()

@@ -101,12 +101,12 @@ class ImaginedSlots:
     No copy fails, and freed slots have no late readers.
     """
 
-    failing = False
+    allowance = None
 
     def __init__(self, machine: Machine, shape: tuple[int, int]):
         self.machine = machine
         self.now = 0.0
-        self.upgraded, self.published, self.broken = (np.zeros(shape, dtype=bool) for _ in range(3))
+        self.upgraded, self.published, self.barred = (np.zeros(shape, dtype=bool) for _ in range(3))
         self._in_flight: deque[tuple[float, tuple[int, int]]] = deque()
 
     @property
@@ -138,6 +138,9 @@ class ImaginedSlots:
         """Publish what has arrived by now."""
         while self._in_flight and self._in_flight[0][0] <= self.now:
             self.published[self._in_flight.popleft()[1]] = True
+
+    def tick(self) -> None:
+        """Nothing: no copy fails, and none waits to be tried again."""
 
     def reclaim(self) -> None:
         """Nothing: freed slots are free at once."""

@@ -5,7 +5,6 @@ has delivered its layers.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from dynaexq.errors import TraceError
+from dynaexq.safeguards.call_lock import CallLock
 from dynaexq.traces.trace_file import TraceHeader, TraceWindow, TraceWriter
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Recording:
     def __init__(self, path: str | Path, header: TraceHeader, rows: Sequence[Sequence[int]]):
         self.path = Path(path)
         self._rows = rows
-        self._lock = threading.Lock()
+        self._lock = CallLock("the recording")
         self._pending: dict[int, TraceWindow] = {}
         self._writer: TraceWriter | None = TraceWriter(path, header)
 
@@ -54,7 +54,7 @@ class Recording:
 
     def add(self, device: int, routed: Routed) -> None:
         """Take down one tick of a device, if it saw a token. A full disk ends the recording, and nothing else."""
-        with self._lock:
+        with self._lock.turn():
             if self._writer is None or not routed.tokens.any():
                 return
             self._writer.header = replace(self._writer.header, top_k=routed.top_k)
@@ -66,13 +66,13 @@ class Recording:
 
     def mark(self, phase: str) -> None:
         """Let a phase of this name begin with the next tick, so that a replay can tell the workloads apart."""
-        with self._lock:
+        with self._lock.turn():
             if self._writer is not None:
                 self._writer.mark(phase)
 
     def close(self) -> None:
         """Finish the file; a second call does nothing."""
-        with self._lock:
+        with self._lock.turn():
             if self._pending:
                 self._write()
             writer, self._writer = self._writer, None

@@ -23,7 +23,6 @@ from dynaexq.memory import (
 )
 from dynaexq.memory.pinned import PageLocked
 from dynaexq.memory.slab_pool import Slot
-from dynaexq.memory.swap_pipeline import FAILURES_UNTIL_BROKEN
 from dynaexq.types import Transition
 
 pytestmark = pytest.mark.gpu
@@ -248,11 +247,11 @@ def test_a_move_is_copied_published_and_retired_without_the_host_waiting(
 def test_a_failed_move_leaves_the_base_and_frees_its_slot(copier: CudaCopier, blocks: Tensor, pool: SlabPool) -> None:
     store = cut_off(filled(DiskStore(COUNT, NBYTES), blocks), 3)
     pipeline = SwapPipeline(ExpertTable(1, COUNT, DEVICE), pool, store, copier, kind=8)
-    for _ in range(FAILURES_UNTIL_BROKEN):
+    for _ in range(3):
         assert pipeline.submit(Transition(0, 3, promote=True))
         pipeline.drain()
-    assert pipeline.broken.nonzero()[1].tolist() == [3]
-    assert pipeline.counts.failed == FAILURES_UNTIL_BROKEN
+    assert pipeline.barred.nonzero()[1].tolist() == [3]
+    assert pipeline.counts.failed == 3
     assert not pipeline.table.entries.any()
     assert pool.num_available == pool.num_slots
     store.close()

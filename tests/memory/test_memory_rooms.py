@@ -127,20 +127,26 @@ def test_a_directory_that_is_not_there_is_refused_with_a_remedy(tmp_path) -> Non
         DiskStore(COUNT, NBYTES, tmp_path / "missing")
 
 
-def test_three_failed_fetches_mark_an_expert_broken_and_lose_no_slot() -> None:
+def test_an_expert_whose_bytes_are_gone_loses_no_slot_and_is_left_alone_for_longer_and_longer() -> None:
     store = DiskStore(COUNT, NBYTES)
     blocks = random_bytes(COUNT, NBYTES)
     store.write(0, blocks)
     os.truncate(store._file.fileno(), NBYTES)
     pipeline = new_pipeline(store, num_slots=1)
-    for attempt in range(3):
-        assert not pipeline.broken.any()
+    waited = []
+    for attempt in range(5):
+        assert not pipeline.barred.any()
         assert promote(pipeline, expert=4)
         assert pipeline.counts.failed == attempt + 1
         assert not pipeline.upgraded.any()
         assert not pipeline.table.kinds().any()
         assert pipeline.pool.num_available == 1
-    assert np.argwhere(pipeline.broken).tolist() == [[0, 4]]
+        waited.append(0)
+        while pipeline.barred.any():
+            assert np.argwhere(pipeline.barred).tolist() == [[0, 4]]
+            pipeline.tick()
+            waited[-1] += 1
+    assert waited == [1, 2, 4, 8, 16]
     assert promote(pipeline, expert=0)
     address, kind = split_entry(int(pipeline.table.entries[0, 0]))
     assert kind == 8

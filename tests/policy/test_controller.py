@@ -93,10 +93,11 @@ def test_where_copies_fail_no_expert_loses_its_upgrade_to_another():
     held.drain()
     kept = held.upgraded.copy()
     windows = [Window(*parts, 2, kept) for parts in routed(5, 8)]
-    held.failing = True
+    held.retries.failed((0, int(np.flatnonzero(~kept[0])[0])), OSError("by the test"))
+    held.retries._probe_due = held.retries.now + 100
     assert not any(control.step(window, held) for window in windows)
     np.testing.assert_array_equal(held.upgraded, kept)
-    held.failing = False
+    held.retries.arrived((0, 0))
     assert any(control.step(window, held) for window in windows), "else this test shows nothing"
 
 

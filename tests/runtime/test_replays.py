@@ -232,6 +232,7 @@ def test_a_policy_that_fails_on_the_thread_freezes_and_is_logged(caplog: pytest.
 
     model = patched(policy=policy)
     replay_until(model, lambda: "the policy failed" in caplog.text)
+    assert model.dynaexq.health().state == "standing still"
     assert caplog.text.count("the policy failed") == 1
     assert pollers(), "it goes on observing"
     model.dynaexq.close()

@@ -348,12 +348,13 @@ def test_a_store_that_always_fails_leaves_every_expert_at_its_base(
 ) -> None:
     monkeypatch.setattr(RamStore, "read_into", failing_read)
     model = patched()
-    assert 0 < model.dynaexq.stats()["failed"] < 3 * 16
+    assert 0 < model.dynaexq.stats()["failed"] <= 16
     for routes in (MORNING, EVENING, None):
         tiny.steer(model, routes)
         run(model, 8)
         assert upgraded(model) == [[], []]
-    assert model.dynaexq.stats()["failed"] == 3 * 16, "every expert is tried three times and then left alone"
+    assert model.dynaexq.stats()["failed"] < 16 + 24, "one probe now and then, and ever less"
+    assert model.dynaexq.health().state == "standing still"
     assert tiny.generated(model)
     assert_answers_as_published(model, original)
 

@@ -8,6 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from dynaexq.errors import InputError
 from dynaexq.kernels.cpu import threads
 from dynaexq.kernels.cpu.build import Kernel
 from dynaexq.kernels.expert_layer import ExpertLayer
@@ -73,7 +74,7 @@ class NativeLayer:
         self._kernel, self._dtype = kernel, dtype
         self._activation, self._base = layer.activation, layer.base
         self._fused = layer.activation_name in ACTIVATIONS
-        self._shape = layer.codec.shape
+        self._shape, self._num_experts = layer.codec.shape, layer.num_experts
         self._description = _describe(layer)
 
     def __call__(
@@ -85,6 +86,9 @@ class NativeLayer:
         counts: Tensor | None = None,
     ) -> Tensor:
         """The layer's output `[N, H]`; arguments as in `dispatch.expert_mlp`, entries as in `Upgrades`."""
+        self._check_words(entries, self._num_experts)
+        if counts is not None:
+            self._check_words(counts, self._num_experts + 2)
         rows = hidden_states.contiguous()
         routing = (top_k_index.to(torch.int64).contiguous(), top_k_weights.to(torch.float32).contiguous(), entries)
         output = torch.empty_like(rows)
@@ -96,6 +100,12 @@ class NativeLayer:
         self._run(UP_ONLY, rows, routing, up, counts)
         self._run(DOWN_ONLY, self._activation(up).to(self._dtype).contiguous(), routing, output)
         return output
+
+    @staticmethod
+    def _check_words(words: Tensor, count: int) -> None:
+        """Raise an InputError unless the kernel may take `words` for so many int64 in a row."""
+        if words.shape != (count,) or words.dtype != torch.int64 or not (words.is_contiguous() and words.is_cpu):
+            raise InputError(f"expected int64 [{count}] in a row on the CPU, got {words.dtype} {list(words.shape)}")
 
     def _run(
         self,
