@@ -32,6 +32,9 @@ _UNITS = {"b": 1} | {
     for suffix, base in (("B", 1000), ("iB", 1024))
 }
 _UNIT_NAMES = "B, KB, KiB, MB, MiB, GB, GiB, TB or TiB"
+MOST_DIGITS = 64
+"""Characters of a size; there is no memory of so many bytes."""
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)")
 
 _Class = TypeVar("_Class", bound=type)
@@ -250,9 +253,9 @@ def parse_bytes(size: int | str, option: str = "hbm_budget") -> int:
     expected = f'{option} must be a positive number of bytes or a size such as "20GiB" or "20GB"'
     count = size
     if isinstance(size, str):
-        match = _SIZE.fullmatch(size.strip())
+        match = _SIZE.fullmatch(size.strip()) if len(size) <= MOST_DIGITS else None
         if not match or match[2].lower() not in _UNITS:
-            raise SettingsError(f"{expected}, got {size!r}; write a number and {_UNIT_NAMES}")
+            raise SettingsError(f"{expected}, got {size[:MOST_DIGITS]!r}; write a number and {_UNIT_NAMES}")
         count = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if isinstance(count, bool) or not isinstance(count, int) or count <= 0:
         raise SettingsError(f"{expected}, got {size!r}")

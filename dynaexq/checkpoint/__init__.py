@@ -10,7 +10,7 @@ from dynaexq.checkpoint.packed_format import (
     PackedStore,
     PackedWriter,
 )
-from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter
+from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter, read_tensors, write_tensors
 
 __all__ = [
     "FORMAT_VERSION",
@@ -25,5 +25,7 @@ __all__ = [
     "ShardWriter",
     "is_weights",
     "link_or_copy",
+    "read_tensors",
     "replaced",
+    "write_tensors",
 ]

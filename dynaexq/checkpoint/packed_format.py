@@ -5,6 +5,7 @@ For a layer whose experts are at path P, `experts-base-*.safetensors` holds
     P.packed.base        uint8   [E, base_nbytes]
     P.packed.errors      float64 [E, tiers]            relative squared error of the weights at each tier
     P.packed.checksums   int64   [E, 1 + segments]     CRC-32 of the base block and of each segment of the upgrade
+    P.packed.errors_checksums  int64 [E]               CRC-32 of each row of errors; absent in files of before 0.2
 
 and `experts-upgrade-*.safetensors` holds `P.packed.upgrade`, uint8 `[E, upgrade_nbytes]`. A segment is a run of
 bytes of an upgrade that may be read without the others. What the bytes mean is not known here.
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter
+from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter, checksum
 from dynaexq.errors import CheckpointError, StoreError
 
 FORMAT_VERSION = 1
@@ -45,10 +46,16 @@ class PackedShape:
     segments: tuple[Segment, ...]
     num_tiers: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return len(self.layers) * self.num_experts * (self.base_nbytes + self.upgrade_nbytes)
+
     def base_tensors(self, layer: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {
             f"{layer}{MARK}errors": (torch.float64, (self.num_experts, self.num_tiers)),
             f"{layer}{MARK}checksums": (torch.int64, (self.num_experts, 1 + len(self.segments))),
+            f"{layer}{MARK}errors_checksums": (torch.int64, (self.num_experts,)),
             f"{layer}{MARK}base": (torch.uint8, (self.num_experts, self.base_nbytes)),
         }
 
@@ -92,7 +99,9 @@ class PackedWriter:
         sums = [self.shape.checksums(block, None if upgrade is None else upgrade[i]) for i, block in enumerate(base)]
         head, *tail = self._writers
         head.write(f"{name}{MARK}base", first, base)
-        head.write(f"{name}{MARK}errors", first, torch.as_tensor(np.ascontiguousarray(errors)))
+        rows = torch.as_tensor(np.ascontiguousarray(errors))
+        head.write(f"{name}{MARK}errors", first, rows)
+        head.write(f"{name}{MARK}errors_checksums", first, torch.tensor([checksum(row) for row in rows]))
         head.write(f"{name}{MARK}checksums", first, torch.tensor(sums, dtype=torch.int64))
         if upgrade is not None:
             tail[0].write(f"{name}{MARK}upgrade", first, upgrade)
@@ -161,8 +170,9 @@ class PackedReader:
         }
         for layer in shape.layers:
             for name, (dtype, dimensions) in (shape.base_tensors(layer) | shape.upgrade_tensors(layer)).items():
-                self._check(name, dtype, dimensions)
-        self.errors = np.stack([self._small(layer, "errors") for layer in shape.layers])
+                if name in self._at or not name.endswith("errors_checksums"):
+                    self._check(name, dtype, dimensions)
+        self.errors = np.stack([self._errors(layer) for layer in shape.layers])
         self._checksums = np.stack([self._small(layer, "checksums") for layer in shape.layers])
 
     def select(self, layers: Sequence[int], first_expert: int, num_experts: int) -> "PackedReader":
@@ -211,6 +221,24 @@ class PackedReader:
                 f"{shard.path}: expected {name} to be {dtype} {list(shape)} from config.json, found {entry.dtype} "
                 f"{list(entry.shape)}; the configuration and the weights do not belong together"
             )
+
+    def _errors(self, layer: str) -> np.ndarray:
+        """Error figures of a layer; a CheckpointError where they are damaged, or no figures."""
+        shard, _ = self._at[f"{layer}{MARK}errors"]
+        errors = self._small(layer, "errors")
+        sums = [checksum(torch.from_numpy(row)) for row in errors]
+        known = f"{layer}{MARK}errors_checksums" in self._at
+        if known and sums != self._small(layer, "errors_checksums").tolist():
+            raise CheckpointError(
+                f"{shard.path}: the error figures of {layer} do not match their checksums; the file is damaged, fetch "
+                "it again"
+            )
+        if not (np.isfinite(errors) & (errors >= 0)).all():
+            raise CheckpointError(
+                f"{shard.path}: expected errors of {layer} that are finite and not negative; the file is damaged, "
+                "fetch it again"
+            )
+        return errors
 
     def _small(self, layer: str, part: str) -> np.ndarray:
         shard, _ = self._at[f"{layer}{MARK}{part}"]

@@ -8,14 +8,17 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynaexq.errors import CheckpointError
+from dynaexq.safeguards.durable_files import replacing
+from dynaexq.safeguards.outside_files import MOST_TEXT, open_regular, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,8 +34,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CHECKSUMS = "dynaexq_checksums"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 100 * 2**20  # the limit of the safetensors library itself
+_MOST_DIMENSIONS = 64  # PyTorch's limit
 _LARGEST_READ = 2**30  # one call of the system transfers less than 2 GiB
 
 
@@ -62,12 +66,7 @@ class Shard:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        try:
-            self._file = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(
-                f"cannot open {self.path}: {error.strerror}; the checkpoint is incomplete, fetch it again"
-            ) from error
+        self._file = open_regular(self.path, CheckpointError, "the checkpoint is incomplete, fetch it again")
         self.close = weakref.finalize(self, os.close, self._file)
         try:
             self.entries, self.metadata = _parse(self.path, self._file)
@@ -158,30 +157,96 @@ class ShardWriter:
 def _parse(path: Path, file: int) -> tuple[dict[str, Entry], dict[str, str]]:
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+    if size < 8 or not 2 <= length <= min(MOST_TEXT, size - 8):
         raise CheckpointError(
             f"{path} is not a safetensors file, or was truncated to {size:,} bytes; pickles are never opened: "
             "convert the checkpoint with safetensors, or fetch it again"
         )
     try:
-        header = json.loads(os.pread(file, length, 8))
-        metadata = header.pop("__metadata__", {})
-        entries = {
-            name: Entry(DTYPES[e["dtype"]], tuple(map(int, e["shape"])), 8 + length + int(e["data_offsets"][0]))
-            for name, e in header.items()
-        }
-        ends = {name: 8 + length + int(e["data_offsets"][1]) for name, e in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: its safetensors header cannot be read ({error!r}); fetch it again") from error
+        header = parse_json(os.pread(file, length, 8))
+        metadata = {name: text for name, text in header.pop("__metadata__", {}).items() if isinstance(text, str)}
+        entries, ends = {}, {}
+        for name, fields in header.items():
+            begin, end = map(_index, fields["data_offsets"])
+            entries[name] = Entry(DTYPES[fields["dtype"]], _shape(fields["shape"], size), 8 + length + begin)
+            ends[name] = 8 + length + end
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = str(error)[:200]
+        raise CheckpointError(f"{path}: its safetensors header cannot be read ({problem}); fetch it again") from error
     for name, entry in entries.items():
-        bad_shape = any(length < 0 for length in entry.shape) or entry.offset + entry.nbytes != ends[name]
-        if bad_shape or entry.offset < 8 + length:
+        if entry.offset + entry.nbytes != ends[name]:
             raise CheckpointError(f"{path}: the header lies about the size of {name}; fetch the file again")
         if ends[name] > size:
             raise CheckpointError(
                 f"{path} was truncated: {name} ends at byte {ends[name]:,} and the file at {size:,}; fetch it again"
             )
     return entries, metadata
+
+
+def _index(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"expected a whole number, got {str(value)[:20]}")
+    return value
+
+
+def _shape(dimensions: Any, size: int) -> tuple[int, ...]:
+    """The shape of a tensor in a file of `size` bytes; without multiplying what no such file can hold."""
+    if not isinstance(dimensions, list) or len(dimensions) > _MOST_DIMENSIONS:
+        raise ValueError(f"expected a list of at most {_MOST_DIMENSIONS} dimensions")
+    shape = tuple(map(_index, dimensions))
+    count = 1
+    for dimension in shape:
+        count = min(count * dimension, size + 1) if 0 not in shape else 0
+    if count > size or max(shape, default=0) > 2**62:
+        raise ValueError("a tensor of more elements than the file has bytes")
+    return shape
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Put a safetensors file with a checksum of every tensor in the place of `path`.
+
+    Raises:
+        CheckpointError: there is not enough space, or the place cannot be written to.
+    """
+    sums = {name: checksum(tensor) for name, tensor in tensors.items()}
+    shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with replacing(path, CheckpointError) as staging:
+        writer = ShardWriter(staging, shapes, {**metadata, _CHECKSUMS: json.dumps(sums)})
+        try:
+            for name, tensor in tensors.items():
+                writer.write(name, 0, tensor)
+        finally:
+            writer.close()
+
+
+def read_tensors(
+    path: Path, kind: Collection[str], names: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors `names` and the metadata of a file of one of `kind`, compared with their checksums if it has any.
+
+    Raises:
+        CheckpointError: it is of another kind, lacks a tensor, or is damaged.
+    """
+    shard = Shard(path)
+    try:
+        if shard.metadata.get("kind") not in kind or not shard.entries.keys() >= set(names):
+            raise CheckpointError(f"{path} is no {next(iter(kind))}, but some other safetensors file")
+        tensors = {name: shard.read(name) for name in names}
+    finally:
+        shard.close()
+    try:
+        sums = parse_json(shard.metadata.get(_CHECKSUMS, "{}"))
+        damaged = [name for name in names if sums and sums.get(name) != checksum(tensors[name])]
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its checksums cannot be read") from error
+    if damaged:
+        raise CheckpointError(f"{path}: {damaged[0]} does not match its checksum; the file is damaged")
+    return tensors, shard.metadata
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes."""
+    return zlib.crc32(tensor.contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
 
 
 def _no_space(path: Path, nbytes: int, error: OSError) -> CheckpointError:

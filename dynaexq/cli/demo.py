@@ -28,6 +28,7 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.meta_model import meta_model
 from dynaexq.hf.patcher import patch
 from dynaexq.runtime.runtime import Runtime
+from dynaexq.safeguards.durable_files import write_text
 
 SHARE_UPGRADED = 0.2
 PROMPT_TOKENS = 24
@@ -86,7 +87,7 @@ def run(
 
 def write_json(outcomes: list[Outcome], path: Path) -> None:
     """The demo's figures as JSON, for the README and for tests."""
-    path.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
+    write_text(path, json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
 
 
 def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console: Console) -> list[Outcome]:

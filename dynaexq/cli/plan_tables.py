@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 from dynaexq.planning.budget import RESERVED_SHARE, ModelSpec
 from dynaexq.planning.estimate import CardEstimate, Remedy, TierEstimate, least_card
 from dynaexq.planning.hardware import DISK_RATE, DRIVER_BYTES, ENCODE_RATE
+from dynaexq.safeguards.durable_files import write_text
 
 WIDTH = 80
 INDEX_TOLERANCE = 0.01  # of the weights; beyond it, the index and the configuration count different things
@@ -113,7 +113,7 @@ def write_json(spec: ModelSpec, estimates: Iterable[CardEstimate], target: str) 
     if target == "-":
         sys.stdout.write(text)
     else:
-        Path(target).write_text(text)
+        write_text(target, text)
 
 
 def amount(nbytes: int) -> str:

@@ -16,12 +16,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynaexq.checkpoint import Shard, ShardWriter
+from dynaexq.checkpoint import read_tensors, write_tensors
 from dynaexq.errors import CheckpointError, UnsupportedModelError
 from dynaexq.hf.checkpoint_source import checkpoint_files
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.meta_model import read_config
 from dynaexq.quantization import BLOCK, Moments
+from dynaexq.safeguards.outside_files import parse_json
 from dynaexq.settings import Settings
 
 WINDOW_TOKENS = 512
@@ -109,17 +110,9 @@ def text_windows(tokenizer: Any, text: Path) -> list[Tensor]:
 
 
 def save_moments(moments: Moments, path: Path) -> None:
-    """Write `moments` to the safetensors file `path`."""
+    """Put `moments` in the place of the safetensors file `path`. Raises CheckpointError."""
     parts = {"up": moments.up, "down": moments.down, "tokens": moments.tokens}
-    shapes = {name: (part.dtype, tuple(part.shape)) for name, part in parts.items()}
-    writer = ShardWriter(path, shapes, {"kind": KIND, "layers": json.dumps(moments.layers)})
-    try:
-        for name, part in parts.items():
-            writer.write(name, 0, part)
-        writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
+    write_tensors(path, parts, {"kind": KIND, "layers": json.dumps(moments.layers)})
 
 
 def load_moments(path: Path) -> Moments:
@@ -128,13 +121,21 @@ def load_moments(path: Path) -> Moments:
         raise CheckpointError(
             f"expected moments in a file, there is no {path}; dynaexq.calibrate(model, path) writes it"
         )
-    shard = Shard(path)
-    if shard.metadata.get("kind") != KIND or shard.entries.keys() != {"up", "down", "tokens"}:
+    parts, metadata = read_tensors(path, [KIND], ["up", "down", "tokens"])
+    try:
+        layers = parse_json(metadata["layers"])
+        expected = [(len(layers), *part.shape[1:]) for part in parts.values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"expected moments as dynaexq's calibration writes them, {path} is something else"
+        ) from error
+    ranks = [part.ndim for part in parts.values()]
+    named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
+    if not named or ranks != [3, 5, 2] or expected != [tuple(part.shape) for part in parts.values()]:
         raise CheckpointError(f"expected moments as dynaexq's calibration writes them, {path} is something else")
-    parts = {name: shard.read(name) for name in shard.entries}
-    if not (parts["up"].isfinite().all() and parts["down"].isfinite().all()):
+    if not (parts["up"].isfinite().all() and parts["down"].isfinite().all() and (parts["tokens"] >= 0).all()):
         raise CheckpointError(f"{path} holds moments that are not finite; the model it came from has overflown")
-    return Moments(tuple(json.loads(shard.metadata["layers"])), **parts)
+    return Moments(tuple(layers), **parts)
 
 
 def moments_for(settings: Settings, layers: Sequence[SparseLayer]) -> Moments | None:

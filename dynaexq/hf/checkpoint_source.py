@@ -6,7 +6,6 @@ dimension first, so a few experts are converted as well as all of them.
 """
 
 import copy
-import json
 import weakref
 from collections import defaultdict
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from dynaexq.checkpoint import Shard
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
 from dynaexq.quantization import ExpertWeights
+from dynaexq.safeguards.outside_files import read_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -38,7 +38,7 @@ def checkpoint_files(source: Path) -> list[Path]:
         CheckpointError: there are none, the index cannot be read, or it points out of the directory.
     """
     index = source / INDEX
-    if not index.is_file():
+    if not index.exists():
         files = sorted(source.glob("*.safetensors"))
         if not files:
             raise CheckpointError(
@@ -46,11 +46,11 @@ def checkpoint_files(source: Path) -> list[Path]:
             )
         return files
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(read_json(index, CheckpointError, "fetch it again")["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} cannot be read ({error!r}); fetch it again") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
             raise CheckpointError(f"{index} names {name!r}, which is no file of its directory; do not trust it")
     return [source / name for name in names]
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dynaexq.checkpoint import PackedWriter, Shard, ShardWriter, is_weights, link_or_copy, replaced
-from dynaexq.errors import CheckpointError, SettingsError
+from dynaexq.errors import SettingsError
 from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig
@@ -28,7 +28,6 @@ from dynaexq.weights.packed_experts import packed_shape
 from dynaexq.weights.quantize_experts import encode_all
 
 COPIED_AT_ONCE = 2**26  # bytes of a dense tensor
-_JOURNAL = "dynaexq-source.json"
 
 
 def quantize_checkpoint(
@@ -59,9 +58,10 @@ def quantize_checkpoint(
     codec = _choose_codec(model, layers, settings)
     stored = packed_config(config, codec, None if isinstance(settings.hbm_budget, str) else settings.hbm_budget)
     moments = moments_for(settings, layers)
-    staging = _open_staging(target, _fingerprint(shards, stored, moments))
-    with replaced(target, staging):
-        shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
+    shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
+    keys = experts.keys
+    dense = sum(entry.nbytes for shard in shards for key, entry in shard.entries.items() if key not in keys)
+    with replaced(target, _fingerprint(shards, stored, moments), shape.nbytes + dense) as staging:
         writer = PackedWriter(staging, shape, parse_bytes(max_shard_size, "max_shard_size"), SHARD_METADATA)
         try:
             device = resolve_device(settings)
@@ -71,10 +71,9 @@ def quantize_checkpoint(
         except BaseException:
             writer.abandon()
             raise
-        files |= _copy_dense(shards, experts.keys, staging)
+        files |= _copy_dense(shards, keys, staging)
         write_index(staging, files | write_guard(staging, layers))
         _copy_others(source, staging, stored)
-        (staging / _JOURNAL).unlink()
     return target
 
 
@@ -110,20 +109,6 @@ def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig, moments: Moment
     known = moments and [zlib.crc32(part.numpy().data) for part in (moments.up, moments.down, moments.tokens)]
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
     return json.dumps({"files": files, "packed": config.packed, "moments": known}, sort_keys=True)
-
-
-def _open_staging(target: Path, fingerprint: str) -> Path:
-    """Open the working directory of a conversion to `target`, with what an interrupted one of the same inputs left."""
-    staging = target.resolve().with_name(f".{target.name}-unfinished")
-    journal = staging / _JOURNAL
-    if staging.exists() and (not journal.is_file() or journal.read_text() != fingerprint):
-        shutil.rmtree(staging)
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        journal.write_text(fingerprint)
-    except OSError as error:
-        raise CheckpointError(f"cannot write beside {target}: {error}; choose another place") from error
-    return staging
 
 
 def _copy_dense(shards: list[Shard], experts: set[str], staging: Path) -> dict[str, str]:

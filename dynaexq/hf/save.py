@@ -67,11 +67,11 @@ def save_packed(
     config: DynaExqConfig = model.hf_quantizer.quantization_config
     dense = _dense_format(model.hf_quantizer.wrapped)
     shard_size = parse_bytes(max_shard_size, "max_shard_size")
-    with replaced(save_directory) as staging:
+    layers = [layer for layer, _, _ in homes]
+    shape = packed_shape(codec, tuple(layer.name for layer in layers), layers[0].num_experts)
+    with replaced(save_directory, nbytes=shape.nbytes) as staging:
         with _configured(model, packed_config(config, codec, homes[0][1].plan.budget, dense)):
             type(model).save_pretrained(model, staging, max_shard_size=max_shard_size, **kwargs)
-        layers = [layer for layer, _, _ in homes]
-        shape = packed_shape(codec, tuple(layer.name for layer in layers), layers[0].num_experts)
         writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
         try:
             for number, (_, runtime, local) in enumerate(homes):

@@ -20,6 +20,7 @@ from dynaexq.errors import SettingsError
 from dynaexq.memory import DeviceMemory
 from dynaexq.planning.budget import ModelSpec, plan_memory, tier_choices
 from dynaexq.quantization import tier_sizes
+from dynaexq.safeguards.durable_files import write_text
 from dynaexq.settings import Settings
 from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, replay
 from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, generate
@@ -113,7 +114,7 @@ class Simulation:
 
     def write_json(self, path: Path) -> None:
         """Write the figures to `path`."""
-        path.write_text(json.dumps(self.figures(), indent=2) + "\n")
+        write_text(path, json.dumps(self.figures(), indent=2) + "\n")
 
 
 def simulate(

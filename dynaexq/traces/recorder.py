@@ -92,6 +92,7 @@ class Recording:
             self._writer.add(TraceWindow(mass, tokens, steps))
         except OSError:
             logger.exception("the routing trace %s cannot be written any further and is given up", self.path)
+            self._writer.abandon()
             self._writer = None
 
     def __enter__(self) -> "Recording":

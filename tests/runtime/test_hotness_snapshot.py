@@ -78,7 +78,7 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(HotnessError, match="cannot be read"):
         runtime.load_hotness(path)
     save_file({"hotness": heat()}, path)
-    with pytest.raises(HotnessError, match="no hotness snapshot"):
+    with pytest.raises(HotnessError, match="no dynaexq hotness snapshot"):
         runtime.load_hotness(path)
     write_snapshot(
         path,

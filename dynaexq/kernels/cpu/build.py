@@ -1,10 +1,11 @@
 """Compile the kernel for this machine when it is first needed, and keep it. It knows no layer.
 
 A wheel carries the source and needs no compiler; a machine without one, or without AVX2, gets None and a sentence in
-the log. Set DYNAEXQ_CPU_KERNEL to `torch` to go without, or to the name of an instruction set to choose a lesser one;
-DYNAEXQ_CACHE_DIR says where compiled kernels are kept (default: `~/.cache/dynaexq`).
+the log, and so does one whose compiler fails or does not end. Set DYNAEXQ_CPU_KERNEL to `torch` to go without, or to
+the name of an instruction set to choose a lesser one. `cache` has where the result is kept.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,17 +13,22 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+from dynaexq.kernels.cpu.cache import cached
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-shared", "-fPIC")
+
+SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 5.0, 90.0
+"""What a compiler is given: to say its version, and to compile, which takes ten."""
 
 Kernel = Callable[..., int]
 
@@ -61,7 +67,7 @@ def load(all_bfloat16: bool) -> Kernel | None:
     """
     try:
         return open_kernel(compiled(instruction_set(), all_bfloat16))
-    except (Unavailable, OSError) as error:
+    except (Unavailable, OSError, AttributeError) as error:
         logger.warning("no native CPU kernel, experts run through PyTorch instead, slower: %s", error)
         return None
 
@@ -109,10 +115,11 @@ def compiled(target: InstructionSet, all_bfloat16: bool, extra_flags: tuple[str,
     define = ("-DDYNAEXQ_BFLOAT16",) if target is AVX512_BF16 else ()
     flags = (*FLAGS, *target.flags, *define, *extra_flags)
     compiler = find_compiler()
-    library = cache_directory() / f"moe-{target.name}-{_fingerprint(compiler, flags)}.so"
-    if not library.exists():
-        _compile(compiler, flags, library)
-    return library
+    name = f"moe-{target.name}-{_fingerprint(compiler, flags)}.so"
+    try:
+        return cached(name, lambda library: _compile(compiler, flags, library))
+    except OSError as error:
+        raise Unavailable(f"cannot compile and keep {name}: {error}; set DYNAEXQ_CACHE_DIR") from error
 
 
 def find_compiler() -> str:
@@ -124,32 +131,35 @@ def find_compiler() -> str:
     return found
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("DYNAEXQ_CACHE_DIR") or Path.home() / ".cache" / "dynaexq")
-
-
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
     """Changes with the source, the compiler, the flags and the CPU."""
     digest = hashlib.sha256()
-    version = subprocess.run((compiler, "--version"), capture_output=True, check=False).stdout
-    for part in (version, *(flag.encode() for flag in flags), *map(Path.read_bytes, sorted(SOURCES.iterdir()))):
-        digest.update(part + b"\0")
+    version = _run((compiler, "--version"), SECONDS_TO_ANSWER)
+    for part in (version, *flags, *(path.read_text() for path in sorted(SOURCES.iterdir()))):
+        digest.update(part.encode() + b"\0")
     digest.update(" ".join(sorted(cpu_features())).encode())
     return digest.hexdigest()[:16]
 
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    """Compile beside `library` and rename: no process ever sees half of it, and the last of several to finish wins."""
+    logger.info("compiling the CPU kernel for this machine with %s, once", compiler)
+    _run((compiler, *flags, str(SOURCES / "moe.cpp"), "-o", str(library)), SECONDS_TO_COMPILE)
+
+
+def _run(command: tuple[str, ...], seconds: float) -> str:
+    """What the compiler says; it and all that it has started are ended after `seconds`, or with this call."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    )
     try:
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
-            unfinished = Path(directory) / library.name
-            logger.info("compiling the CPU kernel for this machine with %s, once", compiler)
-            command = (compiler, *flags, str(SOURCES / "moe.cpp"), "-o", str(unfinished))
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise Unavailable(f"{compiler} failed: {done.stderr.strip()[:400]}")
-            unfinished.replace(library)
-    except OSError as error:
-        raise Unavailable(f"cannot compile into {library.parent}: {error}; set DYNAEXQ_CACHE_DIR") from error
+        said, complaint = process.communicate(timeout=seconds)
+    except BaseException as error:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise Unavailable(f"{command[0]} did not end within {seconds:g} seconds") from error
+        raise
+    if process.returncode:
+        raise Unavailable(f"{command[0]} failed: {complaint.strip()[:400]}")
+    return said
