@@ -27,6 +27,7 @@ from dynaexq.errors import CheckpointError
 from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.safeguards.outside_files import read_json
+from dynaexq.weights.fingerprints import Fingerprints
 
 INDEX = "model.safetensors.index.json"
 
@@ -116,6 +117,11 @@ class _Recipe:
         """Experts `first` to `last` (exclusive), in the dtype of the parameter."""
         return self._convert(self._entries(first, last), model, config).to(self.dtype)
 
+    @property
+    def files(self) -> str:
+        """The shards that it is read from, for error messages."""
+        return ", ".join(sorted({str(shard.path) for sources in self.tensors.values() for shard, _ in sources}))
+
     def _is_complete(self, sources: list[tuple[Shard, str]]) -> bool:
         shard, key = sources[0]
         if self._is_stacked(sources):
@@ -163,6 +169,7 @@ class CheckpointSource:
     def __init__(self, model: Any, layers: Sequence[SparseLayer], shards: Sequence[Shard]):
         self.num_layers, self.num_experts = len(layers), layers[0].num_experts
         self.first_expert = 0
+        self._fingerprints = Fingerprints()
         self._model = weakref.ref(model)  # which holds the runtime that may hold this
         self._config, self._shards = model.config, shards
         self._layers = [
@@ -192,9 +199,12 @@ class CheckpointSource:
         return self._layers[layer][0]
 
     def read(self, layer: int, first: int, last: int) -> ExpertWeights:
+        """See `sources.ExpertSource`; a CheckpointError if they are not what was read before."""
         model, (_, recipes) = self._model(), self._layers[layer]
         first, last = self.first_expert + first, self.first_expert + last
-        return ExpertWeights(*(recipe.read(first, last, model, self._config) for recipe in recipes))
+        weights = ExpertWeights(*(recipe.read(first, last, model, self._config) for recipe in recipes))
+        self._fingerprints.check(self.name(layer), first, weights, recipes[0].files)
+        return weights
 
     def select(self, layers: Sequence[int], first_expert: int, num_experts: int) -> "CheckpointSource":
         """The same source for some of the layers and a run of their experts only, both counted from 0 there."""

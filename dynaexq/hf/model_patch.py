@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynaexq.errors import UnpatchError
+from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name
 from dynaexq.kernels import ExpertLayer
@@ -195,7 +195,10 @@ class ModelPatch:
     def _exact_weights(self, index: int, layer: SparseLayer) -> ExpertWeights:
         """A layer's 16-bit experts as the family stores them, from a tier that keeps them, or from the checkpoint."""
         if self.source is not None:
-            return self.source.read(index, 0, self.source.num_experts)
+            try:
+                return self.source.read(index, 0, self.source.num_experts)
+            except CheckpointError as error:
+                raise UnpatchError(f"the original experts cannot be read any more: {error}") from error
         runtime, local = self._homes[layer.name]
         weights = runtime.stored.source(local)
         if weights is None:

@@ -5,6 +5,7 @@ One expert's upgrade is one contiguous run of bytes, addressed by a flat index; 
 
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -66,10 +67,14 @@ class RamStore:
 
 
 class DiskStore:
-    """In an unnamed temporary file, read with `preadv`: a truncated file is a failed move and not a dead process."""
+    """In an unnamed temporary file, read with `preadv`: a truncated file is a failed move and not a dead process.
+
+    Each block has a CRC-32, so that what a disk has damaged is a failed move as well.
+    """
 
     def __init__(self, count: int, slot_nbytes: int, directory: Path | None = None):
         self._slot_nbytes = slot_nbytes
+        self._sums: dict[int, int] = {}
         try:
             self._file = _reserve(max(1, count * slot_nbytes), directory)
         except OSError as error:
@@ -86,6 +91,7 @@ class DiskStore:
                 raise StoreError(f"cannot write the upgrade of expert {index}: {error}") from error
             if count != self._slot_nbytes:
                 raise StoreError(f"wrote {count} of {self._slot_nbytes} bytes of expert {index}: is the disk full?")
+            self._sums[index] = zlib.crc32(block.numpy().data)
 
     def read_into(self, index: int, out: Tensor) -> None:
         try:
@@ -94,6 +100,8 @@ class DiskStore:
             raise StoreError(f"cannot read the upgrade of expert {index}: {error}") from error
         if count != self._slot_nbytes:
             raise StoreError(f"read {count} of {self._slot_nbytes} bytes of expert {index}: the file was truncated")
+        if self._sums.get(index) != zlib.crc32(out.numpy().data):
+            raise StoreError(f"the upgrade of expert {index} does not match its checksum: the disk has damaged it")
 
     def page_locked(self, index: int) -> Tensor | None:
         return None

@@ -41,6 +41,12 @@ class RoutingTotals:
         return self.hot_mass / self.routed_mass if self.routed_mass else 0.0
 
 
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.1%}" if name == "hot_coverage" else f"{value:,}"
+
+
 class Report:
     """A snapshot for people: prints as a table, and shows itself in a notebook."""
 
@@ -72,7 +78,7 @@ class Report:
             table.add_row(f"experts at {bits} bits", f"{count:,}")
         table.add_section()
         for name, value in self.stats.items():
-            table.add_row(name.replace("_", " "), f"{value:.1%}" if name == "hot_coverage" else f"{value:,}")
+            table.add_row(name.replace("_", " "), _shown(name, value))
         return table
 
     def __str__(self) -> str:

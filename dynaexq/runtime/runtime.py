@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from dynaexq.errors import ClosedError, SettingsError
+from dynaexq.kernels.cpu.team import team
 from dynaexq.policy import Verdict
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.health import Health
@@ -215,8 +216,18 @@ class Runtime:
     def report(self) -> Report:
         """Bytes, tiers, traffic, moves, health and verdict as a table; shows itself in a notebook, too."""
         return Report(
-            self.memory(), self.stats(), self.tiers(), self.plan.tiers, str(self.verdict()), str(self.health())
+            self.memory(),
+            {**self.stats(), **self._machine()},
+            self.tiers(),
+            self.plan.tiers,
+            str(self.verdict()),
+            str(self.health()),
         )
+
+    def _machine(self) -> dict[str, str]:
+        """What is chosen of the machine."""
+        on_cpu = any(part.device.type == "cpu" for part in self._parts)
+        return {"kernel_threads": str(team)} if on_cpu else {}
 
     def verdict(self) -> Verdict:
         """Whether it is worth it here: in words (`str`), and the shares behind them, from the traffic so far."""

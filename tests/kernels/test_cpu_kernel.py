@@ -200,13 +200,17 @@ def _fresh_loader(monkeypatch):
         ({"DYNAEXQ_CPU_KERNEL": "neon"}, "expected a Linux machine with neon"),
         ({"PATH": "", "CXX": ""}, "no C++ compiler found"),
         ({"CXX": "false"}, "failed"),
-        ({"DYNAEXQ_CACHE_DIR": "/dev/null/nowhere"}, "set DYNAEXQ_CACHE_DIR"),
+        ({"CXX": "SLOW"}, "did not end within 0.3 seconds"),
     ],
 )
 def test_without_a_kernel_torch_takes_over_and_the_log_says_why_once(monkeypatch, caplog, tmp_path, variables, reason):
     got = fused(("int4",), torch.bfloat16, GATED, 4)
+    slow = tmp_path / "slow"
+    slow.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nsleep 1000\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(build, "SECONDS_TO_COMPILE", 0.3)
     for name, value in ({"DYNAEXQ_CACHE_DIR": str(tmp_path)} | variables).items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, str(slow) if value == "SLOW" else value)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert_close("torch", got.run(torch_path.expert_mlp), got.run(cpu.expert_mlp), 0)
@@ -305,4 +309,4 @@ def test_structures_have_the_sizes_that_c_gives_them():
     assert ctypes.sizeof(native._Reading) == 8 * 11
     assert ctypes.sizeof(native._Matrix) == 8 * (5 + 2 * 11)
     assert ctypes.sizeof(native._Layer) == 8 * (2 * 27 + 7)
-    assert ctypes.sizeof(native._Call) == 8 * 14
+    assert ctypes.sizeof(native._Call) == 8 * 16

@@ -33,12 +33,13 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     if not is_whole(library):
         place_for(library, OSError)
         with sole_writer(library.with_name(f".{name}.build"), library):
-            if not is_whole(library):  # whoever was waited for has built it
+            if not is_whole(library):  # else whoever was waited for has built it
+                if library.is_symlink():
+                    library.unlink()  # what it points to is not replaced
                 with replacing(library) as unfinished:
                     build(unfinished)
                     content = unfinished.read_bytes()
                     unfinished.write_bytes(content + hashlib.sha256(content).digest())
-                    unfinished.chmod(0o700)
                 library.chmod(0o700)
     return library
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from dynaexq.errors import InputError
 from dynaexq.kernels.cpu import threads
 from dynaexq.kernels.cpu.build import Kernel
+from dynaexq.kernels.cpu.team import team
 from dynaexq.kernels.expert_layer import ExpertLayer
 from dynaexq.quantization.codec import MATRICES
 from dynaexq.quantization.layout import BlockLayout
@@ -59,7 +60,7 @@ class _Call(ctypes.Structure):
     _fields_ = _fields(
         *("hidden_states", "top_k_index", "top_k_weights", "entries", "output"),
         *("num_tokens", "top_k", "dtype", "stage", "num_threads", "parallel"),
-        *("counts", "unit", "largest"),
+        *("counts", "unit", "largest", "took", "lost"),
     )
 
 
@@ -125,7 +126,7 @@ class NativeLayer:
             *index.shape,
             DTYPES[self._dtype],
             stage,
-            torch.get_num_threads(),
+            team.size,
             threads.parallel(),
             0 if counts is None else counts.data_ptr(),
             MASS_UNIT,
@@ -133,6 +134,8 @@ class NativeLayer:
         )
         if self._kernel(ctypes.byref(self._description), ctypes.byref(call)):
             raise MemoryError(f"the CPU kernel found no memory for {index.shape[0]:,} tokens")
+        if call.took:
+            team.observe(call.took * 1e-9, call.lost * 1e-9)
 
 
 def _describe(layer: ExpertLayer) -> _Layer:

@@ -33,7 +33,9 @@ def parallel() -> int:
 
 def _forget() -> None:
     global _address
-    _address = 0
+    if _address:
+        _address = 0
+        torch.set_num_threads(1)  # PyTorch's own operators would ask for them as well
 
 
 # The threads of an OpenMP runtime do not survive a fork, and a child that asks for them waits for ever.

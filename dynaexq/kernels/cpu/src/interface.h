@@ -47,6 +47,10 @@ struct Call {
   // int64 [num_experts + 2]: routing mass of each expert, of foreign ids, and tokens, all to be added to; or 0.
   // A weight counts as that many units, `largest` at most.
   int64_t counts, unit, largest;
+
+  // Filled in where several threads ran: nanoseconds in parallel regions, and those of them in which the caller waited
+  // for others or was not on a core; else 0.
+  int64_t took, lost;
 };
 
 }  // namespace dynaexq

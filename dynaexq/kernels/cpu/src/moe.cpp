@@ -3,12 +3,15 @@
 // The work is cut into tasks that any thread may take: TILE columns of the hidden layer of one expert, then TILE
 // columns of the output over all experts. Every number is computed inside one task, in an order that depends on the
 // routing alone, so the result does not depend on the number of threads.
+#include <time.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <functional>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "activation.h"
@@ -33,13 +36,19 @@ void write(void* to, int64_t index, int64_t dtype, float value) {
   else ((uint16_t*)to)[index] = dtype == BFLOAT16 ? to_bfloat16(value) : _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
+int64_t nanoseconds(clockid_t clock) {
+  timespec now;
+  clock_gettime(clock, &now);
+  return now.tv_sec * 1'000'000'000 + now.tv_nsec;
+}
+
 const uint8_t* find(const Part& part, const uint8_t* base, const uint8_t* upgrade) {
   return part.offset < 0 ? nullptr : (part.in_upgrade ? upgrade : base) + part.offset;
 }
 
 class Forward {
  public:
-  Forward(const Layer& layer, const Call& call)
+  Forward(const Layer& layer, Call& call)
       : layer(layer), call(call), inner(layer.down.padded), width(std::max(layer.up.padded, layer.down.padded)) {
     sort_choices();
     reserve_scratch();
@@ -118,14 +127,22 @@ class Forward {
       int64_t count;
       const Task& task;
       std::vector<Scratch>& scratches;
+      std::thread::id caller = std::this_thread::get_id();
+      int64_t caller_ended = 0;
     } shared{.count = count, .task = task, .scratches = scratches};
     auto work = [](void* data) {
       auto& shared = *(Shared*)data;
       Scratch& scratch = shared.scratches[shared.next_thread++];
       for (int64_t i; (i = shared.next_task++) < shared.count;) shared.task(i, scratch);
+      if (std::this_thread::get_id() == shared.caller) shared.caller_ended = nanoseconds(CLOCK_MONOTONIC);
     };
-    if (std::min(threads, count) > 1) Parallel(call.parallel)(work, &shared, unsigned(std::min(threads, count)), 0);
-    else work(&shared);
+    if (std::min(threads, count) <= 1) return work(&shared);
+    const int64_t began = nanoseconds(CLOCK_MONOTONIC), ran = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+    Parallel(call.parallel)(work, &shared, unsigned(std::min(threads, count)), 0);
+    const int64_t ended = nanoseconds(CLOCK_MONOTONIC);
+    const int64_t off_core = ended - began - (nanoseconds(CLOCK_THREAD_CPUTIME_ID) - ran);
+    call.took += ended - began;
+    call.lost += std::max(ended - shared.caller_ended, off_core);
   }
 
   // The input rows as the arithmetic wants them: where they lie, or copied, converted and padded.
@@ -231,7 +248,7 @@ class Forward {
   }
 
   const Layer& layer;
-  const Call& call;
+  Call& call;
   const int64_t inner, width;  // elements of a hidden row; of the widest row
   int64_t most_rows = 0, threads = 1, rows_width = 0;
   std::vector<int64_t> pairs;
@@ -247,7 +264,7 @@ class Forward {
 }  // namespace dynaexq
 
 // 0, or 1 where memory ran out; nothing has been written then.
-extern "C" int dynaexq_forward(const dynaexq::Layer* layer, const dynaexq::Call* call) {
+extern "C" int dynaexq_forward(const dynaexq::Layer* layer, dynaexq::Call* call) {
   try {
     dynaexq::Forward(*layer, *call).run();
     return 0;
