@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynaexq.kernels import ExpertLayer, Upgrades
-from dynaexq.kernels.cpu import native
-from dynaexq.kernels.cpu import expert_mlp
+from dynaexq.kernels.cpu import expert_mlp, native
 from dynaexq.kernels.cpu.team import Team
 from dynaexq.quantization import ExpertCodec
 from dynaexq.types import ExpertShape

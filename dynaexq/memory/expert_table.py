@@ -7,8 +7,8 @@ store, so no reader ever sees half of it.
     layer 0:  [0, 0x7f00_1200 | 8, 0, 0]       expert 1 is refined to 8 bits by the slot at 0x7f001200
     layer 1:  [0, 0, 0, 0]
 
-The table is written where the host keeps it, which on a CPU is all there is. From there it comes to the device at once,
-by a store in the order of the readers; or, where there is a `HostMailbox`, with the next forward that fetches.
+The table is written where the host keeps it, which on a CPU is all there is. From there it comes to the device at
+once, by a store in the order of the readers; or, where there is a `HostMailbox`, with the next forward that fetches.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""When what has failed is tried again: sooner at first, then at growing distances, and all at once when it works again.
+"""When what has failed is tried again: soon at first, then at growing distances, all at once when it works again.
 
 Copies fail for two reasons. The bytes of one expert are damaged: then it alone is left in peace, for 1 tick, 2, 4 and
 so on. Or the store they come from is out of reach: then several experts fail in a row, all moves rest for growing

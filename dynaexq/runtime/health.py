@@ -1,4 +1,4 @@
-"""Whether precision follows the traffic as it should, since when not, and why. It watches, and says so in the log once."""
+"""Whether precision follows the traffic as it should, since when not, and why. It watches, and logs each change."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""A lock that is held for as long as the call that took it, and outlives neither an interrupt, nor a thread, nor a fork.
+"""A lock that is held for as long as the call that took it: it outlives no interrupt, no thread and no fork.
 
 An exception may come between any two steps of Python (Ctrl-C does), also between the end of a block and the release of
 its lock. A lock of `threading` is then held for ever. Here the holder is a call, known by its frame: once that frame

@@ -1,7 +1,7 @@
-"""One writer for all files: written beside, synced, put in the place of the old one in a single step, by one at a time.
+"""One writer for all files: written beside, synced, put in the place of the old one in one step, by one at a time.
 
-A crash leaves the old file or the new one. What is replaced keeps its permissions, and a link goes on pointing where it
-did. What is being written belongs to its writer alone until it is there; what a writer that died has left is removed
+A crash leaves the old file or the new one. What is replaced keeps its permissions, and a link goes on pointing where
+it did. What is being written belongs to its writer alone until it is there; what a writer that died has left is removed
 by the next. A place that cannot be written to is refused before the work is done.
 """
 

@@ -1,4 +1,4 @@
-"""Adaptation heals itself: whatever fails, and for however long, it goes on once that is over, and says so meanwhile."""
+"""Adaptation heals itself: whatever fails, and for however long, it goes on once that is over, and says so."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Control that is cut short at any line leaves the state before or the state after, and goes on as if nothing had been.
+"""Control that is cut short at any line leaves the state before or the state after, and goes on from there.
 
 Every operation is interrupted at every line of dynaexq that it executes. What must hold afterwards is said once, in
 `assert_sound`, and then the model has to follow its traffic again.

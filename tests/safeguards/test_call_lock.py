@@ -1,4 +1,4 @@
-"""A lock that outlives no call: neither one that an exception has ended at an unlucky line, nor a thread, nor a fork."""
+"""A lock that outlives no call: not one that an exception has ended at an unlucky line, no thread, no fork."""
 
 import os
 import signal
