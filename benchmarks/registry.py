@@ -53,6 +53,9 @@ BENCHMARKS = (
     Benchmark(
         "layers/cpu", "layers/cpu_layer.py", "one layer of experts on a CPU, beside Transformers", "cpu_layer.json"
     ),
+    Benchmark(
+        "layers/contention", "layers/contention.py", "one layer beside a program that uses a core", "contention.json"
+    ),
     Benchmark("layers/encode", "layers/encode_speed.py", "weights quantized per second", "encode_speed.json"),
     Benchmark("models/cpu", "models/cpu_model.py", "tokens per second of whole models on a CPU", "cpu_model.json"),
     Benchmark(
@@ -67,6 +70,7 @@ BENCHMARKS = (
     ),
     Benchmark("quality/quantizers", "quality/quantizers.py", "KL by quantizer and calibration", "quantizers.json"),
     Benchmark("checkpoints/start", "checkpoints/checkpoint.py", "memory and time of loading", "checkpoint.json"),
+    Benchmark("licenses", "licenses.py", "licenses of what is installed", "licenses.json"),
     Benchmark("start_up", "start_up.py", "seconds to import and of short commands", "start_up.json"),
     Benchmark("policy/speed", "policy/policy_speed.py", "milliseconds per tick", "policy_speed.json"),
     Benchmark("policy/simulate", "policy/simulate.py", "policies on made-up traffic", "simulate.json"),

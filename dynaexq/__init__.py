@@ -19,6 +19,7 @@ from dynaexq.errors import (
     InputError,
     PatchError,
     QuantizationError,
+    ReentryError,
     SettingsError,
     StoreError,
     TraceError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from dynaexq.hf.patcher import patch, unpatch
     from dynaexq.policy.benefit import Verdict
     from dynaexq.quantization.moments import Moments
+    from dynaexq.runtime.health import Health
     from dynaexq.runtime.moe import DynaExqMoE
     from dynaexq.runtime.report import Report
     from dynaexq.runtime.runtime import Runtime
@@ -49,6 +51,7 @@ __all__ = [
     "DynaExqConfig",
     "DynaExqError",
     "DynaExqMoE",
+    "Health",
     "HotnessError",
     "InputError",
     "MemoryPlan",
@@ -56,6 +59,7 @@ __all__ = [
     "PatchError",
     "QuantizationError",
     "Recording",
+    "ReentryError",
     "Report",
     "Runtime",
     "Settings",
@@ -74,6 +78,7 @@ __all__ = [
 _HOME = {
     "DynaExqConfig": "dynaexq.hf.config",
     "DynaExqMoE": "dynaexq.runtime.moe",
+    "Health": "dynaexq.runtime.health",
     "MemoryPlan": "dynaexq.types",
     "Moments": "dynaexq.quantization.moments",
     "Recording": "dynaexq.traces.recorder",

@@ -7,15 +7,15 @@ import sys
 import dynaexq
 
 PUBLIC = {
-    "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "HotnessError",
-    "MemoryPlan", "Moments", "PatchError", "QuantizationError", "Recording", "Report", "Runtime", "Settings",
-    "SettingsError", "StoreError", "TraceError", "UnpatchError", "UnsupportedModelError", "Verdict", "__version__",
-    "calibrate", "patch", "unpatch",
+    "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "Health",
+    "HotnessError", "InputError", "MemoryPlan", "Moments", "PatchError", "QuantizationError", "Recording",
+    "ReentryError", "Report", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError", "UnpatchError",
+    "UnsupportedModelError", "Verdict", "__version__", "calibrate", "patch", "unpatch",
 }  # fmt: skip
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",
     "trace", "verdict", "close", "warm_start", "save_hotness", "load_hotness", "plan", "settings", "devices",
-    "follows_replays",
+    "follows_replays", "health",
 }  # fmt: skip
 
 

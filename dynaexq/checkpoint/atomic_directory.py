@@ -1,6 +1,6 @@
 """Replace a checkpoint directory in one step: a crash leaves the old one or the new one, and never a mixture.
 
-Where a directory cannot be exchanged (a mount point, or one whose parent belongs to somebody else) its files are
+Where a directory cannot be exchanged (a mount point, or one whose parent belongs to another user) its files are
 replaced one by one, the index last. A crash in the middle of that leaves a directory without an index, which no loader
 takes for a checkpoint.
 """
@@ -126,14 +126,14 @@ def _check_space(home: Path, nbytes: int) -> None:
 
 
 def _resumed(target: Path, within: bool, journal: str) -> Path:
-    """A staging directory with what was done for the same `journal` before, by this user and nobody else."""
+    """A staging directory with what was done for the same `journal` before, by this user alone."""
     staging = (target if within else target.parent) / f".{target.name}-unfinished"
     known = staging / _JOURNAL
     if staging.is_dir() and is_private(staging) and known.is_file() and known.read_text() == journal:
         return staging
     if staging.is_symlink() or (staging.exists() and not is_private(staging)):
         raise CheckpointError(
-            f"{staging} is in the way, and was made by somebody else or can be written by others; remove it, or "
+            f"{staging} is in the way, and was made by another user or can be written by others; remove it, or "
             "choose another place"
         )
     if staging.exists():

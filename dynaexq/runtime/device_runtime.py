@@ -283,7 +283,7 @@ class DeviceRuntime:
             MemoryError,
             OSError,
             torch.OutOfMemoryError,
-        ):  # what was given back a moment ago is somebody else's now
+        ):  # what was given back a moment ago is taken now
             self._agreed = replace(self._agreed, num_slots=self.pipeline.num_slots)
         self.plan = self._agreed
 

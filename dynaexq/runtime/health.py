@@ -59,7 +59,7 @@ class HealthMonitor:
         self._state, self._since = OK, time.time()
 
     def look(self, state: str, why: str, by_choice: bool = False, **counts: int) -> Health:
-        """What is found now; whoever chose it needs no warning."""
+        """What is found now; what was chosen needs no warning."""
         if state != self._state:
             before, self._state, self._since = self._state, state, time.time()
             if state == OK:

@@ -1,1 +1,1 @@
-"""What keeps a fault from spreading: locks that outlive no call, files replaced whole, outside bytes read with care."""
+"""What keeps a fault from spreading: locks that outlive no call, files replaced whole, outside bytes checked."""

@@ -19,7 +19,7 @@ from dynaexq.errors import ReentryError
 logger = logging.getLogger(__name__)
 
 PAUSE = 0.0005
-"""Seconds between two looks of somebody who waits."""
+"""Seconds between two looks of a call that waits."""
 
 
 class Call:
@@ -49,7 +49,7 @@ class CallLock:
     Args:
         what: what it keeps apart, for the error message.
         mend: puts in order what a call has left behind that held the lock and ended by an exception. It is called
-            before anybody else gets the lock, and must be able to follow upon an interruption of itself.
+            before another call gets the lock, and must be able to follow upon an interruption of itself.
     """
 
     def __init__(self, what: str, mend: Callable[[], None] | None = None):

@@ -1,7 +1,7 @@
 """One writer for all files: written beside, synced, put in the place of the old one in one step, by one at a time.
 
-A crash leaves the old file or the new one. What is replaced keeps its permissions, and a link goes on pointing where
-it did. What is being written belongs to its writer alone until it is there; what a writer that died has left is removed
+A crash leaves the old file or the new one. What is replaced keeps its permissions, and a link points where it did.
+What is being written belongs to its writer alone until it is there; what a writer that died has left is removed
 by the next. A place that cannot be written to is refused before the work is done.
 """
 
@@ -86,7 +86,7 @@ def sole_writer(lock: Path, target: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            lock.unlink()  # while it is held: whoever waits for it will look whether it is still there
+            lock.unlink()  # while it is held: the next one will look whether it is still there
         os.close(handle)
 
 
@@ -97,7 +97,7 @@ def staging_directory(target: Path, within: bool = False) -> Path:
 
 
 def remove_stale(target: Path, within: bool = False) -> None:
-    """Remove what writers of `target` have left that died; called by whoever is its sole writer."""
+    """Remove what writers of `target` have left that died; called by its sole writer."""
     parent = target if within else target.parent
     for entry in parent.iterdir():
         if entry.name.startswith(f".{target.name}{_STAGING}") and is_private(entry):
@@ -105,7 +105,7 @@ def remove_stale(target: Path, within: bool = False) -> None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether `path` is itself no link, and belongs to this user, and nobody else can have written it."""
+    """Whether `path` is itself no link, and belongs to this user, and no other user can have written it."""
     status = path.lstat()
     return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
@@ -140,7 +140,7 @@ def _locked(lock: Path, target: Path) -> int:
                 return handle
         except BlockingIOError:
             if not told:
-                logger.warning("somebody else is writing %s; waiting for that to end", target)
+                logger.warning("another process or thread is writing %s; waiting for that to end", target)
                 told = True
             os.close(handle)
             time.sleep(PAUSE)

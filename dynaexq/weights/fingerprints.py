@@ -1,7 +1,7 @@
 """What 16-bit experts were when they were read first, so that what is read later is known to be the same.
 
 Upgrades in 16 bit, and the weights that undo a patch, are read from files again and again, for as long as a model
-lives. Whoever overwrites such a file meanwhile must not change the model. A CRC-32 an expert is kept: 4 GB/s on one
+lives. If such a file is overwritten meanwhile, the model must not change. A CRC-32 an expert is kept: 4 GB/s on one
 core, and 4 bytes. It knows no file and no format.
 """
 

@@ -1,5 +1,6 @@
 """Ctrl-C at every line of dynaexq that a call executes, one after the other."""
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ def interrupted_at(number: int, act: Callable[[], Any], error: type[BaseExceptio
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         return local if frame.f_code.co_filename.startswith(PACKAGE) else None
 
+    gc.disable()  # what it would finalize in between is another test's
     sys.settrace(trace)
     try:
         act()
@@ -39,6 +41,7 @@ def interrupted_at(number: int, act: Callable[[], Any], error: type[BaseExceptio
         pass
     finally:
         sys.settrace(before)
+        gc.enable()
     return where
 
 

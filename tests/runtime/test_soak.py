@@ -1,4 +1,4 @@
-"""Seven minutes of everything at once: traffic that shifts, budgets that change, reads that fail, and nobody who helps.
+"""Seven minutes of everything at once: traffic that shifts, budgets that change, reads that fail, and no help.
 
 Outages come and go; nothing is cleared by hand. Precision must move again after every one of them, memory, descriptors
 and threads stay flat, and no byte is ever above the ceiling. `DYNAEXQ_SOAK_SECONDS` makes it longer or shorter.

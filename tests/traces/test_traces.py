@@ -143,7 +143,7 @@ def test_one_recording_at_a_time_and_none_of_a_closed_runtime(tmp_path):
         pytest.raises(TraceError, match=r"a\.npz is still being recorded; close that recording first"),
     ):
         rt.trace(tmp_path / "b.npz")
-    with pytest.raises(OSError, match="there is no directory .* make it first"):
+    with pytest.raises(OSError, match=r"there is no directory .* make it first"):
         rt.trace(tmp_path / "nowhere" / "a.npz")
     rt.trace(tmp_path / "b.npz")
     rt.close()

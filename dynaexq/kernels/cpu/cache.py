@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: a directory of this user alone, in files that say themselves whether they are whole.
+"""Where compiled kernels are kept: a directory of this user alone, in files that show whether they are whole.
 
 A library that others could have written is never loaded, and nothing is loaded whose content is not what its compiler
 made. The SHA-256 of the library stands behind it, in the last 32 bytes of its file, which the loader ignores.
@@ -33,7 +33,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
     if not is_whole(library):
         place_for(library, OSError)
         with sole_writer(library.with_name(f".{name}.build"), library):
-            if not is_whole(library):  # else whoever was waited for has built it
+            if not is_whole(library):  # else the one that was waited for has built it
                 if library.is_symlink():
                     library.unlink()  # what it points to is not replaced
                 with replacing(library) as unfinished:
@@ -62,7 +62,7 @@ def cache_directory() -> Path:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if is_private(directory.resolve()) and os.access(directory, os.W_OK | os.X_OK):
             return directory
-        problem = f"{directory} belongs to somebody else, or others may write there"
+        problem = f"{directory} belongs to another user, or others may write there"
     except (OSError, RuntimeError) as error:  # a RuntimeError: this user has no home
         problem = str(error)
     return _temporary_directory(problem)
