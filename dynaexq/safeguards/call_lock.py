@@ -6,6 +6,7 @@ is on no thread's stack, the lock is free. Nothing is locked to find that out; e
 or a dict, which Python does not interrupt.
 """
 
+import gc
 import itertools
 import logging
 import sys
@@ -32,7 +33,7 @@ class Call:
     @property
     def is_running(self) -> bool:
         """Whether it has not come to its end yet."""
-        frame = sys._current_frames().get(self.thread)
+        frame: FrameType | None = sys._getframe() if self.is_below else _top_frame(self.thread)
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
         return frame is not None
@@ -41,6 +42,21 @@ class Call:
     def is_below(self) -> bool:
         """Whether it is on the stack of this very thread, so that waiting for its end would never end."""
         return self.thread == threading.get_ident()
+
+
+def _top_frame(thread: int) -> FrameType | None:
+    """Where a thread is; None if it has ended.
+
+    Garbage is not collected meanwhile: before Python 3.12 that could come in the middle, while the interpreter's list
+    of threads is locked, and a finalizer that waits for a thread would wait for ever.
+    """
+    collects = gc.isenabled()
+    try:
+        gc.disable()
+        return sys._current_frames().get(thread)
+    finally:
+        if collects:
+            gc.enable()
 
 
 class CallLock:

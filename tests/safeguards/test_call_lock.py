@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -51,6 +52,38 @@ def test_who_does_not_wait_is_told() -> None:
     thread.join()
     with lock.turn(wait=False) as taken:
         assert taken
+
+
+GARBAGE = """
+import gc, threading, weakref
+from dynaexq.safeguards.call_lock import CallLock
+
+class Knot:
+    def __init__(self):
+        self.itself = self
+        weakref.finalize(self, lambda: (other.locked(), threading.Thread(target=int).start()))
+
+other, lock, may_leave = CallLock("the other"), CallLock("the lock"), threading.Event()
+
+def hold():
+    with lock.turn(), other.turn():
+        may_leave.wait(60)
+
+thread = threading.Thread(target=hold)
+thread.start()
+while not other.locked():
+    pass
+gc.set_threshold(1)
+for _ in range(300):
+    Knot()
+    lock.locked()
+may_leave.set()
+thread.join()
+"""
+
+
+def test_a_finalizer_in_the_middle_of_a_look_at_other_threads_does_not_hang() -> None:
+    subprocess.run([sys.executable, "-c", GARBAGE], timeout=60, check=True)
 
 
 def test_asking_from_within_is_a_sentence_and_no_hang() -> None:
