@@ -6,6 +6,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
 BIN := $(VENV)/bin
+# pyproject.toml says how much of the lines and branches must be executed.
+COVERAGE := --cov --cov-report=
 
 .PHONY: demo test test-oldest check format lint types bench figures
 
@@ -13,11 +15,11 @@ demo: $(VENV)/installed
 	$(BIN)/dynaexq demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(COVERAGE)
 
 # The same suite on the oldest Transformers that is supported.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0 COVERAGE=
 
 check: $(VENV)/installed format lint types test
 

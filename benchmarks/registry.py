@@ -71,6 +71,7 @@ BENCHMARKS = (
     Benchmark("quality/quantizers", "quality/quantizers.py", "KL by quantizer and calibration", "quantizers.json"),
     Benchmark("checkpoints/start", "checkpoints/checkpoint.py", "memory and time of loading", "checkpoint.json"),
     Benchmark("licenses", "licenses.py", "licenses of what is installed", "licenses.json"),
+    Benchmark("mutation", "mutation.py", "small wrongs that the tests notice", "mutation.json"),
     Benchmark("start_up", "start_up.py", "seconds to import and of short commands", "start_up.json"),
     Benchmark("policy/speed", "policy/policy_speed.py", "milliseconds per tick", "policy_speed.json"),
     Benchmark("policy/simulate", "policy/simulate.py", "policies on made-up traffic", "simulate.json"),

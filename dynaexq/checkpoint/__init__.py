@@ -1,6 +1,6 @@
 """Files on disk: safetensors shards by position, packed experts in them, and directories replaced in one step."""
 
-from dynaexq.checkpoint.atomic_directory import is_weights, link_or_copy, replaced
+from dynaexq.checkpoint.atomic_directory import INDEX, link_or_copy, replaced
 from dynaexq.checkpoint.packed_format import (
     FORMAT_VERSION,
     MARK,
@@ -14,6 +14,7 @@ from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter, read_te
 
 __all__ = [
     "FORMAT_VERSION",
+    "INDEX",
     "MARK",
     "QUANT_METHOD",
     "Entry",
@@ -23,7 +24,6 @@ __all__ = [
     "PackedWriter",
     "Shard",
     "ShardWriter",
-    "is_weights",
     "link_or_copy",
     "read_tensors",
     "replaced",

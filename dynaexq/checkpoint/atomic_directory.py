@@ -1,18 +1,16 @@
-"""Replace a checkpoint directory in one step: a crash leaves the old one or the new one, and never a mixture.
+"""Put a checkpoint where it belongs: a crash leaves the old one or the new one, and never a mixture.
 
-Where a directory cannot be exchanged (a mount point, or one whose parent belongs to another user) its files are
-replaced one by one, the index last. A crash in the middle of that leaves a directory without an index, which no loader
-takes for a checkpoint.
+A new directory appears whole, in one step. In a directory that is there, which may be a mount point or the working
+directory of a program, others are at home: only files of the old checkpoint are replaced or removed. New shards get
+names that the old index does not know, and the new index, which is put in last, decides.
 """
 
-import ctypes
-import errno
 import json
 import os
+import secrets
 import shutil
-import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dynaexq.errors import CheckpointError
@@ -20,25 +18,25 @@ from dynaexq.safeguards.durable_files import (
     is_private,
     new_mode,
     remove_stale,
+    replace_file,
     sole_writer,
     staging_directory,
     sync,
     write_text,
 )
+from dynaexq.safeguards.outside_files import read_json
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _JOURNAL = "dynaexq-source.json"
-_INDEX_SUFFIX = ".index.json"
+_ARRIVING = "-arriving.json"
+INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
 def replaced(directory: Path | str, journal: str | None = None, nbytes: int = 0) -> Iterator[Path]:
-    """A staging directory that takes the place of `directory` when the block ends without an error.
+    """A staging directory whose files come into `directory` when the block ends without an error.
 
-    What the old directory holds besides, and is no weights, is carried over: a tokenizer, say, or a directory.
-    The old one goes in one step, where the file system can exchange two directories; elsewhere in two. A second
-    writer of the same place waits for the first.
+    Weights that an index names there, and no longer names afterwards, are removed; everything else stays as it is.
+    A second writer of the same place waits for the first.
 
     Args:
         journal: what the content depends on. Then a block that fails keeps what it has done, and the next one with
@@ -49,22 +47,21 @@ def replaced(directory: Path | str, journal: str | None = None, nbytes: int = 0)
         CheckpointError: the place cannot be written, is a file, or has not the space; known before the block begins.
     """
     target = _place_for(directory)
-    within = _must_stay(target)
     try:
-        home = target if within else target.parent
-        home.mkdir(parents=True, exist_ok=True)
-        _check_space(home, nbytes)
-        with sole_writer(home / f".{target.name}.lock", target):
-            _restore(target)
+        with _sole_writer(target) as within:
+            home = target if within else target.parent
+            _check_space(home, nbytes)
             remove_stale(target, within)
-            staging = staging_directory(target, within) if journal is None else _resumed(target, within, journal)
+            if within:
+                _finish_arrival(target)
+            staging = staging_directory(target, within) if journal is None else _resumed(target, home, journal)
             try:
                 yield staging
                 (staging / _JOURNAL).unlink(missing_ok=True)
                 if within:
-                    _publish_files(staging, target)
+                    _move_into(staging, target)
                 else:
-                    _publish(staging, target)
+                    _appear(staging, target)
             except BaseException:
                 if journal is None:
                     shutil.rmtree(staging, ignore_errors=True)
@@ -83,14 +80,9 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, or says where they are."""
-    return name.endswith(
-        (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
-    )
-
-
 def _place_for(directory: Path | str) -> Path:
+    if not os.fspath(directory):
+        raise CheckpointError('expected a directory to save in, got ""; "." is the working directory')
     target = Path(directory).resolve()
     if Path(directory).is_symlink() and not target.exists():
         raise CheckpointError(
@@ -101,20 +93,17 @@ def _place_for(directory: Path | str) -> Path:
     return target
 
 
-def _must_stay(target: Path) -> bool:
-    """Whether `target` is a directory that nothing else can take the place of."""
-    if not target.is_dir():
-        return False
-    return os.path.ismount(target) or target in _mount_points() or not os.access(target.parent, os.W_OK | os.X_OK)
-
-
-def _mount_points() -> set[Path]:
-    """Where something is mounted, also within one file system, as Linux lists it; empty elsewhere."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {Path(line.split()[4].replace("\\040", " ")) for line in lines}
+@contextmanager
+def _sole_writer(target: Path) -> Iterator[bool]:
+    """Hold the lock of `target`, which lies within it where it is there; yields whether it is."""
+    while True:
+        within = target.is_dir()
+        home = target if within else target.parent
+        home.mkdir(parents=True, exist_ok=True)
+        with sole_writer(home / f".{target.name}.lock", target):
+            if target.is_dir() == within:  # else another writer has made it meanwhile
+                yield within
+                return
 
 
 def _check_space(home: Path, nbytes: int) -> None:
@@ -125,9 +114,9 @@ def _check_space(home: Path, nbytes: int) -> None:
         )
 
 
-def _resumed(target: Path, within: bool, journal: str) -> Path:
+def _resumed(target: Path, home: Path, journal: str) -> Path:
     """A staging directory with what was done for the same `journal` before, by this user alone."""
-    staging = (target if within else target.parent) / f".{target.name}-unfinished"
+    staging = home / f".{target.name}-unfinished"
     known = staging / _JOURNAL
     if staging.is_dir() and is_private(staging) and known.is_file() and known.read_text() == journal:
         return staging
@@ -143,83 +132,73 @@ def _resumed(target: Path, within: bool, journal: str) -> Path:
     return staging
 
 
-def _restore(target: Path) -> None:
-    """Put back the old directory, if its writer died between the two steps in which it was replaced."""
-    aside = _aside(target)
-    if aside.is_dir() and not target.exists():
-        aside.rename(target)
-    elif aside.is_dir():
-        shutil.rmtree(aside)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}-replaced")
-
-
-def _carry_over(old: Path, new: Path) -> None:
-    for entry in sorted(old.iterdir()):
-        place = new / entry.name
-        if place.exists():
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, place, symlinks=True, copy_function=lambda a, b: link_or_copy(Path(a), Path(b)))
-        elif not is_weights(entry.name):
-            shutil.copyfile(entry, place)
-
-
-def _publish(staging: Path, target: Path) -> None:
-    if target.is_dir():
-        _carry_over(target, staging)
-        staging.chmod(stat.S_IMODE(target.stat().st_mode))
-    else:
-        staging.chmod(new_mode(0o777))
-    _sync_all(staging)
-    if not target.exists():
-        staging.rename(target)
-    elif _exchange(staging, target):
-        shutil.rmtree(staging, ignore_errors=True)  # which is now the old directory
-    else:
-        aside = _aside(target)
-        target.rename(aside)
-        staging.rename(target)
-        shutil.rmtree(aside)
+def _appear(staging: Path, target: Path) -> None:
+    """Make `staging` the directory `target`, which is not there."""
+    staging.chmod(new_mode(0o777))
+    for file in _files(staging):
+        sync(staging / file)
+    sync(staging)
+    staging.rename(target)
     sync(target.parent)
 
 
-def _publish_files(staging: Path, target: Path) -> None:
-    """Move what is in `staging` into `target`, one by one, and remove the weights that it replaces."""
-    _sync_all(staging)
-    for index in target.glob(f"*{_INDEX_SUFFIX}"):
-        index.unlink()
+def _move_into(staging: Path, target: Path) -> None:
+    """Move the files of `staging` into `target`, the index last, and remove weights that only the old index names."""
+    old = _indexed(target)
+    _rename_shards(staging, target)
+    new = _indexed(staging)
+    write_text(_arriving(target), json.dumps(sorted(old | new)))
+    files = _files(staging)
+    for file in sorted(files, key=lambda file: (file == Path(INDEX), file.name not in new)):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(staging / file, target / file)
+    if not new:
+        (target / INDEX).unlink(missing_ok=True)
+    shutil.rmtree(staging)
+    _finish_arrival(target)
+
+
+def _finish_arrival(target: Path) -> None:
+    """Remove the weights of which there were two, and that the index in force does not name."""
+    arriving = _arriving(target)
+    if not arriving.exists():
+        return
+    for name in set(json.loads(arriving.read_text())) - _indexed(target):
+        with suppress(FileNotFoundError):
+            (target / name).unlink()
     sync(target)
-    for file in sorted(staging.iterdir(), key=lambda file: file.name.endswith(_INDEX_SUFFIX)):
-        file.replace(target / file.name)
-    names = set(_named_by_index(target))
-    for file in target.iterdir():
-        if names and file.is_file() and is_weights(file.name) and file.name not in names:
-            file.unlink()
-    sync(target)
-    staging.rmdir()
+    arriving.unlink()
 
 
-def _named_by_index(target: Path) -> Iterator[str]:
-    for index in target.glob(f"*{_INDEX_SUFFIX}"):
-        yield index.name
-        yield from json.loads(index.read_text())["weight_map"].values()
+def _arriving(target: Path) -> Path:
+    return target / f".{target.name}{_ARRIVING}"
 
 
-def _sync_all(directory: Path) -> None:
-    for file in [path for path in directory.iterdir() if path.is_file()] + [directory]:
-        sync(file)
+def _rename_shards(staging: Path, target: Path) -> None:
+    """Give shards whose names are taken in `target` other ones, and tell the new index."""
+    taken = {name: _fresh(name) for name in _indexed(staging) if os.path.lexists(target / name)}
+    if not taken:
+        return
+    for name, fresh in taken.items():
+        (staging / name).rename(staging / fresh)
+    index = json.loads((staging / INDEX).read_text())
+    index["weight_map"] = {key: taken.get(name, name) for key, name in index["weight_map"].items()}
+    (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories atomically; False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    if (number := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-        return False
-    raise CheckpointError(f"cannot put the new checkpoint in the place of {other}: {os.strerror(number)}")
+def _fresh(name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return f"{stem}-{secrets.token_hex(3)}.{suffix}"
+
+
+def _indexed(directory: Path) -> set[str]:
+    """Names of the files of `directory` that its index names; none where there is no index, or none that is one."""
+    try:
+        names = read_json(directory / INDEX, CheckpointError, "it is taken for none")["weight_map"].values()
+        return {name for name in names if Path(name).name == name}
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]

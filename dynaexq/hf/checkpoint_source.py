@@ -21,31 +21,30 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import Shard
+from dynaexq.checkpoint import INDEX, Shard
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.safeguards.outside_files import read_json
 from dynaexq.weights.fingerprints import Fingerprints
 
-INDEX = "model.safetensors.index.json"
-
 
 def checkpoint_files(source: Path) -> list[Path]:
-    """The safetensors shards of a checkpoint directory, as its index names them.
+    """The safetensors files of a checkpoint directory that Transformers reads: a single one, or those of the index.
 
     Raises:
         CheckpointError: there are none, the index cannot be read, or it points out of the directory.
     """
-    index = source / INDEX
+    single, index = source / SAFE_WEIGHTS_NAME, source / INDEX
+    if single.exists():
+        return [single]
     if not index.exists():
-        files = sorted(source.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(
-                f"{source} has no safetensors; pickles are never opened: convert the checkpoint with safetensors"
-            )
-        return files
+        raise CheckpointError(
+            f"expected {SAFE_WEIGHTS_NAME} or {INDEX} in {source}, found neither; pickles are never opened: convert "
+            "the checkpoint with safetensors"
+        )
     try:
         names = sorted(set(read_json(index, CheckpointError, "fetch it again")["weight_map"].values()))
     except (KeyError, AttributeError, TypeError) as error:

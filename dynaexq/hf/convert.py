@@ -5,6 +5,7 @@ target until it is complete, so an interrupted conversion goes on where it stopp
 """
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import PackedWriter, Shard, ShardWriter, is_weights, link_or_copy, replaced
+from dynaexq.checkpoint import INDEX, PackedWriter, Shard, ShardWriter, link_or_copy, replaced
 from dynaexq.errors import SettingsError
 from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
@@ -26,6 +28,9 @@ from dynaexq.quantization import ExpertCodec, Moments
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
 from dynaexq.weights.quantize_experts import encode_all
+
+MODEL_WEIGHTS = re.compile(r"(model|pytorch_model|consolidated|tf_model|flax_model)\b.*\.\w+$|.*\.gguf$")
+"""Names of files with the weights of a model, in any format, and of their indexes."""
 
 COPIED_AT_ONCE = 2**26  # bytes of a dense tensor
 
@@ -87,8 +92,11 @@ def annotate_checkpoint(source: str | Path, target: str | Path, config: DynaExqC
     model = meta_model(source)
     CheckpointSource(model, find_sparse_layers(model, on_meta=True), open_shards(checkpoint_files(source))).close()
     with replaced(target) as staging:
-        for file in [*checkpoint_files(source), *source.glob("*.index.json")]:
-            link_or_copy(Path(file), staging / Path(file).name)
+        files = checkpoint_files(source)
+        for file in files:
+            link_or_copy(file, staging / file.name)
+        if files[0].name != SAFE_WEIGHTS_NAME:
+            shutil.copyfile(source / INDEX, staging / INDEX)
         _copy_others(source, staging, config)
     return target
 
@@ -136,9 +144,12 @@ def _copy_dense(shards: list[Shard], experts: set[str], staging: Path) -> dict[s
 
 
 def _copy_others(source: Path, staging: Path, config: DynaExqConfig) -> None:
-    """Everything that is no weights, and the configuration with `config` in it."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not is_weights(file.name) and file.name != "config.json":
-            shutil.copyfile(file, staging / file.name)
+    """Everything but the model's weights in any format, and the configuration with `config` in it."""
+    for file in sorted(source.rglob("*")):
+        place = staging / file.relative_to(source)
+        is_hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
+        if file.is_file() and not is_hidden and not MODEL_WEIGHTS.match(file.name):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
     content = json.loads((source / "config.json").read_text()) | {"quantization_config": config.to_dict()}
     (staging / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dynaexq.checkpoint import QUANT_METHOD
+from dynaexq.checkpoint import INDEX, QUANT_METHOD
 from dynaexq.errors import CheckpointError
-from dynaexq.hf.checkpoint_source import INDEX
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.kv_cache_size import context_bytes

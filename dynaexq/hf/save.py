@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from dynaexq.checkpoint import FORMAT_VERSION, PackedWriter, Shard, ShardWriter, is_weights, replaced
+from dynaexq.checkpoint import FORMAT_VERSION, INDEX, PackedWriter, Shard, ShardWriter, replaced
 from dynaexq.errors import CheckpointError, PatchError
-from dynaexq.hf.checkpoint_source import INDEX
 from dynaexq.hf.compat import is_distributed
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.load import GUARD
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.quantization import ExpertCodec
+from dynaexq.safeguards.outside_files import read_json
 from dynaexq.settings import parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
 
@@ -103,21 +104,25 @@ def packed_config(
 
 def refuse_foreign_weights(directory: Path) -> None:
     """Raise a CheckpointError rather than replace weights that are not a packed checkpoint of ours."""
-    if not directory.is_dir():
-        return
-    names = {file.name for file in directory.iterdir()}
-    if any(map(is_weights, names)) and _GUARD_FILE not in names:
+    found = [name for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if (directory / name).exists()]
+    if found or ((directory / INDEX).exists() and GUARD not in _weight_map(directory)):
         raise CheckpointError(
-            f"{directory} holds other weights, which saving there would remove; choose another directory, or move "
-            "them away first"
+            f"{directory} holds another model ({found[0] if found else INDEX}), which could not be loaded any more; "
+            "choose another directory, or move it away first"
         )
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """The file of every tensor, as the index of `directory` has it."""
+    index = read_json(directory / INDEX, CheckpointError, "move it away first")
+    return dict(index.get("weight_map", {})) if isinstance(index, dict) else {}
 
 
 def dense_files(directory: Path) -> dict[str, str]:
     """The file of every dense tensor, as Transformers saved them in `directory`."""
     single, index = directory / _SINGLE, directory / INDEX
     if index.is_file():
-        return dict(json.loads(index.read_text())["weight_map"])
+        return _weight_map(directory)
     # Under its usual name it would be taken for the whole checkpoint.
     single.rename(directory / _DENSE)
     shard = Shard(directory / _DENSE)

@@ -43,15 +43,22 @@ def replacing(path: Path | str, error: type[Exception] = OSError) -> Iterator[Pa
             try:
                 yield staging
                 staging.chmod(_mode_of(target))
-                sync(staging)
-                staging.replace(target)
-                sync(target.parent)
+                replace_file(staging, target)
             finally:
                 staging.unlink(missing_ok=True)
     except OSError as problem:
         if isinstance(problem, error):
             raise
         raise error(f"cannot write {target}: {problem}; free some space, or write elsewhere") from problem
+
+
+def replace_file(new: Path, old: Path) -> None:
+    """Put the file `new` in the place of `old`, on disk as well; one that is there gives it its permissions."""
+    if old.exists() and new.stat().st_nlink == 1:  # else its permissions are those of another name, too
+        new.chmod(_mode_of(old))
+    sync(new)
+    new.replace(old)
+    sync(old.parent)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -18,8 +18,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dynaexq.checkpoint import PackedReader, PackedShape, PackedStore, PackedWriter, Shard, ShardWriter, replaced
-from dynaexq.checkpoint import atomic_directory as directory_room
+from dynaexq.checkpoint import (
+    INDEX,
+    PackedReader,
+    PackedShape,
+    PackedStore,
+    PackedWriter,
+    Shard,
+    ShardWriter,
+    replaced,
+)
 from dynaexq.checkpoint.safetensors_io import DTYPES
 from dynaexq.errors import CheckpointError, StoreError
 
@@ -233,30 +241,88 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path, change: dict
         open_packed(tmp_path, PackedShape(**vars(SHAPE) | change))
 
 
-@pytest.fixture(params=["exchange", "two renames"])
-def exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "two renames":
-        monkeypatch.setattr(directory_room, "_exchange", lambda one, other: False)
+def write_checkpoint(target: Path, content: str, *shards: str) -> None:
+    with replaced(target) as staging:
+        for shard in shards:
+            (staging / shard).write_text(content)
+        (staging / "config.json").write_text(content)
+        (staging / INDEX).write_text(json.dumps({"weight_map": {shard: shard for shard in shards}}))
 
 
-@pytest.mark.usefixtures("exchange")
-def test_a_directory_is_replaced_and_what_is_no_weights_carried_over(tmp_path: Path) -> None:
+def read_checkpoint(target: Path) -> set[str]:
+    """What the shards hold that the index names."""
+    names = json.loads((target / INDEX).read_text())["weight_map"].values()
+    return {(target / name).read_text() for name in names}
+
+
+def test_only_files_of_the_old_checkpoint_are_replaced(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with replaced(target) as staging:
-        (staging / "config.json").write_text("old")
-        (staging / "old.safetensors").write_text("old")
-        (staging / "tokenizer.json").write_text("words")
-        assert not target.exists()
-    (target / "runs").mkdir()
-    (target / "runs" / "mine.safetensors").write_text("mine")
-    with replaced(target) as staging:
-        (staging / "config.json").write_text("new")
-        assert (target / "config.json").read_text() == "old"
-    files = {p.name: p.read_text() for p in target.iterdir() if p.is_file()}
-    assert files == {"config.json": "new", "tokenizer.json": "words"}
-    assert (target / "runs" / "mine.safetensors").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    write_checkpoint(target, "old", "a.safetensors", "b.safetensors")
     assert target.stat().st_mode & 0o777 == 0o777 & ~os.umask(os.umask(0o022))
+    foreign = ("optimizer.pt", "adapter_model.safetensors", "runs/mine.safetensors", "tokenizer.json")
+    (target / "runs").mkdir()
+    for name in foreign:
+        (target / name).write_text("mine")
+    (target / "config.json").chmod(0o640)
+    before = target.stat()
+    write_checkpoint(target, "new", "a.safetensors", "c.safetensors")
+    assert target.stat().st_ino == before.st_ino
+    assert (target / "config.json").read_text() == "new"
+    assert (target / "config.json").stat().st_mode & 0o777 == 0o640
+    assert read_checkpoint(target) == {"new"}
+    assert {name: (target / name).read_text() for name in foreign} == dict.fromkeys(foreign, "mine")
+    assert not (target / "b.safetensors").exists()
+    assert len(list(target.iterdir())) == len(foreign) + 4
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_writer_that_dies_in_the_middle_leaves_one_checkpoint_and_the_next_tidies_up(tmp_path: Path) -> None:
+    """`os.replace` is where files arrive: the process ends before the first, the second ... of them."""
+    arrivals, seen = 0, set()
+    while True:
+        target = tmp_path / f"model{arrivals}"
+        write_checkpoint(target, "old", "a.safetensors", "b.safetensors")
+        script = f"""
+            import os, pathlib
+            left, replace = {arrivals}, pathlib.Path.replace
+            def dying(path, other):
+                global left
+                left -= 1
+                os._exit(9) if left < 0 else replace(path, other)
+            pathlib.Path.replace = dying
+            import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+            from test_storage import write_checkpoint
+            write_checkpoint(pathlib.Path({str(target)!r}), "new", "a.safetensors", "b.safetensors")
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+        found = read_checkpoint(target)
+        assert found in ({"old"}, {"new"})
+        seen |= found
+        write_checkpoint(target, "last", "a.safetensors")
+        assert read_checkpoint(target) == {"last"}
+        assert len(list(target.iterdir())) == 3, sorted(target.iterdir())
+        if done.returncode == 0:
+            break
+        arrivals += 1
+    assert seen == {"old", "new"}
+    assert arrivals == 5, "a journal, two shards, config.json, the index"
+
+
+def test_an_index_that_points_elsewhere_removes_nothing_there(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / INDEX).write_text(json.dumps({"weight_map": {"a": "../mine.safetensors"}}))
+    write_checkpoint(tmp_path / "model", "new", "a.safetensors")
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
+def test_the_working_directory_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("."), "new", "a.safetensors")
+    assert Path.cwd() == tmp_path
+    assert read_checkpoint(Path(".")) == {"new"}
+    with pytest.raises(CheckpointError, match=r'"\." is the working directory'), replaced(""):
+        raise AssertionError
 
 
 def test_an_error_leaves_the_old_directory_and_nothing_beside_it(tmp_path: Path) -> None:
