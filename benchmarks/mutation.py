@@ -256,10 +256,11 @@ def run_mutant(tree: Path, mutant: Mutant, tests: list[str]) -> int:
 
 def compile_mutant(tree: Path, mutant: Mutant, text: str) -> None:
     """Let the kernel be compiled of the mutant, or leave if there is none."""
-    sources = Path(tempfile.mkdtemp())
-    shutil.copytree(tree / "dynaexq" / CPP, sources, dirs_exist_ok=True)
+    place = Path(tempfile.mkdtemp())
+    sources = place / "src"
+    shutil.copytree(tree / "dynaexq" / CPP, sources)
     (sources / Path(mutant.path).name).write_text(text)
-    os.environ["DYNAEXQ_CACHE_DIR"] = str(sources / "cache")
+    os.environ["DYNAEXQ_CACHE_DIR"] = str(place / "cache")
     build = importlib.import_module("dynaexq.kernels.cpu.build")
     build.SOURCES, build.FLAGS = sources, tuple(flag.replace("-O3", "-O1") for flag in build.FLAGS)
     if build.load(True) is None or build.load(False) is None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 OF_THE_MACHINE = {"device", "host_copy", "calibration"}
 """Options that say nothing about a model, and are not kept with it."""
 
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PACKED_FIELDS = {"format_version", "tiers", "group_size", "quantizer"}
 
 
@@ -84,6 +86,11 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
         """The tiers that a packed checkpoint holds, or None for 16-bit weights."""
         return tuple(self.packed["tiers"]) if self.packed else None
 
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of 16-bit experts and of biases in a packed checkpoint; None where it is the model's."""
+        name = (self.packed or {}).get("dtype")
+        return DTYPES[name] if name is not None else None
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """Options that override those stored in a checkpoint: all that were named."""
         return self.named_options()
@@ -143,6 +150,11 @@ def _check_packed(packed: Any) -> None:
         raise CheckpointError(
             f"the checkpoint is packed in format version {packed['format_version']!r}, and this dynaexq reads "
             f"{FORMAT_VERSION}; install the version of dynaexq that wrote it, or quantize the source again"
+        )
+    if packed.get("dtype", "float16") not in DTYPES:
+        raise CheckpointError(
+            f"config.json: expected packed to have a dtype among {', '.join(DTYPES)}, got {packed['dtype']!r}; fetch "
+            "the file again"
         )
     Settings(tiers=packed["tiers"], group_size=packed["group_size"], quantizer=packed["quantizer"])
 

@@ -58,7 +58,7 @@ class CheckpointLoad:
         self.model, self.settings = model, settings
         self.layers = find_sparse_layers(model, on_meta=True)
         check_distribution(model.config, self.layers, settings.dense)
-        self._stored = config.stored_tiers()
+        self._stored, self._stored_dtype = config.stored_tiers(), config.stored_dtype()
         self._check_tiers_and_budget(device_map)
         self._experts = self._open(files)
         self._prefetch(device_map)
@@ -120,7 +120,7 @@ class CheckpointLoad:
                 f"calibration={self.settings.calibration!r} was given, and the checkpoint is packed: its codes are "
                 "fixed; leave it out, or quantize the 16-bit source again"
             )
-        codec = make_codec(self.layers[0], self._stored, self.settings)
+        codec = make_codec(self.layers[0], self._stored, self.settings, self._stored_dtype)
         names = tuple(layer.name for layer in self.layers)
         return PackedCheckpoint(
             PackedReader(open_shards(files), packed_shape(codec, names, self.layers[0].num_experts)), codec
@@ -138,7 +138,8 @@ class CheckpointLoad:
         """Begin to read the base while Transformers loads the dense weights, if it can be read to where it stays."""
         whole = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}
         bases = {base.precision for base, _ in self._spec.choices}
-        if self._stored and whole and not self._is_distributed and bases == {self._stored[0]}:
+        is_as_stored = self._stored_dtype in (None, self.layers[0].dtype)
+        if self._stored and is_as_stored and whole and not self._is_distributed and bases == {self._stored[0]}:
             self._experts.prefetch()
 
     def _placeholders(self, device_map: Any) -> dict[str, dict[str, nn.Parameter]]:

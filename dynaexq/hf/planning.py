@@ -183,9 +183,9 @@ def _choices(settings: Settings, stored: Tiers | None) -> tuple[Tiers, ...]:
     return (settings.tiers,)
 
 
-def make_codec(layer: SparseLayer, tiers: Tiers, settings: Settings) -> ExpertCodec:
-    """The codec of the experts of `layer` at `tiers`."""
-    return ExpertCodec(layer.shape(), layer.dtype, tiers, settings.group_size, settings.quantizer)
+def make_codec(layer: SparseLayer, tiers: Tiers, settings: Settings, dtype: torch.dtype | None = None) -> ExpertCodec:
+    """The codec of the experts of `layer` at `tiers`, with 16-bit parts in `dtype` instead of the layer's own."""
+    return ExpertCodec(layer.shape(), dtype or layer.dtype, tiers, settings.group_size, settings.quantizer)
 
 
 def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.device | None = None) -> int:

@@ -93,6 +93,7 @@ def packed_config(
     packed = {
         "format_version": FORMAT_VERSION,
         "tiers": list(codec.tiers),
+        "dtype": str(codec.dtype).removeprefix("torch."),
         "group_size": options.pop("group_size", 64),
         "quantizer": options.pop("quantizer", "als"),
     }

@@ -1,12 +1,14 @@
 """What the bits mean: number formats, packing, and the quantizer. No device logic and no kernel lives here."""
 
 from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout, tier_sizes
+from dynaexq.quantization.layout import BlockLayout
 from dynaexq.quantization.moments import BLOCK, ExpertInputs, Inputs, Moments
 from dynaexq.quantization.quantize import check_representable
-from dynaexq.quantization.tier_conversion import offered, pieces, rebase
+from dynaexq.quantization.tier_conversion import convert, offered, pieces, rebase
 
 __all__ = [
     "BLOCK",
+    "BlockLayout",
     "Encoded",
     "ExpertCodec",
     "ExpertInputs",
@@ -14,6 +16,7 @@ __all__ = [
     "Inputs",
     "Moments",
     "check_representable",
+    "convert",
     "offered",
     "pieces",
     "rebase",

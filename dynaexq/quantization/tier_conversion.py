@@ -1,5 +1,7 @@
 """Serve stored planes at other tiers: which ones they allow, and how blocks are converted. Every step is exact.
 
+16-bit parts can be had in another dtype besides, each number rounded once.
+
 A code that was quantized for two tiers can be read at any number of bits whose planes are there, so a stored
 (int2, int8) serves as (int2, int4), (int4, int8), int2, int4 or int8 as well.
 """
@@ -8,6 +10,7 @@ from torch import Tensor
 
 from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
 from dynaexq.quantization.codec import BASE_PLANES, MATRICES, REFINE_PLANES, ExpertCodec
+from dynaexq.quantization.layout import BlockLayout
 
 _ALL = [(base,) for base in (*BASE_PLANES, "fp16")] + [
     (base, upgrade)
@@ -26,14 +29,18 @@ def offered(stored: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(tiers for tiers in _ALL if tiers == stored or (len(stored) == 2 and _holds(stored, tiers)))
 
 
-def pieces(stored: ExpertCodec, wanted: ExpertCodec) -> list[tuple[int, int]]:
-    """Where an upgrade of `wanted` lies in one of `stored`: (index of the stored part, offset in the slot)."""
+def pieces(stored: ExpertCodec, wanted: BlockLayout) -> list[tuple[int, int]]:
+    """Where the parts of `wanted` lie in an upgrade of `stored`: (index of the stored part, offset in the slot)."""
     index_of = {part.name: index for index, part in enumerate(stored.upgrade_layout.parts)}
-    return [(index_of[part.name], part.offset) for part in wanted.upgrade_layout.parts]
+    return [(index_of[part.name], part.offset) for part in wanted.parts]
 
 
 def rebase(stored: ExpertCodec, wanted: ExpertCodec, base: Tensor, upgrade: Tensor | None) -> Tensor:
-    """Base blocks of `wanted`, uint8 `[n, nbytes]`, from the blocks of n experts of `stored`."""
+    """Base blocks of `wanted`, uint8 `[n, nbytes]`, from the blocks of n experts of `stored`.
+
+    Args:
+        upgrade: needed only where the tier of the base is another one.
+    """
     parts = stored.base_layout.view(base)
     if upgrade is not None:
         parts = parts | stored.upgrade_layout.view(upgrade)
@@ -41,6 +48,13 @@ def rebase(stored: ExpertCodec, wanted: ExpertCodec, base: Tensor, upgrade: Tens
     for name, target in wanted.base_layout.view(blocks).items():
         target.copy_(parts[name] if name in parts else _merged(stored, parts, name))
     return blocks
+
+
+def convert(stored: BlockLayout, wanted: BlockLayout, blocks: Tensor, out: Tensor) -> None:
+    """Fill `out`, uint8 `[n, nbytes]`, with the parts of `blocks` in the dtypes that `wanted` has them in."""
+    parts = stored.view(blocks)
+    for name, target in wanted.view(out).items():
+        target.copy_(parts[name])
 
 
 def _merged(codec: ExpertCodec, parts: dict[str, Tensor], name: str) -> Tensor:

@@ -279,11 +279,8 @@ class DeviceRuntime:
             return
         try:
             self._resize(self._agreed.num_slots)
-        except (
-            MemoryError,
-            OSError,
-            torch.OutOfMemoryError,
-        ):  # what was given back a moment ago is taken now
+        except (MemoryError, OSError, torch.OutOfMemoryError):
+            # What was given back a moment ago is another's now.
             self._agreed = replace(self._agreed, num_slots=self.pipeline.num_slots)
         self.plan = self._agreed
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dynaexq.checkpoint import PackedReader, PackedShape, PackedStore
 from dynaexq.memory import HostStore, RamStore, allocate_bytes
-from dynaexq.quantization import ExpertCodec, pieces, rebase
+from dynaexq.quantization import BlockLayout, ExpertCodec, convert, pieces, rebase, tier_layout
 from dynaexq.settings import Settings
 from dynaexq.types import BITS
 from dynaexq.weights.sources import LoadResult
@@ -42,6 +42,31 @@ class PrefetchedBase:
         self._layers[layer].result()
         if layer == len(self._layers) - 1:
             self._pool.shutdown()
+
+
+class ConvertedStore:
+    """Upgrades of another store with their 16-bit parts in another dtype; see `memory.host_store.HostStore`.
+
+    Args:
+        stored, wanted: the layouts of an upgrade there and here.
+    """
+
+    nbytes = 0
+
+    def __init__(self, store: HostStore, stored: BlockLayout, wanted: BlockLayout):
+        self._store, self._stored, self._wanted = store, stored, wanted
+        self.close = store.close
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        self._store.write(first, blocks)
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        block = torch.empty(1, self._stored.nbytes, dtype=torch.uint8)
+        self._store.read_into(index, block[0])
+        convert(self._stored, self._wanted, block, out[None, : self._wanted.nbytes])
+
+    def page_locked(self, index: int) -> Tensor | None:
+        return None
 
 
 class PackedCheckpoint:
@@ -98,7 +123,7 @@ class PackedLoader:
         if self._prefetched is not None:
             self._prefetched.wait(layer)
             return
-        if codec.tiers[0] == self.stored.tiers[0]:
+        if codec.base_layout.parts == self.stored.base_layout.parts:
             if base.is_cpu:
                 self.reader.read_base(layer, base)
             else:
@@ -106,10 +131,14 @@ class PackedLoader:
             return
         stored_base = self._stored_base(layer)
         for expert in range(len(base)):
-            upgrade = torch.empty(1, self.stored.upgrade_layout.nbytes, dtype=torch.uint8)
-            for segment, (start, length) in enumerate(self.reader.shape.segments):
-                self.reader.read_segment(layer, expert, segment, upgrade[0, start : start + length])
+            upgrade = self._stored_upgrade(layer, expert) if codec.tiers[0] != self.stored.tiers[0] else None
             base[expert : expert + 1].copy_(rebase(self.stored, codec, stored_base[expert : expert + 1], upgrade))
+
+    def _stored_upgrade(self, layer: int, expert: int) -> Tensor:
+        upgrade = torch.empty(1, self.stored.upgrade_layout.nbytes, dtype=torch.uint8)
+        for segment, (start, length) in enumerate(self.reader.shape.segments):
+            self.reader.read_segment(layer, expert, segment, upgrade[0, start : start + length])
+        return upgrade
 
     def _stored_base(self, layer: int) -> Tensor:
         blocks = torch.empty(self.reader.shape.num_experts, self.reader.shape.base_nbytes, dtype=torch.uint8)
@@ -125,7 +154,10 @@ class PackedLoader:
 
     def _open_store(self, codec: ExpertCodec, settings: Settings) -> HostStore:
         slot_nbytes = codec.upgrade_layout.nbytes
-        store = PackedStore(self.reader, pieces(self.stored, codec))
+        as_stored = tier_layout(codec.shape, self.stored.dtype, codec.tiers, settings.group_size).upgrade
+        store: HostStore = PackedStore(self.reader, pieces(self.stored, as_stored))
+        if as_stored.parts != codec.upgrade_layout.parts:
+            store = ConvertedStore(store, as_stored, codec.upgrade_layout)
         if settings.host_copy in ("auto", "disk") or not slot_nbytes:
             return store
         count = self.reader.shape.num_experts * len(self.reader.shape.layers)

@@ -2,6 +2,7 @@
 what happens when somebody loads a packed directory without dynaexq."""
 
 import filecmp
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 from files import copied, damage
+from models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeForCausalLM
 
@@ -499,3 +501,48 @@ def in_another_process(script: str) -> subprocess.CompletedProcess[str]:
     """
     program = textwrap.dedent(start) + textwrap.dedent(script)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("tiers", [("fp16",), ("int4", "fp16"), ("int8",)], ids="-".join)
+@pytest.mark.parametrize("host_copy", ["auto", "ram"])
+def test_another_dtype_is_converted_and_not_read_as_it_is(
+    source: Path, tmp_path: Path, tiers: tuple[str, ...], dtype: torch.dtype, host_copy: str
+) -> None:
+    """bfloat16 to float16 or float32 is exact for these weights, so the 16-bit source loaded so is the same model."""
+    load(source, tiers=tiers).save_pretrained(tmp_path / "packed")
+    options = {"hbm_budget": AMPLE, "host_copy": host_copy}
+    want, got = (
+        AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, quantization_config=dynaexq.DynaExqConfig(**options | more)
+        )
+        for directory, more in ((source, {"tiers": tiers}), (tmp_path / "packed", {}))
+    )
+    assert (got.dynaexq.tiers() == want.dynaexq.tiers()).all()
+    assert torch.equal(tiny.logits(got), tiny.logits(want))
+    got.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype)
+    assert torch.equal(tiny.logits(again), tiny.logits(got))
+
+
+def test_biases_are_converted_too(tmp_path: Path) -> None:
+    original = tiny_model("gpt_oss")
+    with torch.no_grad():
+        for name, parameter in original.named_parameters():
+            if "bias" in name:
+                parameter.normal_(0, 0.5)
+    original.save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed", DynaExqConfig(tiers=("int8",)))
+    wanted = tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32))
+    for dtype in (torch.float16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
+        assert (tiny.logits(model) - wanted).abs().max() < 0.3
+
+
+def test_a_stored_dtype_that_there_is_not_is_refused(packed: Path, tmp_path: Path) -> None:
+    directory = copied(packed, tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["packed"]["dtype"] = "float8"
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="a dtype among float16, bfloat16, float32, got 'float8'"):
+        reload(directory)

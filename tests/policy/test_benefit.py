@@ -180,3 +180,26 @@ def test_one_tier_leaves_nothing_to_decide():
     rt = patching.patch(model, AMPLE, tiers=("int4",), quantizer="rtn", update_interval=1)
     run(model, 3)
     assert str(rt.verdict()) == "Nothing to decide: no expert can be upgraded."
+
+
+def test_the_advantage_is_averaged_over_256_tokens_and_its_doubt_follows_from_the_choices():
+    """Two experts of which following has one and the standing choice the other: all of the mass is won, none lost."""
+    settings = Settings(hbm_budget=1, policy="topn")
+    pause = AutoPause(np.ones((1, 2)), settings)
+    first, second = np.array([[True, False]]), np.array([[False, True]])
+    pause.review(first, first, frozen=True)
+    pause.review(second, first, frozen=True)
+    mass, tokens = np.array([[0.0, 64.0]]), np.array([64])
+    pause.observe(mass, tokens, first, top_k=2)
+    expected = Stance(paused=True).observed(1.0, 64, 0.5 ** (64 / 256), 1.0 / (64 * 2))
+    assert pause._stance == expected
+
+
+def test_what_the_start_would_have_removed_is_kept_beside_what_was_removed():
+    pause = AutoPause(np.ones((1, 2)), Settings(hbm_budget=1, policy="topn"))
+    first, second = np.array([[True, False]]), np.array([[False, True]])
+    pause.observe(np.array([[1.0, 3.0]]), np.array([4]), first, top_k=1)
+    pause.observe(np.array([[1.0, 3.0]]), np.array([4]), second, top_k=1)
+    verdict = pause.verdict(second, frozen=False)
+    assert verdict.removed_by_start == pytest.approx(0.25)
+    assert 0.25 < verdict.removed < 0.75

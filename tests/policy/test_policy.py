@@ -16,6 +16,7 @@ from specs import spec
 from dynaexq.errors import BudgetError
 from dynaexq.planning.budget import TIER_CHOICES, plan_memory, predicted_loss
 from dynaexq.policy import decay_by_tokens, prior_hotness, slots_per_row, threshold, top_n, transitions, update_hotness
+from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.types import Tier, Transition
 
 ALLOCATIONS = ("global", "per_layer")
@@ -368,3 +369,8 @@ def test_a_decision_over_48_layers_takes_milliseconds(num_experts, milliseconds,
         fastest = min(fastest, time.perf_counter() - start)
     assert sum(move.promote for move in moves) == 64
     assert fastest * 1e3 < milliseconds
+
+
+@pytest.mark.parametrize(("slot_nbytes", "promotions"), [(2**20, 64), (64 * 2**20, 1), (2**30, 1)])
+def test_without_a_rate_a_tick_may_copy_64_mib_and_one_expert_at_least(slot_nbytes, promotions):
+    assert CopyRateLimiter(None, slot_nbytes).promotions() == promotions

@@ -10,7 +10,8 @@ from shifting import EVENING, MORNING, patched, run, upgraded
 from torch import Tensor
 
 import dynaexq
-from dynaexq.memory import RamStore
+from dynaexq import Health
+from dynaexq.memory import ManualCopier, RamStore
 from dynaexq.memory.retries import LONGEST_BAR, LONGEST_REST, Retries
 
 
@@ -177,3 +178,39 @@ def test_rows_that_are_not_finite_leave_hotness_finite() -> None:
         layer(torch.full((3, 64), torch.nan), torch.zeros(3, 2, dtype=torch.long), torch.full((3, 2), torch.nan))
     run(model, 2)
     assert np.isfinite(model.dynaexq.hotness()).all()
+
+
+def test_a_tick_that_goes_on_failing_is_tried_ever_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = patched(auto_pause=False)
+    device, tried = model.dynaexq.devices[0], []
+
+    def fail() -> None:
+        tried.append(device.steps.total)
+        device.steps.take()
+        raise RuntimeError("again")
+
+    monkeypatch.setattr(device, "_tick", fail)
+    for _ in range(260):
+        tiny.logits(model, tiny.prompt(1, 1))
+    gaps = np.diff(tried)
+    np.testing.assert_array_equal(gaps[:7], [2, 4, 8, 16, 32, 64, 64])
+    assert model.dynaexq.health().failed_ticks == len(tried)
+
+
+def test_what_is_well_has_failed_at_nothing() -> None:
+    health = patched().dynaexq.health()
+    assert (health.state, health.failed_copies, health.suspect_experts, health.failed_ticks) == ("ok", 0, 0, 0)
+    assert Health("ok", 0.0, "") == Health("ok", 0.0, "", 0, 0, 0)
+
+
+def test_freezing_publishes_what_was_on_its_way() -> None:
+    model = patched(auto_pause=False, hysteresis=0.0)
+    runtime, pipeline = model.dynaexq, model.dynaexq.devices[0].pipeline
+    pipeline.copier = ManualCopier()
+    tiny.steer(model, EVENING)
+    run(model, 2)
+    assert pipeline.num_in_flight
+    runtime.freeze()
+    assert not pipeline.num_in_flight

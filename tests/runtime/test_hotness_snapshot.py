@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import dynaexq
 from dynaexq.errors import HotnessError, SettingsError
-from dynaexq.runtime.hotness_snapshot import write_snapshot
+from dynaexq.runtime.hotness_snapshot import read_snapshot, write_snapshot
 
 
 def patched(slots: int = 4, **options: object) -> dynaexq.Runtime:
@@ -90,3 +90,15 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
     for hotness in (heat()[:1], heat() - 1, heat() * np.nan):
         with pytest.raises(SettingsError, match="finite and not negative"):
             runtime.warm_start(hotness)
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "num_experts"),
+    [("Other", ["a", "b"], 4), ("Model", ["a", "c"], 4), ("Model", ["a", "b"], 5)],
+    ids=["another class", "another layer", "more experts"],
+)
+def test_each_difference_alone_is_refused(tmp_path: Path, model: str, layers: list[str], num_experts: int) -> None:
+    write_snapshot(tmp_path / "heat", "Model", {"a": np.ones(4), "b": np.ones(4)})
+    assert read_snapshot(tmp_path / "heat", "Model", ["b"], 4).shape == (1, 4)
+    with pytest.raises(HotnessError, match="belongs to a Model with 2 layers of 4 experts"):
+        read_snapshot(tmp_path / "heat", model, layers, num_experts)

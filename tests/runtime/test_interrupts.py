@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -265,3 +266,19 @@ def test_a_child_of_a_process_whose_threads_generate_works() -> None:
         for thread in threads:
             thread.join()
     assert runtime.tick() is not None
+
+
+def test_where_the_old_budget_cannot_be_had_back_the_plan_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    device = bench.runtime.devices[0]
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    bench.runtime.set_budget(bench.low)
+    monkeypatch.setattr(device.memory.pool, "grow", no_memory)
+    device._agreed = replace(device._agreed, num_slots=device.pipeline.num_slots + 2)
+    device._mend()
+    assert bench.runtime.plan.num_slots == device.pipeline.num_slots
+    monkeypatch.undo()
+    assert bench.follows()

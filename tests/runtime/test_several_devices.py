@@ -134,3 +134,10 @@ def test_freeze_thaw_drain_and_close_reach_every_device(two: Any) -> None:
     with pytest.raises(ClosedError):
         runtime.tick()
     assert tiny.logits(two).isfinite().all()
+
+
+@pytest.mark.parametrize("ran", [(True, False), (False, True), (False, False)])
+def test_a_tick_has_run_where_it_ran_on_any_device(two: Any, ran: tuple[bool, bool], monkeypatch: Any) -> None:
+    for part, answer in zip(two.dynaexq.devices, ran, strict=True):
+        monkeypatch.setattr(part, "tick", lambda answer=answer: answer)
+    assert two.dynaexq.tick() is any(ran)
