@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import INDEX, Shard
+from dynaexq.checkpoint import INDEX, MARK, Shard
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
 from dynaexq.quantization import ExpertWeights
@@ -76,15 +76,52 @@ def open_shards(files: Sequence[str | Path] | None) -> list[Shard]:
     return shards
 
 
+def stored_names(model: Any, layers: Sequence[SparseLayer], shards: Sequence[Shard]) -> tuple[str, ...]:
+    """What the packed experts of each layer are called in a checkpoint that another class may have saved.
+
+    A base model, a causal model and the text model of a vision model call the same layer by different paths.
+    Transformers renames keys from one to the other; a layer that it does not find keeps its own name.
+    """
+    packed = {key.partition(MARK)[0] for shard in shards for key in shard.entries if MARK in key}
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    names, found = model.state_dict(), {}
+    for stored in packed:
+        name, _ = rename_source_key(f"{stored}.down_proj", renamings, [], model.base_model_prefix, names)
+        found[name.removesuffix(".down_proj")] = stored
+    return tuple(layer.name if layer.name in packed else found.get(layer.name, layer.name) for layer in layers)
+
+
+class _Skeleton:
+    """What converters see of the model: the parameters of `num_experts` experts, with shapes and no bytes.
+
+    Some compare a tensor with the whole parameter that it is for, which is not in the model any more, and of which
+    only a few experts are converted at once.
+    """
+
+    def __init__(self, model: Any, parameters: dict[str, Tensor], num_experts: int):
+        self._model, self._parameters, self._num_experts = model, parameters, num_experts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        """One of the parameters, on the meta device; one that is no expert's is the model's own."""
+        known = self._parameters.get(name)
+        if known is None:
+            return cast(Tensor, self._model.get_parameter(name))
+        return known.new_empty(self._num_experts, *known.shape[1:])
+
+
 class _Recipe:
     """How one parameter of a layer's experts is made of tensors in the shards."""
 
     def __init__(self, name: str, parameter: nn.Parameter, converter: WeightConverter | None):
         self.name, self.shape, self.dtype = name, tuple(parameter.shape), parameter.dtype
+        self.skeleton = parameter.detach().to("meta")
         self.converter = converter
         self.tensors: dict[str, list[tuple[Shard, str]]] = defaultdict(list)
 
-    def check(self, model: Any, config: Any) -> None:
+    def check(self, model: _Skeleton, config: Any) -> None:
         """Raise a CheckpointError unless the tensors are there and have the shapes that the model asks for."""
         if not self.tensors:
             raise CheckpointError(f"the checkpoint has no tensor for {self.name}; is a shard missing?")
@@ -112,7 +149,7 @@ class _Recipe:
                 f"{list(found[1:])}; the configuration and the weights do not belong together"
             )
 
-    def read(self, first: int, last: int, model: Any, config: Any) -> Tensor:
+    def read(self, first: int, last: int, model: _Skeleton, config: Any) -> Tensor:
         """Experts `first` to `last` (exclusive), in the dtype of the parameter."""
         return self._convert(self._entries(first, last), model, config).to(self.dtype)
 
@@ -141,7 +178,7 @@ class _Recipe:
             entries[pattern] = [read(shard, key, *rows) for shard, key in wanted]
         return entries
 
-    def _convert(self, entries: dict[str, list[Tensor]], model: Any, config: Any) -> Tensor:
+    def _convert(self, entries: dict[str, list[Tensor]], model: _Skeleton, config: Any) -> Tensor:
         if self.converter is None:
             (tensors,) = entries.values()
             return tensors[0] if tensors[0].ndim == len(self.shape) else torch.stack(tensors)
@@ -181,7 +218,7 @@ class CheckpointSource:
         self._find_tensors(model)
         for _, recipes in self._layers:
             for recipe in recipes:
-                recipe.check(model, model.config)
+                recipe.check(self._skeleton(1), model.config)
 
     @property
     def keys(self) -> set[str]:
@@ -199,7 +236,7 @@ class CheckpointSource:
 
     def read(self, layer: int, first: int, last: int) -> ExpertWeights:
         """See `sources.ExpertSource`; a CheckpointError if they are not what was read before."""
-        model, (_, recipes) = self._model(), self._layers[layer]
+        model, (_, recipes) = self._skeleton(last - first), self._layers[layer]
         first, last = self.first_expert + first, self.first_expert + last
         weights = ExpertWeights(*(recipe.read(first, last, model, self._config) for recipe in recipes))
         self._fingerprints.check(self.name(layer), first, weights, recipes[0].files)
@@ -215,6 +252,10 @@ class CheckpointSource:
     def close(self) -> None:
         for shard in self._shards:
             shard.close()
+
+    def _skeleton(self, num_experts: int) -> _Skeleton:
+        parameters = {recipe.name: recipe.skeleton for _, recipes in self._layers for recipe in recipes}
+        return _Skeleton(self._model(), parameters, num_experts)
 
     def _find_tensors(self, model: Any) -> None:
         mapping = get_model_conversion_mapping(model)

@@ -15,7 +15,7 @@ from torch import nn
 from dynaexq.checkpoint import MARK, PackedReader
 from dynaexq.errors import SettingsError, UnsupportedModelError
 from dynaexq.hf.calibration import moments_for
-from dynaexq.hf.checkpoint_source import CheckpointSource, open_shards
+from dynaexq.hf.checkpoint_source import CheckpointSource, open_shards, stored_names
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.distributed import check_distribution, edit_tensor_plan, share_of
@@ -121,10 +121,9 @@ class CheckpointLoad:
                 "fixed; leave it out, or quantize the 16-bit source again"
             )
         codec = make_codec(self.layers[0], self._stored, self.settings, self._stored_dtype)
-        names = tuple(layer.name for layer in self.layers)
-        return PackedCheckpoint(
-            PackedReader(open_shards(files), packed_shape(codec, names, self.layers[0].num_experts)), codec
-        )
+        shards = open_shards(files)
+        names = stored_names(self.model, self.layers, shards)
+        return PackedCheckpoint(PackedReader(shards, packed_shape(codec, names, self.layers[0].num_experts)), codec)
 
     def _check_tiers_and_budget(self, device_map: Any) -> None:
         """Refuse a budget that cannot hold before the dense weights are read, where one device gets them all."""

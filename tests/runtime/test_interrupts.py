@@ -270,6 +270,7 @@ def test_a_child_of_a_process_whose_threads_generate_works() -> None:
 
 def test_where_the_old_budget_cannot_be_had_back_the_plan_says_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
+    bench.turn()
     device = bench.runtime.devices[0]
 
     def no_memory(*_: object) -> None:
