@@ -44,7 +44,7 @@ COPIED = ("dynaexq", "tests", "examples", "benchmarks", "docs", "pyproject.toml"
 
 MOST_TESTS = 200
 """Tests that a mutant meets at most."""
-SECONDS = 120
+SECONDS = 240
 """A mutant that takes longer is killed: it hangs."""
 MOST_MEMORY = 16 << 30
 CHECKED = 8
@@ -236,6 +236,7 @@ def run_mutant(tree: Path, mutant: Mutant, tests: list[str]) -> int:
     """In a fork of its own: pytest's exit status with the mutant in the place of what it is of. 0: it survives."""
     text = mutant.applied((tree / mutant.path).read_text())
     if mutant.path.endswith(".py"):
+        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))  # sanitizers of C++ need more
         code_of = SourceFileLoader.get_code
         path = str(tree / mutant.path)
 
@@ -293,7 +294,6 @@ class Forks:
         if process:
             return process
         os.setsid()
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
         silence = os.open(os.devnull, os.O_RDWR)
         for stream in range(3):
             os.dup2(silence, stream)
