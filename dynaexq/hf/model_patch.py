@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
@@ -53,10 +54,16 @@ class ModelPatch:
 
     Args:
         layers: its sparse layers, in order, as found before anything was changed.
+
+    Attributes:
+        owner: the Transformers model that has all of them, which may lie within `model` (in a wrapper of someone's,
+            or of PEFT): what is saved, and shows the runtime as well. `model` itself where there is none.
     """
 
     def __init__(self, model: Any, layers: list[SparseLayer]):
         self.model, self.layers = model, layers
+        self._owner_path = _path_of_owner(model, layers)
+        self.owner: Any = model.get_submodule(self._owner_path)
         self.source: ExpertSource | None = None
         self._undo_steps = ExitStack()
         self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
@@ -110,7 +117,7 @@ class ModelPatch:
             base = runtime.stored.base[index]
             constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
             self._undo_steps.callback(_disconnect, layer)
-            experts.connect(constant, runtime.ports(index))
+            experts.connect(constant, runtime.ports(index), tuple(layer.parameters))
             self._homes[layer.name] = runtime, index
             if layer.block is not None:
                 layer.block._view = runtime.view(index)
@@ -121,14 +128,15 @@ class ModelPatch:
         Args:
             save: takes the place of `save_pretrained`, with this patch before its arguments.
         """
-        self._undo_steps.callback(self._detach, self.model.__dict__.get("hf_quantizer"))
+        self._undo_steps.callback(self._detach, self.owner.__dict__.get("hf_quantizer"))
         self._guard_ancestors()
-        self.model.save_pretrained = partial(save, self)
-        self.model.dynaexq = runtime
-        self.model.hf_quantizer = quantizer
+        self.owner.save_pretrained = partial(save, self)
+        self.owner.hf_quantizer = quantizer
         quantizer.follows_replays = runtime.follows_replays
-        setattr(self.model, RECORD, self)
-        install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
+        for model in (self.owner, self.model):
+            model.dynaexq = runtime
+            setattr(model, RECORD, self)
+        install_output_capturing(self.owner)  # last, because Transformers has no way to take its hooks off
 
     def free_originals(self, keep_experts: bool) -> None:
         """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""
@@ -162,8 +170,11 @@ class ModelPatch:
         self._undo_steps.close()
 
     def homes(self) -> list[tuple[SparseLayer, DeviceRuntime, int]]:
-        """Every layer in order, with its runtime and its number there."""
-        return [(layer, *self._homes[layer.name]) for layer in self.layers]
+        """Every layer in order, as the owner names it, with its runtime and its number there."""
+        prefix = f"{self._owner_path}." if self._owner_path else ""
+        return [
+            (replace(layer, name=layer.name.removeprefix(prefix)), *self._homes[layer.name]) for layer in self.layers
+        ]
 
     def _restore_linears(self) -> None:
         for path, linear in self._linears.items():
@@ -173,12 +184,14 @@ class ModelPatch:
         for path in self._ancestors():
             for guard in ("_apply", "__reduce_ex__", "save_pretrained"):
                 self.model.get_submodule(path).__dict__.pop(guard, None)
-        if self._loaded_here and hasattr(self.model, "hf_quantizer"):
-            self.model.hf_quantizer.remove_quantization_config(self.model)
+        if self._loaded_here and hasattr(self.owner, "hf_quantizer"):
+            self.owner.hf_quantizer.remove_quantization_config(self.owner)
         for name in ("dynaexq", RECORD, "hf_quantizer"):
+            self.owner.__dict__.pop(name, None)
+        for name in ("dynaexq", RECORD):
             self.model.__dict__.pop(name, None)
         if quantizer is not None:
-            self.model.hf_quantizer = quantizer
+            self.owner.hf_quantizer = quantizer
 
     def _original_parameters(self, index: int, layer: SparseLayer) -> dict[str, nn.Parameter]:
         if layer.device.type != "meta":
@@ -221,6 +234,15 @@ class ModelPatch:
             module = self.model.get_submodule(path)
             module._apply = partial(_guarded_apply, module)
             module.__reduce_ex__ = partial(MixedPrecisionExperts.__reduce_ex__, module)
+
+
+def _path_of_owner(model: nn.Module, layers: list[SparseLayer]) -> str:
+    """Where the outermost Transformers model lies that has all the layers; an empty path if there is none."""
+    for path, module in model.named_modules():  # from outside to inside
+        prefix = f"{path}." if path else ""
+        if isinstance(module, PreTrainedModel) and all(layer.name.startswith(prefix) for layer in layers):
+            return path
+    return ""
 
 
 def _restore_modules(layer: SparseLayer) -> None:

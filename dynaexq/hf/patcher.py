@@ -136,7 +136,7 @@ def _commit(
         changes.move_dense(loaded.device)
         changes.connect(loaded, layers)
         changes.replace_linears(twins)
-        wrapped = getattr(model, "hf_quantizer", None)
+        wrapped = getattr(changes.owner, "hf_quantizer", None)
         if dense is not None:
             wrapped = dense_quantizer(dense, layers[0].dtype, pre_quantized=False)
         changes.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), save_packed)

@@ -49,7 +49,7 @@ def save_packed(
         PatchError: `push_to_hub` or `variant` were asked for, or the model is spread over ranks.
         CheckpointError: the directory cannot be written, or holds weights that are no packed checkpoint.
     """
-    model: Any = patch.model
+    model: Any = patch.owner
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
         type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         return
@@ -57,6 +57,10 @@ def save_packed(
         raise PatchError(
             "a packed checkpoint is saved in a directory and without variant=...; upload it with "
             "huggingface_hub.upload_folder afterwards"
+        )
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise PatchError(
+            "adapters are attached to the model; save them with save_pretrained of the PeftModel, or merge them first"
         )
     if is_distributed(model):
         raise PatchError("the model is spread over ranks, and none has all of it; load it in one process to save it")

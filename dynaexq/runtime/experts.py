@@ -21,6 +21,7 @@ from dynaexq.kernels import (
     register_layer,
 )
 from dynaexq.memory import DeviceMemory
+from dynaexq.runtime.state_guard import AbsentExperts
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ _SAVED_APART: ContextVar[bool] = ContextVar("_SAVED_APART", default=False)
 
 @contextmanager
 def saved_apart() -> Iterator[None]:
-    """Take a `state_dict` without the warning that experts are missing: they are saved by other means."""
+    """Take a `state_dict` of what is not experts: those are saved by other means."""
     token = _SAVED_APART.set(True)
     try:
         yield
@@ -60,15 +61,16 @@ class MixedPrecisionExperts(nn.Module):
     _ports: LayerPorts
     _layer: ExpertLayer
     _handle: int
+    _parameter_names: tuple[str, ...] = ()
 
-    def connect(self, layer: ExpertLayer, ports: LayerPorts) -> None:
-        """Join the adopted module to its bytes and to the tables."""
-        self._layer, self._ports = layer, ports
+    def connect(self, layer: ExpertLayer, ports: LayerPorts, parameter_names: tuple[str, ...]) -> None:
+        """Join the adopted module, whose parameters had these names, to its bytes and to the tables."""
+        self._layer, self._ports, self._parameter_names = layer, ports, parameter_names
         self._handle = register_layer(self)
 
     def disconnect(self) -> None:
         """Forget both, as far as they were joined; the module can then be released."""
-        for name in ("_layer", "_ports", "_handle"):
+        for name in ("_layer", "_ports", "_handle", "_parameter_names"):
             self.__dict__.pop(name, None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -121,10 +123,17 @@ class MixedPrecisionExperts(nn.Module):
         memory = self._ports.memory
         return Upgrades(memory.table.row(self._ports.index), memory.pool.at)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Not even parameters that stand in for the experts while a checkpoint is loaded belong to the state.
-        if self._is_connected and self._ports.index == 0 and not _SAVED_APART.get():
-            logger.warning("a patched model's state_dict is without its experts: they are packed, outside the modules")
+        if self._is_connected and not _SAVED_APART.get():
+            for name in self._parameter_names:
+                destination[prefix + name] = AbsentExperts.stand_in()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._parameter_names:
+            if isinstance(state_dict.get(prefix + name), AbsentExperts):
+                del state_dict[prefix + name]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.refuse_move(fn)

@@ -136,8 +136,8 @@ def test_dense_weights_are_copied_bit_for_bit_also_where_they_are_large(
     quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(tiers=("int4",)))
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").state_dict()
     plain = AutoModelForCausalLM.from_pretrained(source).state_dict()
-    assert packed.keys() == {name for name in plain if ".experts." not in name}
-    assert all(torch.equal(packed[name], plain[name]) for name in packed)
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[name], plain[name]) for name in packed if ".experts." not in name)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "granitemoe", "nemotron_h", "deepseek_v3", "qwen3_next"])

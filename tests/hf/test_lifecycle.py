@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import patching
 import pytest
 import tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 from transformers.quantizers.base import HfQuantizer
@@ -101,22 +103,76 @@ def test_a_patched_model_cannot_be_copied(make: Callable[[nn.Module], object], m
     tiny.generated(model)
 
 
-def test_a_state_dict_says_that_the_experts_are_not_in_it(caplog: pytest.LogCaptureFixture) -> None:
-    parent = tiny.tiny_qwen3_moe()
-    dynaexq.patch(parent.model, "1GiB")  # nothing was attached to the parent, whose save_pretrained goes ahead
-    parent.state_dict()
-    assert sum("without its experts" in record.message for record in caplog.records) == 1
+class Wrapper(nn.Module):
+    """A module of someone's that holds a Transformers model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids).logits
 
 
-def test_the_state_dict_holds_the_dense_weights_and_loads_again() -> None:
+def savers(directory: Path) -> dict[str, Callable[[nn.Module], Any]]:
+    """Ways to save a model that know nothing of dynaexq."""
+    return {
+        "save_pretrained": lambda model: model.save_pretrained(directory / "outer"),
+        "torch.save": lambda model: torch.save(model.state_dict(), directory / "weights.pt"),
+        "safetensors": lambda model: save_file(dict(model.state_dict()), directory / "weights.safetensors"),
+        "safetensors, a model": lambda model: save_model(model, str(directory / "model.safetensors")),
+        "accelerate": lambda model: accelerate.Accelerator().save_model(model, directory / "accelerate"),
+        "deepcopy": lambda model: copy.deepcopy(model.state_dict()),
+    }
+
+
+@pytest.mark.parametrize("saver", savers(Path()))
+@pytest.mark.parametrize("inner", ["a part", "a layer at a time"])
+def test_a_model_of_which_a_part_was_patched_is_not_saved_without_its_experts(
+    saver: str, inner: str, tmp_path: Path
+) -> None:
+    model = tiny.tiny_qwen3_moe()
+    for part in [model.model] if inner == "a part" else model.model.layers:
+        dynaexq.patch(part, "1GiB")
+    with pytest.raises(PatchError, match="the model is patched by dynaexq and they are packed"):
+        savers(tmp_path)[saver](model)
+    assert not [path for path in tmp_path.rglob("*.safetensors") if path.stat().st_size]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapper, lambda model: Wrapper(Wrapper(model))])
+def test_a_model_in_a_wrapper_is_saved_whole_by_its_own_save_pretrained(wrap: Any, tmp_path: Path) -> None:
+    model = tiny.tiny_qwen3_moe(torch.float32)
+    outer = wrap(model)
+    runtime = dynaexq.patch(outer, "1GiB", tiers=("int4", "int8"))
+    assert outer.dynaexq is model.dynaexq is runtime
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(tiny.logits(type(model).from_pretrained(tmp_path / "model")), tiny.logits(model))
+    with pytest.raises(PatchError, match="is patched already"):
+        dynaexq.patch(outer, "1GiB")
+
+
+def test_unpatching_a_wrapper_leaves_nothing_on_the_model_within() -> None:
+    model, answer = tiny.tiny_qwen3_moe(), tiny.logits(tiny.tiny_qwen3_moe())
+    outer = Wrapper(model)
+    dynaexq.patch(outer, "1GiB", tiers=("int4", "fp16"))
+    dynaexq.unpatch(outer)
+    for module in (outer, model):
+        assert not {"dynaexq", "hf_quantizer", "save_pretrained", "_dynaexq_patch"} & set(module.__dict__)
+    assert torch.equal(tiny.logits(model), answer)
+
+
+def test_the_state_dict_names_the_experts_holds_the_dense_weights_and_loads_again() -> None:
     model = patched()
-    state, answer = {name: t.clone() for name, t in model.state_dict().items()}, tiny.logits(model)
-    experts = {name for name in tiny.tiny_qwen3_moe().state_dict() if ".experts." in name}
-    assert set(state) == set(tiny.tiny_qwen3_moe().state_dict()) - experts
+    state, answer = {name: t.to("cpu").clone() for name, t in model.state_dict().items()}, tiny.logits(model)
+    assert list(state) == list(tiny.tiny_qwen3_moe().state_dict())
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert model.load_state_dict(state) is not None
     assert torch.equal(tiny.logits(model), answer)
+    absent = state["model.layers.0.mlp.experts.down_proj"]
+    assert absent.numel() == 1, "of a shape that fits no model"
+    with pytest.raises(PatchError, match="save with save_pretrained of the Transformers model that was patched"):
+        absent + 1
 
 
 def test_train_and_eval_reach_every_module() -> None:
