@@ -133,7 +133,32 @@ class MixedPrecisionExperts(nn.Module):
         for name in self._parameter_names:
             if isinstance(state_dict.get(prefix + name), AbsentExperts):
                 del state_dict[prefix + name]
+        foreign = next((name for name in state_dict if name.startswith(prefix)), None)
+        if foreign is not None and self._is_connected:
+            raise PatchError(
+                f"the experts are packed, and {foreign} would be left out; load 16-bit experts or adapters of experts "
+                "before patching, and merge the adapters"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that there are, and stand-ins for the experts.
+
+        Those that look for parameters to put adapters on (PEFT's `target_parameters`) find them, and are refused when
+        they ask for one, instead of leaving the experts out. A model that is asked for all its parameters does not
+        come this way.
+        """
+        yield from super().named_parameters(*args, **kwargs)
+        for name in self._parameter_names:
+            yield name, AbsentExperts.stand_in()  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_parameter_names", ()):
+            raise PatchError(
+                f"expected {name}, but the experts are packed, outside the module; put adapters on experts, or change "
+                "them, before patching, and merge the adapters"
+            )
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.refuse_move(fn)
