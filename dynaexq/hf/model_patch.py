@@ -4,10 +4,11 @@ Experts lose their parameters and get a new class (`replace_modules`), then thei
 runtime, a quantizer and guards (`attach`). It decides nothing, and both doors use it: `patch`, and `from_pretrained`.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.moe import DynaExqMoE
+from dynaexq.safeguards.weak_method import WeakMethod
 from dynaexq.weights.sources import ExpertSource
 
 
@@ -55,21 +57,30 @@ class ModelPatch:
     Args:
         layers: its sparse layers, in order, as found before anything was changed.
 
-    Attributes:
-        owner: the Transformers model that has all of them, which may lie within `model` (in a wrapper of someone's,
-            or of PEFT): what is saved, and shows the runtime as well. `model` itself where there is none.
     """
 
     def __init__(self, model: Any, layers: list[SparseLayer]):
-        self.model, self.layers = model, layers
+        self._model, self.layers = weakref.ref(model), layers  # which holds this, and must be freed with its last user
         self._owner_path = _path_of_owner(model, layers)
-        self.owner: Any = model.get_submodule(self._owner_path)
         self.source: ExpertSource | None = None
         self._undo_steps = ExitStack()
         self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
         self._linears: dict[str, nn.Module] = {}
         self._lost_linears = False
         self._loaded_here = getattr(model, "is_quantized", False) and layers[0].device.type == "meta"
+
+    @property
+    def model(self) -> Any:
+        """What was handed in."""
+        return self._model()
+
+    @property
+    def owner(self) -> Any:
+        """The Transformers model that has all the layers, which may lie within `model` (in a wrapper, or PEFT's).
+
+        It is what is saved, and shows the runtime as well. `model` itself where there is none.
+        """
+        return self.model.get_submodule(self._owner_path)
 
     def replace_modules(self, placeholders: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
         """Take the parameters away from all experts and give experts and blocks their new classes.
@@ -98,13 +109,13 @@ class ModelPatch:
         if device == original:
             return
         if original.type != "meta":  # else only the experts were there, and the dense weights come from elsewhere
-            self._undo_steps.callback(self.model.to, original)
+            self._undo_steps.callback(WeakMethod(self.model.to), original)
         self.model.to(device)
 
     def replace_linears(self, twins: Mapping[str, nn.Module]) -> None:
         """Put quantized twins in the place of dense linear layers."""
         self._linears = {path: self.model.get_submodule(path) for path in twins}
-        self._undo_steps.callback(self._restore_linears)
+        self._undo_steps.callback(WeakMethod(self._restore_linears))
         for path, twin in twins.items():
             self.model.set_submodule(path, twin)
 
@@ -112,7 +123,7 @@ class ModelPatch:
         """Connect `layers`, in the order of `runtime`, to their bytes."""
         for index, layer in enumerate(layers):
             experts = layer.experts
-            activation = experts._apply_gate if experts.has_gate else experts.act_fn
+            activation = WeakMethod(experts._apply_gate) if experts.has_gate else experts.act_fn
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
             base = runtime.stored.base[index]
             constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
@@ -126,11 +137,11 @@ class ModelPatch:
         """Give the model its runtime and its quantizer, and keep its experts from being moved or copied.
 
         Args:
-            save: takes the place of `save_pretrained`, with this patch before its arguments.
+            save: takes the place of the owner's `save_pretrained`, with this patch before its arguments.
         """
-        self._undo_steps.callback(self._detach, self.owner.__dict__.get("hf_quantizer"))
+        self._undo_steps.callback(WeakMethod(self._detach), self.owner.__dict__.get("hf_quantizer"))
         self._guard_ancestors()
-        self.owner.save_pretrained = partial(save, self)
+        _let_save(type(self.owner), save)
         self.owner.hf_quantizer = quantizer
         quantizer.follows_replays = runtime.follows_replays
         for model in (self.owner, self.model):
@@ -182,7 +193,7 @@ class ModelPatch:
 
     def _detach(self, quantizer: Any) -> None:
         for path in self._ancestors():
-            for guard in ("_apply", "__reduce_ex__", "save_pretrained"):
+            for guard in ("_apply", "__reduce_ex__"):
                 self.model.get_submodule(path).__dict__.pop(guard, None)
         if self._loaded_here and hasattr(self.owner, "hf_quantizer"):
             self.owner.hf_quantizer.remove_quantization_config(self.owner)
@@ -232,8 +243,27 @@ class ModelPatch:
         # What the experts refuse must be refused before the first dense weight is converted, or copied.
         for path in self._ancestors():
             module = self.model.get_submodule(path)
-            module._apply = partial(_guarded_apply, module)
-            module.__reduce_ex__ = partial(MixedPrecisionExperts.__reduce_ex__, module)
+            module._apply = partial(_guarded_apply, weakref.ref(module))
+            module.__reduce_ex__ = MixedPrecisionExperts.refuse_copy
+
+
+def _let_save(family: Any, save: Callable[..., None]) -> None:
+    """Have patched models of a class saved by `save`, and all others as ever.
+
+    The class is told, once, and not the model: a method that the model holds would have to hold the model, which is
+    then not freed with its last user.
+    """
+    original = getattr(family, "save_pretrained", None)
+    if original is None or hasattr(original, RECORD):
+        return
+
+    @wraps(original)
+    def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+        patch = model.__dict__.get(RECORD)
+        save(patch, *args, **kwargs) if patch is not None else original(model, *args, **kwargs)
+
+    setattr(save_pretrained, RECORD, True)
+    family.save_pretrained = save_pretrained
 
 
 def _path_of_owner(model: nn.Module, layers: list[SparseLayer]) -> str:
@@ -262,7 +292,8 @@ def _disconnect(layer: SparseLayer) -> None:
         layer.block.__dict__.pop("_view", None)
 
 
-def _guarded_apply(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+def _guarded_apply(reference: "weakref.ref[Any]", fn: Any, recurse: bool = True) -> nn.Module:
+    module: Any = reference()
     for child in module.modules():
         if isinstance(child, MixedPrecisionExperts):
             child.refuse_move(fn)

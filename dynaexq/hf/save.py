@@ -51,7 +51,7 @@ def save_packed(
     """
     model: Any = patch.owner
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
-        type(model).save_pretrained(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        _save_by_transformers(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         return
     if push_to_hub or variant is not None:
         raise PatchError(
@@ -76,7 +76,7 @@ def save_packed(
     shape = packed_shape(codec, tuple(layer.name for layer in layers), layers[0].num_experts)
     with replaced(save_directory, nbytes=shape.nbytes) as staging:
         with _configured(model, packed_config(config, codec, homes[0][1].plan.budget, dense)):
-            type(model).save_pretrained(model, staging, max_shard_size=max_shard_size, **kwargs)
+            _save_by_transformers(model, staging, max_shard_size=max_shard_size, **kwargs)
         writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
         try:
             for number, (_, runtime, local) in enumerate(homes):
@@ -87,6 +87,10 @@ def save_packed(
             writer.abandon()
             raise
         write_index(staging, dense_files(staging) | files | write_guard(staging, layers))
+
+
+def _save_by_transformers(model: Any, *args: Any, **kwargs: Any) -> None:
+    type(model).save_pretrained.__wrapped__(model, *args, **kwargs)
 
 
 def packed_config(

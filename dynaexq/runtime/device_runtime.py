@@ -26,6 +26,7 @@ from dynaexq.runtime.moe import LayerView
 from dynaexq.runtime.report import RoutingTotals
 from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
 from dynaexq.safeguards.call_lock import CallLock
+from dynaexq.safeguards.weak_method import WeakMethod
 from dynaexq.settings import Settings
 from dynaexq.types import BITS, MemoryPlan
 from dynaexq.weights.export import StoredExperts
@@ -70,7 +71,7 @@ class DeviceRuntime:
         self._model = weakref.ref(model)
         self._agreed = plan
         """The plan to return to where a change of it is cut short."""
-        self._ticking = CallLock("the control of a model's precision", self._mend)
+        self._ticking = CallLock("the control of a model's precision", WeakMethod(self._mend))
         self._monitor = HealthMonitor(str(device))
         self._failed_ticks, self._failure = 0, ""
         slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)

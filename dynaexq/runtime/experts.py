@@ -177,6 +177,11 @@ class MixedPrecisionExperts(nn.Module):
             )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:  # copy.deepcopy comes this way, too
+        self.refuse_copy(protocol)
+
+    @staticmethod
+    def refuse_copy(protocol: Any) -> NoReturn:
+        """Raise a PatchError."""
         raise PatchError(
             "a patched model can be neither copied nor pickled: its experts live in slabs outside the module; "
             "copy or save the original model, or its state_dict, before patching"

@@ -134,10 +134,11 @@ def test_generation_works_on_a_loaded_model_and_precision_follows(packed: Path) 
 
 
 def test_the_ladder_and_the_last_budget_come_back(packed: Path) -> None:
-    runtime = reload(packed).dynaexq
+    model, ample = reload(packed), load(packed)
+    runtime = model.dynaexq
     assert runtime.plan.tiers == ("int2", "int8")
     assert runtime.stats()["slots"] == 8
-    assert runtime.memory()["total"] <= runtime.plan.budget < load(packed).dynaexq.memory()["total"]
+    assert runtime.memory()["total"] <= runtime.plan.budget < ample.dynaexq.memory()["total"]
 
 
 def test_a_budget_that_is_given_wins_over_the_environment_and_that_over_the_stored_one(
@@ -489,7 +490,8 @@ def test_a_budget_that_cannot_hold_is_refused_before_the_dense_weights_are_read(
     ) as caught:
         load(source, hbm_budget=10_000)
     monkeypatch.undo()
-    assert load(source, hbm_budget=caught.value.least).dynaexq.memory()["total"] == caught.value.least
+    model = load(source, hbm_budget=caught.value.least)
+    assert model.dynaexq.memory()["total"] == caught.value.least
 
 
 def in_another_process(script: str) -> subprocess.CompletedProcess[str]:

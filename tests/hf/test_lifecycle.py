@@ -559,3 +559,27 @@ def test_a_model_that_was_loaded_in_inference_mode_goes_on_outside(packed: bool,
     runtime.set_budget(runtime.memory()["total"] - runtime.memory()["upgrade"] // 2)
     assert runtime.stats()["demotions"] > 0
     assert tiny.logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["patched", "in a wrapper", "loaded"])
+def test_what_no_one_holds_any_more_is_freed_at_once(way: str, tmp_path: Path) -> None:
+    """Without garbage collection: the next model would meet the slabs of this one."""
+    options: dict[str, Any] = {"tiers": ("int4", "int8"), "hbm_budget": AMPLE}
+    model: Any = tiny.tiny_qwen3_moe()
+    if way == "loaded":
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=DynaExqConfig(**options))
+    else:
+        model = Wrapper(model) if way == "in a wrapper" else model
+        patching.patch(model, **options)
+    gc.collect()
+    gc.disable()
+    try:
+        model(tiny.prompt())
+        device = model.dynaexq.devices[0]
+        parts = (model, model.dynaexq, device, device.pipeline, device.memory, device.memory.pool)
+        seen = [weakref.ref(part) for part in parts]
+        del device, parts, model
+        assert [type(part()).__name__ for part in seen if part() is not None] == []
+    finally:
+        gc.enable()
