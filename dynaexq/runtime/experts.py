@@ -74,6 +74,8 @@ class MixedPrecisionExperts(nn.Module):
             self.__dict__.pop(name, None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and in_function_transform():
+            return self._transparent(hidden_states, top_k_index, top_k_weights)
         # Recomputation in training would count a token twice.
         observe = not (self.training and torch.is_grad_enabled())
         return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle, observe)
@@ -114,6 +116,14 @@ class MixedPrecisionExperts(nn.Module):
             pull_back = torch.func.vjp(output, hidden_states, top_k_weights)[1]
             grad_hidden, grad_weights = pull_back(grad)
         return grad_hidden, grad_weights
+
+    def _transparent(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The output in PyTorch's own operators, which `torch.func` can differentiate; nothing is counted."""
+        memory = self._ports.memory
+        with memory.fence.reading():
+            # Copies: the gradient is taken later, when a slot may hold another expert.
+            upgrades = Upgrades(memory.table.row(self._ports.index), lambda address: memory.pool.at(address).clone())
+            return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, upgrades)
 
     @property
     def _is_connected(self) -> bool:
@@ -186,6 +196,11 @@ class MixedPrecisionExperts(nn.Module):
             "a patched model can be neither copied nor pickled: its experts live in slabs outside the module; "
             "copy or save the original model, or its state_dict, before patching"
         )
+
+
+def in_function_transform() -> bool:
+    """Whether `torch.func` is at work here (grad, vjp, jacrev, ...), which cannot look into an opaque operator."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _mass(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
