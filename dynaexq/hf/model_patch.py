@@ -23,6 +23,7 @@ from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.moe import DynaExqMoE
+from dynaexq.runtime.padding import watch_padding
 from dynaexq.safeguards.weak_method import WeakMethod
 from dynaexq.weights.sources import ExpertSource
 
@@ -147,6 +148,7 @@ class ModelPatch:
         for model in (self.owner, self.model):
             model.dynaexq = runtime
             setattr(model, RECORD, self)
+        self._undo_steps.callback(watch_padding(self.owner))
         install_output_capturing(self.owner)  # last, because Transformers has no way to take its hooks off
 
     def free_originals(self, keep_experts: bool) -> None:

@@ -38,8 +38,14 @@ class RoutingCounter:
         """(layers, experts)."""
         return len(self._drained), self.num_experts
 
-    def observe(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor) -> None:
-        """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits."""
+    def observe(
+        self, layer: int, top_k_index: Tensor, top_k_weights: Tensor, tokens: Tensor | int | None = None
+    ) -> None:
+        """Add the routing of N tokens, ids and weights `[N, k]`. Device work only; never waits.
+
+        Args:
+            tokens: how many of them are tokens, where the others are padding, with weights of 0.
+        """
         self.top_k = top_k_index.shape[-1]
         ids = top_k_index.reshape(-1)
         ids = torch.where((ids >= 0) & (ids < self.num_experts), ids, self.num_experts)
@@ -47,7 +53,7 @@ class RoutingCounter:
         fixed = mass.mul_(MASS_UNIT).round_().to(torch.int64)
         with self._lock.turn():
             self.sums[layer].index_add_(0, ids.to(torch.int64), fixed)
-            self.sums[layer, -1] += top_k_index.shape[0]
+            self.sums[layer, -1] += top_k_index.shape[0] if tokens is None else tokens
 
     def drain(self) -> tuple[np.ndarray, np.ndarray]:
         """Mass `[L, E]` and tokens `[L]` since the last drain; on a GPU, up to an earlier drain or the last report."""

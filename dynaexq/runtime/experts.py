@@ -21,6 +21,7 @@ from dynaexq.kernels import (
     register_layer,
 )
 from dynaexq.memory import DeviceMemory
+from dynaexq.runtime.padding import tokens_among
 from dynaexq.runtime.state_guard import AbsentExperts
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,16 @@ class MixedPrecisionExperts(nn.Module):
         self._layer.check(hidden_states, top_k_index, top_k_weights)
         ports, counts = self._ports, None
         counter = ports.memory.counter
+        is_token = tokens_among(len(hidden_states)) if observe else None
         if observe and ports.before_forward is not None:
-            ports.before_forward(len(hidden_states))
+            known = is_token is not None and is_token.is_cpu
+            ports.before_forward(int(is_token.sum()) if known else len(hidden_states))  # type: ignore[union-attr]
         with ports.memory.fence.reading():
             ports.memory.layer_begins(ports.index)
-            if observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
+            if is_token is not None:
+                mass = _mass(hidden_states, top_k_weights) * is_token[:, None]
+                counter.observe(ports.index, top_k_index, mass, is_token.sum())
+            elif observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
                 counts = counter.row(ports.index, top_k_index.shape[-1])
             elif observe:
                 counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
