@@ -47,7 +47,7 @@ MOST_TESTS = 200
 SECONDS = 240
 """A mutant that takes longer is killed: it hangs."""
 MOST_MEMORY = 16 << 30
-CHECKED = 8
+CHECKED = 2
 """Lines per package whose tests must pass without a wrong, before any is tried."""
 
 OPPOSITES = {

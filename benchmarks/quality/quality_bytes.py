@@ -92,7 +92,8 @@ def chosen_by_auto(stream: Stream, bits: float) -> tuple[str, ...]:
         memory, plan = runtime.memory(), runtime.plan
         experts = plan.num_layers * plan.num_experts * runtime.devices[0].codec.shape.num_weights
     budget = memory["total"] - memory["base"] + int(experts * bits / 8)
-    with dynaexq.patch(copy.deepcopy(stream.model), budget, config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
+    model = copy.deepcopy(stream.model)
+    with dynaexq.patch(model, budget, config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
         return runtime.plan.tiers
 
 

@@ -171,7 +171,8 @@ def _one_thread() -> Iterator[None]:
 
 def _budgets(model: nn.Module, tiers: tuple[str, str]) -> tuple[int, int, int]:
     """Bytes with no expert upgraded, bytes of one upgrade, and the number of experts."""
-    runtime = patch(copy.deepcopy(model), "1TiB", tiers=tiers, device="cpu", config=DynaExqConfig(quantizer="rtn"))
+    copied = copy.deepcopy(model)
+    runtime = patch(copied, "1TiB", tiers=tiers, device="cpu", config=DynaExqConfig(quantizer="rtn"))
     memory, experts = runtime.memory(), runtime.plan.num_slots
     return memory["total"] - memory["upgrade"], memory["upgrade"] // experts, experts
 

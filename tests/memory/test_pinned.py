@@ -188,8 +188,10 @@ def test_a_runtime_that_is_collected_on_the_staging_thread_closes_without_waitin
     monkeypatch.setattr(RamStore, "read_into", read_into)
     assert pipeline.submit(Transition(0, 0, promote=True))
     gc.disable()
+    knot: list[object] = [model]
+    knot.append(knot)
     try:
-        del model, pipeline
+        del model, pipeline, knot
         assert runtime() is not None, "it has to be garbage that is found there"
         forgotten.set()
         assert collected.wait(SECONDS), "the staging thread waits for itself"
