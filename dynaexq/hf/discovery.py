@@ -16,7 +16,7 @@ from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dynaexq.errors import PatchError, UnsupportedModelError
-from dynaexq.hf.compat import is_distributed
+from dynaexq.hf.compat import is_distributed, text_config
 from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.types import ExpertShape
@@ -146,10 +146,18 @@ def _check_model(model: nn.Module) -> None:
 
 def _no_layers_message(model: nn.Module) -> str:
     other = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
-    found = f"found {', '.join(other)}, which do not follow it" if other else "found none"
+    counted = getattr(text_config(model), "num_experts", None)
+    if other:
+        found = f"found {', '.join(other)}, which do not follow it; experts of this kind are not supported"
+    elif counted:
+        found = (
+            f"found none, though its configuration counts {counted} experts; experts of this kind are not supported"
+        )
+    else:
+        found = "found none; dense models need no dynaexq"
     return (
         f"expected sparse layers with the experts interface of Transformers (has_gate, down_proj) in "
-        f"{type(model).__name__}, {found}; dense models need no dynaexq"
+        f"{type(model).__name__}, {found}"
     )
 
 

@@ -122,10 +122,11 @@ def plan_memory(spec: ModelSpec, budget: int) -> MemoryPlan:
     others = sorted((spec.weights(base), base.precision) for base, _ in spec.offered)
     smaller = [precision for needed, precision in others if needed <= budget]
     remedy = f', or take tiers=("{smaller[-1]}",), which fits' if smaller else ""
+    wide = " in float32 (dtype=torch.bfloat16 takes half)" if spec.dtype == "float32" else ""
     in_gib = f" ({least / 2**30:.1f} GiB)" if least >= 2**30 else ""
     raise BudgetError(
-        f"hbm_budget of {budget:,} bytes is too small: {spec.dense:,} of dense weights, {spec.workspace:,} of "
-        f"workspace and {spec.num_layers * spec.num_experts:,} experts at {base} need {least:,}"
+        f"hbm_budget of {budget:,} bytes is too small: {spec.dense:,} of dense weights{wide}, {spec.workspace:,} "
+        f"of workspace and {spec.num_layers * spec.num_experts:,} experts at {base} need {least:,}"
         f"{in_gib}; raise hbm_budget to at least {least}{remedy}",
         budget,
         least,

@@ -374,3 +374,11 @@ def test_a_decision_over_48_layers_takes_milliseconds(num_experts, milliseconds,
 @pytest.mark.parametrize(("slot_nbytes", "promotions"), [(2**20, 64), (64 * 2**20, 1), (2**30, 1)])
 def test_without_a_rate_a_tick_may_copy_64_mib_and_one_expert_at_least(slot_nbytes, promotions):
     assert CopyRateLimiter(None, slot_nbytes).promotions() == promotions
+
+
+def test_a_budget_that_is_too_small_names_float32_where_that_is_the_reason():
+    model = spec([(Tier("int4", 1024), None)], 2, 4, dense=4096)
+    with pytest.raises(BudgetError, match=r"4,096 of dense weights in float32 \(dtype=torch.bfloat16 takes half\), "):
+        plan_memory(replace(model, dtype="float32"), 10)
+    with pytest.raises(BudgetError, match=r"4,096 of dense weights, "):
+        plan_memory(model, 10)
