@@ -26,6 +26,7 @@ from dynaexq.checkpoint import (
     PackedWriter,
     Shard,
     ShardWriter,
+    link_or_copy,
     replaced,
 )
 from dynaexq.checkpoint.safetensors_io import DTYPES
@@ -363,3 +364,28 @@ def test_a_file_in_the_place_of_the_directory_is_refused_and_stays(tmp_path: Pat
     ):
         pass
     assert (tmp_path / "model").read_text() == "mine"
+
+
+def test_a_shape_counts_the_bytes_of_all_blocks() -> None:
+    shape = PackedShape(("a", "b"), 3, 256, 512, ((0, 512),), 2)
+    assert shape.nbytes == 2 * 3 * (256 + 512)
+
+
+def test_a_writer_that_finds_everything_done_has_nothing_left_to_do(tmp_path: Path) -> None:
+    files = write_packed(tmp_path, 10**6).finish()
+    again = PackedWriter(tmp_path, SHAPE, 10**6, {})
+    assert again.first_layer == len(SHAPE.layers)
+    assert again.finish() == files
+
+
+def test_where_nothing_can_be_linked_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    (tmp_path / "source").write_text("content")
+    link_or_copy(tmp_path / "source", tmp_path / "linked")
+    assert (tmp_path / "linked").stat().st_ino == (tmp_path / "source").stat().st_ino
+    monkeypatch.setattr(os, "link", refuse)
+    link_or_copy(tmp_path / "source", tmp_path / "copied")
+    assert (tmp_path / "copied").read_text() == "content"
+    assert (tmp_path / "copied").stat().st_ino != (tmp_path / "source").stat().st_ino

@@ -73,6 +73,12 @@ def test_a_store_gives_back_what_was_written(new_store: Callable[[int, int], Hos
     store.close()
 
 
+def test_a_disk_store_takes_no_host_memory() -> None:
+    store = DiskStore(4, 1024)
+    assert store.nbytes == 0
+    store.close()
+
+
 def test_a_ram_store_counts_its_bytes_and_gives_them_back_when_closed() -> None:
     store = RamStore(COUNT, NBYTES)
     assert store.nbytes == COUNT * NBYTES
