@@ -162,7 +162,7 @@ def cpp_mutants(path: str, text: str) -> Iterator[Mutant]:
         r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"|^#.*?$", lambda found: " " * len(found[0]), text, flags=re.S | re.M
     )
     operator = r"(?<= )(?:[<>]=?|[=!]=|[-+*/%&|^]=?|<<|>>|&&|\|\|)(?= )|\b(?:break|continue|true|false|min|max)\b"
-    number = r"(?<![\w.])\d+(?![\w.])"
+    number = r"(?<![\w.'])\d+(?![\w.'])"
     statement = r"(?<=\n)[ ]+[\w.\[\]>-]+(?: [-+|]?= [^;{}]*|\([^;{}]*\));(?=\n)"
     for found in re.finditer(f"{statement}|{operator}|{number}", code):
         line = code.count("\n", 0, found.start() + (len(found[0]) - len(found[0].lstrip()))) + 1
