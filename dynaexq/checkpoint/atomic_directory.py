@@ -10,9 +10,10 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from dynaexq.checkpoint.shard_index import INDEX, is_file_name, read_index, write_index
 from dynaexq.errors import CheckpointError
 from dynaexq.safeguards.durable_files import (
     is_private,
@@ -28,7 +29,7 @@ from dynaexq.safeguards.outside_files import read_json
 
 _JOURNAL = "dynaexq-source.json"
 _ARRIVING = "-arriving.json"
-INDEX = "model.safetensors.index.json"
+_SHARD = ".safetensors"
 
 
 @contextmanager
@@ -51,10 +52,10 @@ def replaced(directory: Path | str, journal: str | None = None, nbytes: int = 0)
         with _sole_writer(target) as within:
             home = target if within else target.parent
             _check_space(home, nbytes)
-            remove_stale(target, within)
+            remove_stale(target, home)
             if within:
                 _finish_arrival(target)
-            staging = staging_directory(target, within) if journal is None else _resumed(target, home, journal)
+            staging = staging_directory(target, home) if journal is None else _resumed(target, home, journal)
             try:
                 yield staging
                 (staging / _JOURNAL).unlink(missing_ok=True)
@@ -144,9 +145,9 @@ def _appear(staging: Path, target: Path) -> None:
 
 def _move_into(staging: Path, target: Path) -> None:
     """Move the files of `staging` into `target`, the index last, and remove weights that only the old index names."""
-    old = _indexed(target)
+    old = _indexed(target) or set()
     _rename_shards(staging, target)
-    new = _indexed(staging)
+    new = _indexed(staging) or set()
     write_text(_arriving(target), json.dumps(sorted(old | new)))
     files = _files(staging)
     for file in sorted(files, key=lambda file: (file == Path(INDEX), file.name not in new)):
@@ -159,13 +160,18 @@ def _move_into(staging: Path, target: Path) -> None:
 
 
 def _finish_arrival(target: Path) -> None:
-    """Remove the weights of which there were two, and that the index in force does not name."""
-    arriving = _arriving(target)
+    """Remove the shards of which there were two, and that the index in force does not name.
+
+    Where that index is damaged, all stay: they may be what it named.
+    """
+    arriving, in_force = _arriving(target), _indexed(target)
     if not arriving.exists():
         return
-    for name in set(json.loads(arriving.read_text())) - _indexed(target):
-        with suppress(FileNotFoundError):
-            (target / name).unlink()
+    listed = read_json(arriving, CheckpointError, "remove it")
+    if in_force is not None and isinstance(listed, list):
+        for name in filter(is_file_name, listed):
+            if name.endswith(_SHARD) and name not in in_force:
+                (target / name).unlink(missing_ok=True)
     sync(target)
     arriving.unlink()
 
@@ -176,14 +182,12 @@ def _arriving(target: Path) -> Path:
 
 def _rename_shards(staging: Path, target: Path) -> None:
     """Give shards whose names are taken in `target` other ones, and tell the new index."""
-    taken = {name: _fresh(name) for name in _indexed(staging) if os.path.lexists(target / name)}
+    taken = {name: _fresh(name) for name in _indexed(staging) or () if os.path.lexists(target / name)}
     if not taken:
         return
     for name, fresh in taken.items():
         (staging / name).rename(staging / fresh)
-    index = json.loads((staging / INDEX).read_text())
-    index["weight_map"] = {key: taken.get(name, name) for key, name in index["weight_map"].items()}
-    (staging / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(staging, {key: taken.get(name, name) for key, name in read_index(staging).items()})
 
 
 def _fresh(name: str) -> str:
@@ -191,13 +195,14 @@ def _fresh(name: str) -> str:
     return f"{stem}-{secrets.token_hex(3)}.{suffix}"
 
 
-def _indexed(directory: Path) -> set[str]:
-    """Names of the files of `directory` that its index names; none where there is no index, or none that is one."""
-    try:
-        names = read_json(directory / INDEX, CheckpointError, "it is taken for none")["weight_map"].values()
-        return {name for name in names if Path(name).name == name}
-    except (CheckpointError, KeyError, TypeError, AttributeError):
+def _indexed(directory: Path) -> set[str] | None:
+    """Names of the files of `directory` that its index names, none without an index; None where it is damaged."""
+    if not (directory / INDEX).exists():
         return set()
+    try:
+        return set(read_index(directory).values())
+    except CheckpointError:
+        return None
 
 
 def _files(directory: Path) -> list[Path]:

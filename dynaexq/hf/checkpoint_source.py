@@ -23,11 +23,10 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import INDEX, MARK, Shard
+from dynaexq.checkpoint import INDEX, MARK, Shard, read_index
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
 from dynaexq.quantization import ExpertWeights
-from dynaexq.safeguards.outside_files import read_json
 from dynaexq.weights.fingerprints import Fingerprints
 
 
@@ -37,22 +36,14 @@ def checkpoint_files(source: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none, the index cannot be read, or it points out of the directory.
     """
-    single, index = source / SAFE_WEIGHTS_NAME, source / INDEX
-    if single.exists():
-        return [single]
-    if not index.exists():
+    if (source / SAFE_WEIGHTS_NAME).exists():
+        return [source / SAFE_WEIGHTS_NAME]
+    if not (source / INDEX).exists():
         raise CheckpointError(
             f"expected {SAFE_WEIGHTS_NAME} or {INDEX} in {source}, found neither; pickles are never opened: convert "
             "the checkpoint with safetensors"
         )
-    try:
-        names = sorted(set(read_json(index, CheckpointError, "fetch it again")["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error!r}); fetch it again") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
-            raise CheckpointError(f"{index} names {name!r}, which is no file of its directory; do not trust it")
-    return [source / name for name in names]
+    return [source / name for name in sorted(set(read_index(source).values()))]
 
 
 def open_shards(files: Sequence[str | Path] | None) -> list[Shard]:
@@ -218,7 +209,7 @@ class CheckpointSource:
         self._find_tensors(model)
         for _, recipes in self._layers:
             for recipe in recipes:
-                recipe.check(self._skeleton(1), model.config)
+                recipe.check(self._skeleton(recipes, 1), model.config)
 
     @property
     def keys(self) -> set[str]:
@@ -236,7 +227,8 @@ class CheckpointSource:
 
     def read(self, layer: int, first: int, last: int) -> ExpertWeights:
         """See `sources.ExpertSource`; a CheckpointError if they are not what was read before."""
-        model, (_, recipes) = self._skeleton(last - first), self._layers[layer]
+        _, recipes = self._layers[layer]
+        model = self._skeleton(recipes, last - first)
         first, last = self.first_expert + first, self.first_expert + last
         weights = ExpertWeights(*(recipe.read(first, last, model, self._config) for recipe in recipes))
         self._fingerprints.check(self.name(layer), first, weights, recipes[0].files)
@@ -253,9 +245,8 @@ class CheckpointSource:
         for shard in self._shards:
             shard.close()
 
-    def _skeleton(self, num_experts: int) -> _Skeleton:
-        parameters = {recipe.name: recipe.skeleton for _, recipes in self._layers for recipe in recipes}
-        return _Skeleton(self._model(), parameters, num_experts)
+    def _skeleton(self, recipes: list[_Recipe], num_experts: int) -> _Skeleton:
+        return _Skeleton(self._model(), {recipe.name: recipe.skeleton for recipe in recipes}, num_experts)
 
     def _find_tensors(self, model: Any) -> None:
         mapping = get_model_conversion_mapping(model)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import INDEX, PackedWriter, Shard, ShardWriter, link_or_copy, replaced
+from dynaexq.checkpoint import INDEX, PackedWriter, Shard, ShardWriter, link_or_copy, replaced, write_index
 from dynaexq.errors import SettingsError
 from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
@@ -23,13 +23,16 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.meta_model import meta_model
 from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device
-from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard, write_index
+from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard
 from dynaexq.quantization import ExpertCodec, Moments
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
 from dynaexq.weights.quantize_experts import encode_all
 
-MODEL_WEIGHTS = re.compile(r"(model|pytorch_model|consolidated|tf_model|flax_model)\b.*\.\w+$|.*\.gguf$")
+MODEL_WEIGHTS = re.compile(
+    r"(model|pytorch_model|consolidated|tf_model|flax_model)\b.*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack)(\.index\.json)?$"
+    r"|.*\.gguf$"
+)
 """Names of files with the weights of a model, in any format, and of their indexes."""
 
 COPIED_AT_ONCE = 2**26  # bytes of a dense tensor
@@ -147,7 +150,7 @@ def _copy_others(source: Path, staging: Path, config: DynaExqConfig) -> None:
     """Everything but the model's weights in any format, and the configuration with `config` in it."""
     for file in sorted(source.rglob("*")):
         place = staging / file.relative_to(source)
-        is_hidden = any(part.startswith(".") for part in file.relative_to(source).parts)
+        is_hidden = any(part.startswith(".") for part in file.relative_to(source).parts[:-1])
         if file.is_file() and not is_hidden and not MODEL_WEIGHTS.match(file.name):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)

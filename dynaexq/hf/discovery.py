@@ -4,13 +4,14 @@ Every class under `@use_experts_implementation` carries the same flags, paramete
 named here: a module with `has_gate` and `down_proj` is a layer of experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -117,6 +118,18 @@ def find_sparse_layers(model: nn.Module, on_meta: bool = False) -> list[SparseLa
         _check_layer(layer, on_meta)
     _check_uniform(layers)
     return layers
+
+
+def transformers_model(module: nn.Module, layers: list[SparseLayer]) -> tuple[nn.Module, list[SparseLayer]]:
+    """The outermost Transformers model in `module` that has all the layers, and the layers as it names them.
+
+    `module` itself where there is none.
+    """
+    for path, model in module.named_modules():  # from outside to inside
+        prefix = f"{path}." if path else ""
+        if isinstance(model, PreTrainedModel) and all(layer.name.startswith(prefix) for layer in layers):
+            return model, [replace(layer, name=layer.name.removeprefix(prefix)) for layer in layers]
+    return module, layers
 
 
 def _is_experts(module: nn.Module) -> bool:

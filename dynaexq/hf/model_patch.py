@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
@@ -57,12 +56,14 @@ class ModelPatch:
 
     Args:
         layers: its sparse layers, in order, as found before anything was changed.
-
+        wrapper: what `model` lies in and was handed in by, where that is another module; it shows the runtime as well.
     """
 
-    def __init__(self, model: Any, layers: list[SparseLayer]):
-        self._model, self.layers = weakref.ref(model), layers  # which holds this, and must be freed with its last user
-        self._owner_path = _path_of_owner(model, layers)
+    def __init__(self, model: Any, layers: list[SparseLayer], wrapper: nn.Module | None = None):
+        self.layers = layers
+        # Both hold this, and must be freed with their last user.
+        self._model = weakref.ref(model)
+        self._wrapper = weakref.ref(model if wrapper is None else wrapper)
         self.source: ExpertSource | None = None
         self._undo_steps = ExitStack()
         self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
@@ -72,16 +73,8 @@ class ModelPatch:
 
     @property
     def model(self) -> Any:
-        """What was handed in."""
+        """The model that was changed."""
         return self._model()
-
-    @property
-    def owner(self) -> Any:
-        """The Transformers model that has all the layers, which may lie within `model` (in a wrapper, or PEFT's).
-
-        It is what is saved, and shows the runtime as well. `model` itself where there is none.
-        """
-        return self.model.get_submodule(self._owner_path)
 
     def replace_modules(self, placeholders: Mapping[str, Mapping[str, nn.Parameter]] | None = None) -> None:
         """Take the parameters away from all experts and give experts and blocks their new classes.
@@ -138,18 +131,18 @@ class ModelPatch:
         """Give the model its runtime and its quantizer, and keep its experts from being moved or copied.
 
         Args:
-            save: takes the place of the owner's `save_pretrained`, with this patch before its arguments.
+            save: takes the place of `save_pretrained`, with this patch before its arguments.
         """
-        self._undo_steps.callback(WeakMethod(self._detach), self.owner.__dict__.get("hf_quantizer"))
+        self._undo_steps.callback(WeakMethod(self._detach), self.model.__dict__.get("hf_quantizer"))
         self._guard_ancestors()
-        _let_save(type(self.owner), save)
-        self.owner.hf_quantizer = quantizer
+        _let_save(type(self.model), save)
+        self.model.hf_quantizer = quantizer
         quantizer.follows_replays = runtime.follows_replays
-        for model in (self.owner, self.model):
-            model.dynaexq = runtime
-            setattr(model, RECORD, self)
-        self._undo_steps.callback(watch_padding(self.owner))
-        install_output_capturing(self.owner)  # last, because Transformers has no way to take its hooks off
+        for module in self._shown_on():
+            module.dynaexq = runtime
+            setattr(module, RECORD, self)
+        self._undo_steps.callback(watch_padding(self.model))
+        install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 
     def free_originals(self, keep_experts: bool) -> None:
         """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""
@@ -183,11 +176,12 @@ class ModelPatch:
         self._undo_steps.close()
 
     def homes(self) -> list[tuple[SparseLayer, DeviceRuntime, int]]:
-        """Every layer in order, as the owner names it, with its runtime and its number there."""
-        prefix = f"{self._owner_path}." if self._owner_path else ""
-        return [
-            (replace(layer, name=layer.name.removeprefix(prefix)), *self._homes[layer.name]) for layer in self.layers
-        ]
+        """Every layer in order, with its runtime and its number there."""
+        return [(layer, *self._homes[layer.name]) for layer in self.layers]
+
+    def _shown_on(self) -> list[Any]:
+        """What shows the runtime, as far as it still lives."""
+        return [module for module in (self._wrapper(), self.model) if module is not None]
 
     def _restore_linears(self) -> None:
         for path, linear in self._linears.items():
@@ -197,14 +191,14 @@ class ModelPatch:
         for path in self._ancestors():
             for guard in ("_apply", "__reduce_ex__"):
                 self.model.get_submodule(path).__dict__.pop(guard, None)
-        if self._loaded_here and hasattr(self.owner, "hf_quantizer"):
-            self.owner.hf_quantizer.remove_quantization_config(self.owner)
-        for name in ("dynaexq", RECORD, "hf_quantizer"):
-            self.owner.__dict__.pop(name, None)
-        for name in ("dynaexq", RECORD):
-            self.model.__dict__.pop(name, None)
+        if self._loaded_here and hasattr(self.model, "hf_quantizer"):
+            self.model.hf_quantizer.remove_quantization_config(self.model)
+        for module in self._shown_on():
+            for name in ("dynaexq", RECORD):
+                module.__dict__.pop(name, None)
+        self.model.__dict__.pop("hf_quantizer", None)
         if quantizer is not None:
-            self.owner.hf_quantizer = quantizer
+            self.model.hf_quantizer = quantizer
 
     def _original_parameters(self, index: int, layer: SparseLayer) -> dict[str, nn.Parameter]:
         if layer.device.type != "meta":
@@ -266,15 +260,6 @@ def _let_save(family: Any, save: Callable[..., None]) -> None:
 
     setattr(save_pretrained, RECORD, True)
     family.save_pretrained = save_pretrained
-
-
-def _path_of_owner(model: nn.Module, layers: list[SparseLayer]) -> str:
-    """Where the outermost Transformers model lies that has all the layers; an empty path if there is none."""
-    for path, module in model.named_modules():  # from outside to inside
-        prefix = f"{path}." if path else ""
-        if isinstance(module, PreTrainedModel) and all(layer.name.startswith(prefix) for layer in layers):
-            return path
-    return ""
 
 
 def _restore_modules(layer: SparseLayer) -> None:

@@ -17,7 +17,7 @@ from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
 from dynaexq.hf.config import DynaExqConfig, as_config
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
-from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers
+from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers, transformers_model
 from dynaexq.hf.model_patch import RECORD, ModelPatch
 from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_device
 from dynaexq.hf.planning import plan as make_plan
@@ -52,7 +52,8 @@ def patch(
     >>> runtime = dynaexq.patch(model, "20GiB", config=DynaExqConfig(half_life=256))         # doctest: +SKIP
 
     Args:
-        model: a Transformers model with the standard experts interface, on the CPU or on the device.
+        model: a Transformers model with the standard experts interface, on the CPU or on the device. Of a module that
+            such a model lies in (a wrapper of your own, or PEFT's) that model is patched, counted and saved.
         hbm_budget: ceiling on the device bytes of all weights: `"20GiB"`, `"20GB"`, bytes, or `"auto"`.
         tiers, device, dense, policy, host_copy, calibration: the options of these names; see `DynaExqConfig`.
         checkpoint: the directory of the 16-bit safetensors to read the experts from, where the model's own are on
@@ -81,7 +82,8 @@ def patch(
         calibration=calibration,
     )
     settings = config.settings()
-    layers = find_sparse_layers(model, on_meta=checkpoint is not None)
+    wrapper, layers = model, find_sparse_layers(model, on_meta=checkpoint is not None)
+    model, layers = transformers_model(model, layers)
     target = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
     twins = quantized_linears(model, settings.dense, target) if settings.dense else {}
@@ -89,7 +91,7 @@ def patch(
     plan = make_plan(inspect_model(model, layers, settings), settings, target, held_bytes(model, target))
     codec = make_codec(layers[0], plan.tiers, settings)
     loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, moments))
-    return _commit(ModelPatch(model, layers), loaded, source, twins, config)
+    return _commit(ModelPatch(model, layers, wrapper), loaded, source, twins, config)
 
 
 @torch.inference_mode(False)
@@ -136,7 +138,7 @@ def _commit(
         changes.move_dense(loaded.device)
         changes.connect(loaded, layers)
         changes.replace_linears(twins)
-        wrapped = getattr(changes.owner, "hf_quantizer", None)
+        wrapped = getattr(model, "hf_quantizer", None)
         if dense is not None:
             wrapped = dense_quantizer(dense, layers[0].dtype, pre_quantized=False)
         changes.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), save_packed)

@@ -5,8 +5,7 @@ name of every expert parameter stands a tensor of a shape that no model has, whi
 its report says why. dynaexq itself hides the experts from the loader and never meets the guard.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,16 @@ from typing import Any
 import torch
 from transformers.utils import SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from dynaexq.checkpoint import FORMAT_VERSION, INDEX, PackedWriter, Shard, ShardWriter, replaced
+from dynaexq.checkpoint import (
+    FORMAT_VERSION,
+    INDEX,
+    PackedWriter,
+    Shard,
+    ShardWriter,
+    read_index,
+    replaced,
+    write_index,
+)
 from dynaexq.errors import CheckpointError, PatchError
 from dynaexq.hf.compat import is_distributed
 from dynaexq.hf.config import DynaExqConfig
@@ -22,11 +30,9 @@ from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.load import GUARD
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.quantization import ExpertCodec
-from dynaexq.safeguards.outside_files import read_json
 from dynaexq.settings import parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
 
-_SINGLE = "model.safetensors"
 _DENSE = "model-dense.safetensors"
 _GUARD_FILE = "dynaexq-guard.safetensors"
 SHARD_METADATA = {"format": "pt", "dynaexq_format_version": str(FORMAT_VERSION)}
@@ -49,7 +55,7 @@ def save_packed(
         PatchError: `push_to_hub` or `variant` were asked for, or the model is spread over ranks.
         CheckpointError: the directory cannot be written, or holds weights that are no packed checkpoint.
     """
-    model: Any = patch.owner
+    model: Any = patch.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
         _save_by_transformers(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         return
@@ -114,26 +120,19 @@ def packed_config(
 def refuse_foreign_weights(directory: Path) -> None:
     """Raise a CheckpointError rather than replace weights that are not a packed checkpoint of ours."""
     found = [name for name in (SAFE_WEIGHTS_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if (directory / name).exists()]
-    if found or ((directory / INDEX).exists() and GUARD not in _weight_map(directory)):
+    if found or ((directory / INDEX).exists() and GUARD not in read_index(directory)):
         raise CheckpointError(
             f"{directory} holds another model ({found[0] if found else INDEX}), which could not be loaded any more; "
             "choose another directory, or move it away first"
         )
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    """The file of every tensor, as the index of `directory` has it."""
-    index = read_json(directory / INDEX, CheckpointError, "move it away first")
-    return dict(index.get("weight_map", {})) if isinstance(index, dict) else {}
-
-
 def dense_files(directory: Path) -> dict[str, str]:
     """The file of every dense tensor, as Transformers saved them in `directory`."""
-    single, index = directory / _SINGLE, directory / INDEX
-    if index.is_file():
-        return _weight_map(directory)
+    if (directory / INDEX).is_file():
+        return read_index(directory)
     # Under its usual name it would be taken for the whole checkpoint.
-    single.rename(directory / _DENSE)
+    (directory / SAFE_WEIGHTS_NAME).rename(directory / _DENSE)
     shard = Shard(directory / _DENSE)
     shard.close()
     return dict.fromkeys(shard.entries, _DENSE)
@@ -147,13 +146,6 @@ def write_guard(directory: Path, layers: list[SparseLayer]) -> dict[str, str]:
         writer.write(name, 0, torch.zeros(1))
     writer.close()
     return dict.fromkeys(names, _GUARD_FILE)
-
-
-def write_index(directory: Path, files: Mapping[str, str]) -> None:
-    """The index of all shards, as Transformers reads it."""
-    total = sum((directory / name).stat().st_size for name in set(files.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _dense_format(wrapped: Any) -> str | None:

@@ -1,6 +1,5 @@
 """The experts of one patched layer: observe, look up, multiply. They hold no policy and never see the runtime."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,8 +22,6 @@ from dynaexq.kernels import (
 from dynaexq.memory import DeviceMemory
 from dynaexq.runtime.padding import tokens_among
 from dynaexq.runtime.state_guard import AbsentExperts
-
-logger = logging.getLogger(__name__)
 
 _SAVED_APART: ContextVar[bool] = ContextVar("_SAVED_APART", default=False)
 
@@ -86,15 +83,16 @@ class MixedPrecisionExperts(nn.Module):
         self._layer.check(hidden_states, top_k_index, top_k_weights)
         ports, counts = self._ports, None
         counter = ports.memory.counter
-        is_token = tokens_among(len(hidden_states)) if observe else None
+        is_token = tokens_among(hidden_states) if observe else None
+        tokens = None if is_token is None else is_token.sum()
         if observe and ports.before_forward is not None:
-            known = is_token is not None and is_token.is_cpu
-            ports.before_forward(int(is_token.sum()) if known else len(hidden_states))  # type: ignore[union-attr]
+            # On a GPU a look at the number would wait for it.
+            ports.before_forward(int(tokens) if tokens is not None and tokens.is_cpu else len(hidden_states))
         with ports.memory.fence.reading():
             ports.memory.layer_begins(ports.index)
             if is_token is not None:
                 mass = _mass(hidden_states, top_k_weights) * is_token[:, None]
-                counter.observe(ports.index, top_k_index, mass, is_token.sum())
+                counter.observe(ports.index, top_k_index, mass, tokens)
             elif observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
                 counts = counter.row(ports.index, top_k_index.shape[-1])
             elif observe:

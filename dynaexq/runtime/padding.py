@@ -28,10 +28,13 @@ def watch_padding(model: nn.Module) -> Callable[[], None]:
     return end
 
 
-def tokens_among(num_rows: int) -> Tensor | None:
-    """Which of a layer's rows `[num_rows]` are tokens and no padding, bool; None where all are, or it is not known."""
+def tokens_among(rows: Tensor) -> Tensor | None:
+    """Which of a layer's `rows [N, H]` are tokens and no padding, bool `[N]` on their device.
+
+    None where all are, or where it is not known.
+    """
     is_token = _IS_TOKEN.get()
-    return is_token if is_token is not None and len(is_token) == num_rows else None
+    return is_token.to(rows.device) if is_token is not None and len(is_token) == len(rows) else None
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -36,13 +36,12 @@ def replacing(path: Path | str, error: type[Exception] = OSError) -> Iterator[Pa
     target = place_for(path, error)
     try:
         with sole_writer(target.with_name(f".{target.name}.lock"), target):
-            remove_stale(target)
+            remove_stale(target, target.parent)
             handle, name = tempfile.mkstemp(prefix=f".{target.name}{_STAGING}", dir=target.parent)
             os.close(handle)
             staging = Path(name)
             try:
                 yield staging
-                staging.chmod(_mode_of(target))
                 replace_file(staging, target)
             finally:
                 staging.unlink(missing_ok=True)
@@ -53,8 +52,8 @@ def replacing(path: Path | str, error: type[Exception] = OSError) -> Iterator[Pa
 
 
 def replace_file(new: Path, old: Path) -> None:
-    """Put the file `new` in the place of `old`, on disk as well; one that is there gives it its permissions."""
-    if old.exists() and new.stat().st_nlink == 1:  # else its permissions are those of another name, too
+    """Put the file `new` in the place of `old`, on disk as well, with the permissions of `old`, or of a new file."""
+    if new.stat().st_nlink == 1:  # else its permissions are those of another name, too
         new.chmod(_mode_of(old))
     sync(new)
     new.replace(old)
@@ -97,16 +96,14 @@ def sole_writer(lock: Path, target: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def staging_directory(target: Path, within: bool = False) -> Path:
-    """A new private directory beside `target`, or within it, for what is to take its place."""
-    parent = target if within else target.parent
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}{_STAGING}", dir=parent))
+def staging_directory(target: Path, home: Path) -> Path:
+    """A new private directory in `home` for what is to take the place of `target`, or to come into it."""
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}{_STAGING}", dir=home))
 
 
-def remove_stale(target: Path, within: bool = False) -> None:
-    """Remove what writers of `target` have left that died; called by its sole writer."""
-    parent = target if within else target.parent
-    for entry in parent.iterdir():
+def remove_stale(target: Path, home: Path) -> None:
+    """Remove from `home` what writers of `target` have left that died; called by its sole writer."""
+    for entry in home.iterdir():
         if entry.name.startswith(f".{target.name}{_STAGING}") and is_private(entry):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 

@@ -317,6 +317,32 @@ def test_an_index_that_points_elsewhere_removes_nothing_there(tmp_path: Path) ->
     assert (tmp_path / "mine.safetensors").read_text() == "mine"
 
 
+def test_a_list_of_arrivals_that_was_planted_removes_no_file_of_others(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write_checkpoint(target, "old", "a.safetensors")
+    (tmp_path / "mine.safetensors").write_text("mine")
+    (target / "optimizer.pt").write_text("mine")
+    planted = ["../mine.safetensors", str(tmp_path / "mine.safetensors"), "optimizer.pt", "..", "", 7, None]
+    (target / ".model-arriving.json").write_text(json.dumps(planted))
+    write_checkpoint(target, "new", "a.safetensors")
+    assert read_checkpoint(target) == {"new"}
+    assert (tmp_path / "mine.safetensors").read_text() == (target / "optimizer.pt").read_text() == "mine"
+    (target / ".model-arriving.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"arriving.json cannot be read as JSON .*; remove it"):
+        write_checkpoint(target, "newer", "a.safetensors")
+    assert read_checkpoint(target) == {"new"}
+
+
+def test_where_the_index_is_damaged_no_shard_that_it_may_have_named_is_removed(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write_checkpoint(target, "old", "a.safetensors")
+    (target / ".model-arriving.json").write_text('["a.safetensors"]')
+    (target / INDEX).write_text("{")
+    with pytest.raises(ZeroDivisionError), replaced(target):
+        _ = 1 / 0
+    assert (target / "a.safetensors").read_text() == "old"
+
+
 def test_the_working_directory_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_checkpoint(Path("."), "new", "a.safetensors")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
-_COMMON = {
+SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
     "moe_intermediate_size": 32,
@@ -26,14 +26,14 @@ _COMMON = {
 def tiny_qwen3_moe(dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> PreTrainedModel:
     """Two sparse layers of eight experts; the same weights whenever it is called."""
     torch.manual_seed(7)
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_COMMON | overrides)).to(dtype).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES | overrides)).to(dtype).eval()
 
 
 def tiny_qwen3_next(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """Likewise, with a shared expert in each block and one layer of linear, one of full attention."""
     torch.manual_seed(7)
     config = Qwen3NextConfig(
-        **_COMMON,
+        **SIZES,
         layer_types=["linear_attention", "full_attention"],
         shared_expert_intermediate_size=32,
         linear_num_key_heads=1,
@@ -46,7 +46,7 @@ def tiny_qwen3_next(dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
 
 def prompt(batch: int = 2, length: int = 12, seed: int = 3) -> Tensor:
     """Random token ids, the same for the same seed."""
-    return torch.randint(0, _COMMON["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:

@@ -23,19 +23,7 @@ import dynaexq
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.convert import quantize_checkpoint
 
-TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "pad_token_id": 0,
-}
+TEXT = tiny.SIZES | {"vocab_size": 96, "intermediate_size": 64, "moe_intermediate_size": 48, "pad_token_id": 0}
 VISION = {
     "depth": 1,
     "hidden_size": 32,

@@ -8,6 +8,7 @@ import patching
 import pytest
 import tiny
 import torch
+from files import copied
 from models import tiny_model, tokens
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -127,6 +128,19 @@ def test_a_failure_leaves_the_checkpoint_that_was_there(
         with pytest.raises(Stop):
             quantize_checkpoint(source, tmp_path / "packed", DynaExqConfig(tiers=("int2",)), max_shard_size="20KB")
     assert torch.equal(logits(tmp_path / "packed"), before)
+
+
+def test_all_but_weights_and_hidden_directories_is_carried_over(source: Path, tmp_path: Path) -> None:
+    carried = ("model.py", "modeling_own.py", "chat/template.jinja", "adapter_model.safetensors", "model_card.md")
+    weights = ("pytorch_model.bin", "consolidated.00.pth", "model.fp16.safetensors", "x.gguf")
+    left = (*weights, ".cache/x", "original/model.safetensors")
+    place = copied(source, tmp_path)
+    for name in (*carried, *left):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("mine")
+    quantize_checkpoint(place, tmp_path / "packed", DynaExqConfig(tiers=("int4",)))
+    assert all((tmp_path / "packed" / name).read_text() == "mine" for name in carried)
+    assert not any((tmp_path / "packed" / name).exists() for name in left)
 
 
 def test_dense_weights_are_copied_bit_for_bit_also_where_they_are_large(

@@ -151,6 +151,18 @@ def test_a_model_in_a_wrapper_is_saved_whole_by_its_own_save_pretrained(wrap: An
         dynaexq.patch(outer, "1GiB")
 
 
+def test_a_model_outlives_the_wrapper_that_was_patched(tmp_path: Path) -> None:
+    model = tiny.tiny_qwen3_moe(torch.float32)
+    answer = tiny.logits(model)
+    runtime = dynaexq.patch(Wrapper(model), "1GiB", tiers=("fp16",))
+    gc.collect()
+    assert runtime.memory()["dense"] > 0
+    assert runtime.memory()["total"] == runtime.plan.total
+    model.save_pretrained(tmp_path)
+    dynaexq.unpatch(model)
+    torch.testing.assert_close(tiny.logits(model), answer)
+
+
 def test_unpatching_a_wrapper_leaves_nothing_on_the_model_within() -> None:
     model, answer = tiny.tiny_qwen3_moe(), tiny.logits(tiny.tiny_qwen3_moe())
     outer = Wrapper(model)
