@@ -203,3 +203,34 @@ def test_what_the_start_would_have_removed_is_kept_beside_what_was_removed():
     verdict = pause.verdict(second, frozen=False)
     assert verdict.removed_by_start == pytest.approx(0.25)
     assert 0.25 < verdict.removed < 0.75
+
+
+def test_a_verdict_needs_4096_tokens_and_counts_them_from_none():
+    pause, held = AutoPause(np.ones((1, 2)), Settings()), np.array([[True, False]])
+    pause.observe(np.array([[4.0, 0.0]]), np.array([4095]), held, top_k=1)
+    assert str(pause.verdict(held, frozen=False)) == "Too early to tell: 4,095 of 4,096 tokens were seen."
+    pause.observe(np.array([[4.0, 0.0]]), np.array([1]), held, top_k=1)
+    assert pause.verdict(held, frozen=False).worth_it
+
+
+def test_moves_pause_once_the_patience_is_spent_and_not_before():
+    def paused_after(tokens: int) -> bool:
+        return Stance(paused=False).observed(0.0, tokens, 0.5, 0.0).reviewed(PATIENCE).paused
+
+    assert [paused_after(PATIENCE - 1), paused_after(PATIENCE)] == [False, True]
+
+
+@pytest.mark.parametrize(("auto_pause", "frozen"), [(True, True), (False, False)])
+def test_a_stance_that_may_not_change_does_not(auto_pause: bool, frozen: bool):
+    """All of the mass is won by following for a while, then lost: reasons to end a pause, and to begin one."""
+    pause = AutoPause(np.ones((1, 2)), Settings(auto_pause=auto_pause))
+    first, second = np.array([[True, False]]), np.array([[False, True]])
+    before = pause.paused
+    pause.review(first, first, frozen=True)
+    for won in (True, False):
+        pause.review(second, first, frozen)
+        for _ in range(2 * LEAST_PATIENCE // 256):
+            pause.observe(np.array([[1.0 - won, float(won)]]), np.array([256]), first, top_k=1)
+            pause._followed, pause._standing = second, first
+            pause.review(second, first, frozen)
+            assert pause.paused is before

@@ -371,7 +371,7 @@ def test_a_decision_over_48_layers_takes_milliseconds(num_experts, milliseconds,
     assert fastest * 1e3 < milliseconds
 
 
-@pytest.mark.parametrize(("slot_nbytes", "promotions"), [(2**20, 64), (64 * 2**20, 1), (2**30, 1)])
+@pytest.mark.parametrize(("slot_nbytes", "promotions"), [(0, 64 * 2**20), (2**20, 64), (64 * 2**20, 1), (2**30, 1)])
 def test_without_a_rate_a_tick_may_copy_64_mib_and_one_expert_at_least(slot_nbytes, promotions):
     assert CopyRateLimiter(None, slot_nbytes).promotions() == promotions
 
