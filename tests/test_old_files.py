@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import patching
 import tiny
+import torch
+from numerics import assert_close
 from transformers import AutoModelForCausalLM
 
 from dynaexq.hf.calibration import load_moments
@@ -15,11 +17,12 @@ from dynaexq.traces import Trace
 V0 = Path(__file__).parent / "data" / "v0"
 
 
-def test_a_packed_checkpoint_answers_with_the_same_bits():
+def test_a_packed_checkpoint_answers_the_same():
+    """Up to rounding: processors with and without bfloat16 arithmetic add up a matrix in different orders."""
     model = AutoModelForCausalLM.from_pretrained(V0 / "packed")
     model.dynaexq.freeze()
     np.testing.assert_array_equal(model.dynaexq.tiers(), np.load(V0 / "tiers.npy"))
-    np.testing.assert_array_equal(tiny.logits(model).float().numpy(), np.load(V0 / "logits.npy"))
+    assert_close("logits", torch.from_numpy(np.load(V0 / "logits.npy")), tiny.logits(model).float(), ratio=2**-6)
 
 
 def test_options_kept_under_their_old_names_arrive_under_the_new():
