@@ -4,6 +4,7 @@ Experts lose their parameters and get a new class (`replace_modules`), then thei
 runtime, a quantizer and guards (`attach`). It decides nothing, and both doors use it: `patch`, and `from_pretrained`.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
@@ -66,6 +68,7 @@ class ModelPatch:
         self._wrapper = weakref.ref(model if wrapper is None else wrapper)
         self.source: ExpertSource | None = None
         self._undo_steps = ExitStack()
+        self._guarded: list[weakref.ref[nn.Module]] = []
         self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
         self._linears: dict[str, nn.Module] = {}
         self._lost_linears = False
@@ -188,9 +191,12 @@ class ModelPatch:
             self.model.set_submodule(path, linear)
 
     def _detach(self, quantizer: Any) -> None:
-        for path in self._ancestors():
-            for guard in ("_apply", "__reduce_ex__"):
-                self.model.get_submodule(path).__dict__.pop(guard, None)
+        ours = {id(layer.experts) for layer in self.layers}
+        for reference in self._guarded:
+            module = reference()
+            if module is not None and all(id(experts) in ours for experts in _patched_experts(module)):
+                for guard in ("_apply", "__reduce_ex__"):
+                    module.__dict__.pop(guard, None)
         if self._loaded_here and hasattr(self.model, "hf_quantizer"):
             self.model.hf_quantizer.remove_quantization_config(self.model)
         for module in self._shown_on():
@@ -230,17 +236,36 @@ class ModelPatch:
             return weights
         return replace(weights, up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
 
-    def _ancestors(self) -> set[str]:
-        """Paths of all modules that contain experts, the model itself (an empty path) among them."""
-        parts = [layer.name.split(".") for layer in self.layers]
-        return {".".join(path[:end]) for path in parts for end in range(len(path))}
-
     def _guard_ancestors(self) -> None:
-        # What the experts refuse must be refused before the first dense weight is converted, or copied.
-        for path in self._ancestors():
-            module = self.model.get_submodule(path)
+        """Have all modules that contain experts refuse what those would.
+
+        Before the first dense weight is converted, or copied: a move that is refused half-way leaves two dtypes.
+        """
+        parts = [layer.name.split(".") for layer in self.layers]
+        paths = {".".join(path[:end]) for path in parts for end in range(len(path))}
+        ancestors = [self.model.get_submodule(path) for path in paths]
+        outermost = self._wrapper() or self.model
+        if not isinstance(outermost, PreTrainedModel):
+            ancestors += _containers(outermost)
+        for module in ancestors:
+            self._guarded.append(weakref.ref(module))
             module._apply = partial(_guarded_apply, weakref.ref(module))
             module.__reduce_ex__ = MixedPrecisionExperts.refuse_copy
+
+
+def _containers(module: nn.Module) -> list[nn.Module]:
+    """All modules that contain `module`. A module knows its children only; the garbage collector knows the others."""
+    alive = [other for other in gc.get_objects() if issubclass(type(other), nn.Module)]
+    found = [module]
+    for inner in found:
+        found += [
+            outer for outer in alive if outer not in found and inner in outer.__dict__.get("_modules", {}).values()
+        ]
+    return found[1:]
+
+
+def _patched_experts(module: nn.Module) -> list[MixedPrecisionExperts]:
+    return [child for child in module.modules() if isinstance(child, MixedPrecisionExperts)]
 
 
 def _let_save(family: Any, save: Callable[..., None]) -> None:
@@ -281,9 +306,8 @@ def _disconnect(layer: SparseLayer) -> None:
 
 def _guarded_apply(reference: "weakref.ref[Any]", fn: Any, recurse: bool = True) -> nn.Module:
     module: Any = reference()
-    for child in module.modules():
-        if isinstance(child, MixedPrecisionExperts):
-            child.refuse_move(fn)
+    for experts in _patched_experts(module):
+        experts.refuse_move(fn)
     return type(module)._apply(module, fn, recurse)
 
 

@@ -2,6 +2,10 @@
 
 Transformers finds both in two tables of `transformers.quantizers.auto`. `announce` puts stand-ins there, as soon as
 that module is imported to load a model; they import the real classes when a checkpoint asks for them.
+
+A copy of this file is installed beside the package and called by `startup.pth` whenever Python starts, so that
+programs which never import dynaexq (a server, an evaluation) load its checkpoints as well. The package itself must not
+be imported then: its place on the path is not known yet.
 """
 
 import importlib.util
@@ -12,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 TABLES = "transformers.quantizers.auto"
+QUANT_METHOD = "dynaexq"
+"""That of `checkpoint`, which would be imported for it."""
 
 
 class StandInConfig:
@@ -61,7 +67,5 @@ class _Finder:
 
 
 def _fill(tables: ModuleType) -> None:
-    from dynaexq.checkpoint import QUANT_METHOD
-
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, StandInConfig)
     tables.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, stand_in_quantizer)

@@ -15,8 +15,8 @@ from torch import Tensor
 class Layer(Protocol):
     """The layer behind a handle."""
 
-    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
-        """The layer's output `[N, H]`; with `observe`, its routing is counted."""
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The layer's output `[N, H]`; its routing is counted."""
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -36,13 +36,13 @@ def register_layer(layer: Layer) -> int:
 
 
 @torch.library.custom_op("dynaexq::experts", mutates_args=())
-def experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int, observe: bool) -> Tensor:
+def experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int) -> Tensor:
     """Weighted sum of each token's experts `[N, H]` in the layer behind `handle`."""
-    return _layers[handle].compute(hidden_states, top_k_index, top_k_weights, observe)
+    return _layers[handle].compute(hidden_states, top_k_index, top_k_weights)
 
 
 @experts.register_fake
-def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int, observe: bool) -> Tensor:
+def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int) -> Tensor:
     return torch.empty_like(hidden_states)
 
 
@@ -62,13 +62,13 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.handle, _ = inputs
+    *tensors, ctx.handle = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
     grad_hidden, grad_weights = experts_backward(grad, *ctx.saved_tensors, ctx.handle)
-    return grad_hidden, None, grad_weights, None, None
+    return grad_hidden, None, grad_weights, None
 
 
 experts.register_autograd(_backward, setup_context=_save)

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 LONGEST_PAUSE = 64
 """How many times the usual interval between ticks may grow while they fail."""
 
+CEILING_INTERVAL = 16
+"""Ticks between looks at what the dense weights take: a walk through the model costs as much as a few ticks."""
+
 Listener = Callable[[Window], None]
 
 
@@ -74,6 +77,8 @@ class DeviceRuntime:
         self._ticking = CallLock("the control of a model's precision", WeakMethod(self._mend))
         self._monitor = HealthMonitor(str(device))
         self._failed_ticks, self._failure = 0, ""
+        self._excess = 0
+        """Bytes above the budget that no upgrade can make up for."""
         slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)
         self.memory = DeviceMemory(
             plan.num_layers, plan.num_experts, plan.base.nbytes, slot_nbytes, plan.num_slots, device, base, exchange
@@ -157,11 +162,8 @@ class DeviceRuntime:
     def set_budget(self, budget: int) -> None:
         """Shrink or grow the upgrade slab; the new ceiling holds when this returns."""
         with self._ticking.turn():
-            plan = replace(self.plan, budget=budget, num_slots=self.slots_within(budget))
-            if budget > self.plan.budget:
-                self.plan = plan  # the ceiling rises before the bytes do, and falls after them
-            self._resize(plan.num_slots)
-            self.plan = self._agreed = plan
+            self._change_plan(replace(self.plan, budget=budget, num_slots=self.slots_within(budget)))
+            self._excess = 0
             if not self.frozen:
                 self._fill()
 
@@ -200,6 +202,14 @@ class DeviceRuntime:
             state, why = STANDING_STILL, f"no upgrade can be copied, and one is tried now and then: {retries.last}"
         elif retries.num_suspect:
             state, why = DEGRADED, f"an upgrade could not be copied, and is tried again later: {retries.last}"
+        elif self._excess:
+            state, why = (
+                DEGRADED,
+                (
+                    f"{self._excess:,} bytes more are held than hbm_budget={self.plan.budget:,} allows, without any "
+                    "upgrade: dense weights were cast or added after patching; cast them back, or set_budget"
+                ),
+            )
         elif self.frozen or self.settings.policy == "frozen":
             why = "precision is frozen by choice"
         return self._monitor.look(
@@ -257,6 +267,8 @@ class DeviceRuntime:
 
     def _tick(self) -> None:
         """One tick: what was routed since the last one, and what that decides."""
+        if self.ticks % CEILING_INTERVAL == 0:
+            self._keep_ceiling()
         self.ticks += 1
         upgraded, steps = self.upgraded(), self.steps.take()
         mass, tokens = self.memory.counter.drain()
@@ -268,6 +280,28 @@ class DeviceRuntime:
         if not self.frozen:
             self._failure = ""
         self.health()
+
+    def _keep_ceiling(self) -> None:
+        """Give up upgrades where dense weights have grown since (casts by a trainer, adapters)."""
+        excess = sum(self.nbytes().values()) - self.plan.budget
+        if excess <= 0:
+            self._excess = 0
+            return
+        slot_nbytes = self.memory.pool.slot_nbytes
+        given_up = min(self.pipeline.num_slots, -(-excess // slot_nbytes)) if slot_nbytes else 0
+        self._excess = max(0, excess - given_up * slot_nbytes)
+        if given_up:
+            logger.warning(
+                "the dense weights have grown since the model was patched: %d upgrades are given up to keep "
+                "hbm_budget=%s; set_budget gets them back", given_up, f"{self.plan.budget:,}",
+            )  # fmt: skip
+            self._change_plan(replace(self.plan, num_slots=self.pipeline.num_slots - given_up))
+
+    def _change_plan(self, plan: MemoryPlan) -> None:
+        if plan.budget > self.plan.budget:
+            self.plan = plan  # the ceiling rises before the bytes do, and falls after them
+        self._resize(plan.num_slots)
+        self.plan = self._agreed = plan
 
     def _resize(self, num_slots: int) -> None:
         self.pipeline.resize(num_slots, self.control.controller.score(self.control.tracker.hotness))

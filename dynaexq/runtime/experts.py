@@ -14,6 +14,7 @@ from dynaexq.kernels import (
     ExpertLayer,
     Upgrades,
     counts_routing,
+    expert_gradients,
     expert_mlp,
     experts_operator,
     reference,
@@ -74,15 +75,13 @@ class MixedPrecisionExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and in_function_transform():
             return self._transparent(hidden_states, top_k_index, top_k_weights)
-        # Recomputation in training would count a token twice.
-        observe = not (self.training and torch.is_grad_enabled())
-        return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle, observe)
+        return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle)
 
-    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, observe: bool) -> Tensor:
+    def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the operator runs. Raises an InputError for tensors that do not belong together."""
         self._layer.check(hidden_states, top_k_index, top_k_weights)
         ports, counts = self._ports, None
-        counter = ports.memory.counter
+        counter, observe = ports.memory.counter, not in_backward()
         is_token = tokens_among(hidden_states) if observe else None
         tokens = None if is_token is None else is_token.sum()
         if observe and ports.before_forward is not None:
@@ -105,10 +104,6 @@ class MixedPrecisionExperts(nn.Module):
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the inputs through the weights as they are published now; experts themselves are constants."""
-
-        def output(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
-            return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
-
         self._layer.check(hidden_states, top_k_index, top_k_weights)
         if (grad.shape, grad.device) != (hidden_states.shape, hidden_states.device):
             raise InputError(
@@ -116,10 +111,7 @@ class MixedPrecisionExperts(nn.Module):
                 f"{list(grad.shape)} on {grad.device}"
             )
         with self._ports.memory.fence.reading():
-            # Inside an operator autograd records nothing; `torch.func` brings its own.
-            pull_back = torch.func.vjp(output, hidden_states, top_k_weights)[1]
-            grad_hidden, grad_weights = pull_back(grad)
-        return grad_hidden, grad_weights
+            return expert_gradients(grad, hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
 
     def _transparent(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The output in PyTorch's own operators, which `torch.func` can differentiate; nothing is counted."""
@@ -205,6 +197,11 @@ class MixedPrecisionExperts(nn.Module):
 def in_function_transform() -> bool:
     """Whether `torch.func` is at work here (grad, vjp, jacrev, ...), which cannot look into an opaque operator."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work here: a forward that it recomputes (checkpointing) sees tokens a second time."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _mass(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import dynaexq.memory.slab_pool
 from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.memory import DiskStore, RamStore
+from dynaexq.runtime.device_runtime import CEILING_INTERVAL
 from dynaexq.weights.quantize_experts import SourceStore
 
 TIER_CHOICES = {
@@ -291,3 +292,43 @@ def test_auto_gives_less_to_the_weights_the_longer_the_context(monkeypatch: pyte
     ]
     assert budgets == sorted(budgets, reverse=True)
     assert budgets[0] > budgets[2] + 10 * AMPLE
+
+
+def cast_behind_our_back(model: nn.Module) -> None:
+    """What `peft.prepare_model_for_kbit_training` does to every weight that it finds."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32)
+
+
+def test_weights_that_others_cast_are_made_up_for_by_upgrades_and_set_budget_gets_them_back():
+    model = tiny.tiny_qwen3_moe()
+    runtime = patching.patch(model, "1GiB", tiers=("int4", "int8"), quantizer="rtn", update_interval=1)
+    held, slots = runtime.memory(), runtime.stats()["slots"]
+    budget = held["total"] + held["dense"] - 5 * runtime.plan.upgrade.nbytes // 2
+    runtime.set_budget(budget)
+    cast_behind_our_back(model)
+    assert runtime.memory()["total"] > budget
+    for _ in range(CEILING_INTERVAL + 1):
+        runtime.tick()
+    assert runtime.memory()["total"] <= budget
+    assert runtime.stats()["slots"] == slots - 3
+    assert runtime.health().state == "ok"
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    runtime.set_budget(budget)
+    assert runtime.stats()["slots"] == slots
+
+
+def test_what_no_upgrade_can_make_up_for_is_said():
+    model = tiny.tiny_qwen3_moe()
+    runtime = patching.patch(model, "1GiB", tiers=("int4", "int8"), quantizer="rtn", update_interval=1)
+    runtime.set_budget(runtime.memory()["total"] - 16 * runtime.plan.upgrade.nbytes)
+    cast_behind_our_back(model)
+    for _ in range(CEILING_INTERVAL + 1):
+        runtime.tick()
+    assert runtime.stats()["slots"] == 0
+    excess = runtime.memory()["total"] - runtime.plan.budget
+    assert runtime.health().state == "degraded"
+    assert f"{excess:,} bytes more are held than hbm_budget=" in runtime.health().why
+    runtime.set_budget("1GiB")
+    assert runtime.health().state == "ok"

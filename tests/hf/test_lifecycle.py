@@ -86,6 +86,24 @@ def test_a_conversion_is_refused_before_anything_is_converted(move: Callable[[nn
     assert torch.equal(tiny.logits(model), answer)
 
 
+@pytest.mark.parametrize("move", ["to-float16", "half", "half of the layers", "to-meta"])
+def test_what_contains_parts_that_were_patched_one_by_one_refuses_before_anything_is_converted(move: str) -> None:
+    model = tiny.tiny_qwen3_moe()
+    outer = Wrapper(model)
+    for layer in model.model.layers:
+        dynaexq.patch(layer, "1GiB", tiers=("int4", "fp16"))
+    before = tiny.anatomy(model)
+    for module in (model, outer) if move in ("to-float16", "half", "to-meta") else (model,):
+        with pytest.raises(PatchError, match="expected a patched model to stay in"):
+            REFUSED_MOVES[move](module)
+    assert tiny.anatomy(model) == before
+    for layer in model.model.layers:
+        assert "_apply" in outer.__dict__
+        dynaexq.unpatch(layer)
+    assert not any({"_apply", "__reduce_ex__"} & set(module.__dict__) for module in outer.modules())
+    outer.half()
+
+
 COPIES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
     "deepcopy": (copy.deepcopy, "neither copied nor pickled: .* copy or save the original model"),
     "deepcopy of a block": (lambda m: copy.deepcopy(m.model.layers[0].mlp), "neither copied nor pickled"),

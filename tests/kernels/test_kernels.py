@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, SHAPES, TOLERANCE, case, naive
+from kernel_cases import EXPERTS, GATED, SHAPES, TOLERANCE, case, distinct_choices, naive
 from numerics import assert_close
 from torch.nn import functional as F
 
-from dynaexq.kernels import cpu, reference
+from dynaexq.kernels import cpu, decoded, expert_gradients, reference
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.planning.budget import TIER_CHOICES
 
@@ -70,7 +70,7 @@ def test_every_kernel_takes_any_routing(kernel, top_k_index):
 def test_experts_decoded_in_several_groups_give_the_same_bits(monkeypatch, tiers, experts_at_once):
     got = case(tiers)
     in_one_group = got.run(torch_path.expert_mlp)
-    monkeypatch.setattr(torch_path, "DECODED_WEIGHTS", experts_at_once * GATED.num_weights)
+    monkeypatch.setattr(decoded, "DECODED_WEIGHTS", experts_at_once * GATED.num_weights)
     assert_close(f"{experts_at_once} at once", in_one_group, got.run(torch_path.expert_mlp), 0)
 
 
@@ -78,3 +78,19 @@ def test_experts_decoded_in_several_groups_give_the_same_bits(monkeypatch, tiers
 def test_the_norm_behind_an_expert_comes_before_its_routing_weight(kernel):
     got = case(("int4",), torch.float32, post_norm=partial(F.rms_norm, normalized_shape=(GATED.hidden_size,)))
     assert_close("post norm", naive(got), got.run(kernel.expert_mlp), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 3])
+@pytest.mark.parametrize("tiers", TIER_CHOICES[:5], ids="+".join)
+def test_gradients_expert_by_expert_are_those_of_the_reference(tiers, experts_at_once, monkeypatch):
+    monkeypatch.setattr(decoded, "DECODED_WEIGHTS", experts_at_once * GATED.num_weights)
+    index = distinct_choices(9, 3)
+    index[0, 1] = -1
+    got = case(tiers, torch.float32, top_k_index=index)
+    rows, weights = (tensor.clone().requires_grad_() for tensor in (got.hidden_states, got.top_k_weights))
+    output = reference.expert_mlp(rows, got.top_k_index, weights, got.layer, got.upgrades)
+    grad = torch.randn_like(output)
+    expected = torch.autograd.grad(output, (rows, weights), grad)
+    result = expert_gradients(grad, got.hidden_states, got.top_k_index, got.top_k_weights, got.layer, got.upgrades)
+    for name, reference_grad, grad_of in zip(("rows", "weights"), expected, result, strict=True):
+        assert_close(name, reference_grad, grad_of, 1e-5)

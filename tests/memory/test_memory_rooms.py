@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynaexq.errors import StoreError
+from dynaexq.errors import ReentryError, StoreError
 from dynaexq.memory import (
     DiskStore,
     EagerCopier,
@@ -33,6 +33,7 @@ from dynaexq.memory import (
     slab_pool,
 )
 from dynaexq.memory.fences import Fence
+from dynaexq.memory.graph_sync import HostMailbox
 from dynaexq.types import LARGEST_MASS, MASS_UNIT, Transition, split_entry
 
 CPU = torch.device("cpu")
@@ -492,3 +493,40 @@ def test_a_retired_slot_comes_back_when_its_readers_have_left_and_not_before() -
     assert pool.allocate() is None
     fence.finish(reader)
     assert pool.allocate() is slot
+
+
+def test_a_reader_whose_end_was_lost_is_none_as_soon_as_its_call_has_returned():
+    fence = ReaderFence()
+
+    def begins_and_never_ends() -> None:
+        fence.reading().__enter__()
+        assert not fence.passed(fence.mark())
+
+    begins_and_never_ends()
+    assert fence.passed(fence.mark())
+
+
+def test_waiting_inside_a_reader_is_refused_at_once_whoever_else_reads():
+    fence, begun, asked = ReaderFence(), threading.Event(), threading.Event()
+
+    def read() -> bool:
+        with fence.reading():
+            begun.set()
+            return asked.wait(SECONDS)
+
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(read)
+        assert begun.wait(SECONDS)
+        with fence.reading(), pytest.raises(ReentryError, match="interrupted"):
+            fence.wait(fence.mark())
+        asked.set()
+        assert other.result(), "it was refused only when the other reader had ended"
+
+
+def test_what_is_fetched_is_written_by_no_one_else():
+    words = HostMailbox(1, COUNT, CPU)
+    table = ExpertTable(1, COUNT, CPU, words)
+    table.publish(0, 2, 0x1200, 8)
+    table.mend()
+    assert not table.entries.any()
+    assert words.table[0, 2] == 0x1208
