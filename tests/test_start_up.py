@@ -1,9 +1,17 @@
 """What starting costs, in modules that are imported rather than in seconds, so that no machine can make it fail."""
 
+import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 import pytest
+import tiny
+
+import dynaexq
+from dynaexq.checkpoint import QUANT_METHOD
+from dynaexq.hf import registration
 
 HEAVY = {"torch", "transformers", "accelerate", "bitsandbytes", "triton", "numpy", "safetensors", "rich", "matplotlib"}
 
@@ -51,3 +59,42 @@ def test_every_public_name_can_be_had_and_is_listed():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == "True"
+
+
+def test_the_hook_that_runs_at_every_start_of_python_imports_nothing():
+    hook = f"names = {{'__name__': 'startup'}}; exec(open({registration.__file__!r}).read(), names)"
+    assert imported_by(f"{hook}; names['announce']()") <= {"__future__"}
+
+
+def test_what_is_known_at_the_start_is_what_checkpoints_say():
+    assert registration.QUANT_METHOD == QUANT_METHOD
+
+
+@pytest.mark.parametrize("kind", ["packed", "annotated"])
+def test_a_checkpoint_loads_in_a_program_that_never_imports_dynaexq(kind: str, tmp_path: Path):
+    if not is_installed():
+        pytest.skip("dynaexq is not installed here: no hook runs when Python starts")
+    model = tiny.tiny_qwen3_moe()
+    if kind == "packed":
+        dynaexq.patch(model, "1MiB")
+    else:
+        model.config.quantization_config = dynaexq.DynaExqConfig(hbm_budget="1MiB")
+    model.save_pretrained(tmp_path)
+    program = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'dynaexq']\n"
+        "for kind in (AutoModelForCausalLM, Qwen3MoeForCausalLM):\n"
+        f"    print(kind.from_pretrained({str(tmp_path)!r}).dynaexq.plan.budget)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.split() == [str(2**20)] * 2, done.stderr
+
+
+def is_installed() -> bool:
+    """Whether this environment has dynaexq, and not only a path that leads to it."""
+    try:
+        return distribution("dynaexq").version == dynaexq.__version__
+    except PackageNotFoundError:
+        return False

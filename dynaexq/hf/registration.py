@@ -8,12 +8,16 @@ programs which never import dynaexq (a server, an evaluation) load its checkpoin
 be imported then: its place on the path is not known yet.
 """
 
-import importlib.util
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as that of `typing`, which every start of Python would wait for
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 TABLES = "transformers.quantizers.auto"
 QUANT_METHOD = "dynaexq"
@@ -53,6 +57,8 @@ class _Finder:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TABLES:
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
