@@ -44,14 +44,24 @@ class WholeExperts(TensorParallelLayer):
 ALL_PARALLEL_STYLES.register(WHOLE_EXPERTS, WholeExperts())
 
 
+def sizes_of(config: Any) -> tuple[int, int]:
+    """Ranks that split the dense weights, and ranks that share out the experts; (1, 1) in one process."""
+    sizes = _sizes(config)
+    return sizes["tp_size"], sizes["ep_size"]
+
+
+def _sizes(config: Any) -> dict[str, int]:
+    distribution = getattr(config, "distributed_config", None)
+    return {name: getattr(distribution, name, None) or 1 for name in SIZES}
+
+
 def check_distribution(config: Any, layers: Sequence[SparseLayer], dense: str | None) -> None:
     """Refuse what ranks cannot share correctly; does nothing for a model that is loaded in one process.
 
     Raises:
         UnsupportedModelError: the way of sharing, this Transformers, or a number that does not divide.
     """
-    distribution = getattr(config, "distributed_config", None)
-    sizes = {name: getattr(distribution, name, None) or 1 for name in SIZES}
+    distribution, sizes = getattr(config, "distributed_config", None), _sizes(config)
     if all(size == 1 for size in sizes.values()):
         return
     if not has_parallel_plans():

@@ -7,6 +7,7 @@ An `ExpertCheckpoint` hides whether they are 16-bit or packed.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, open_shards, stored_names
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.distributed import check_distribution, edit_tensor_plan, share_of
+from dynaexq.hf.distributed import check_distribution, edit_tensor_plan, share_of, sizes_of
 from dynaexq.hf.kv_cache_size import Context
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.hf.planning import (
@@ -130,7 +131,12 @@ class CheckpointLoad:
         self._spec = inspect_model(self.model, self.layers, self.settings, stored=self._stored, context=Context(0, 0))
         devices = set(device_map.values()) if isinstance(device_map, dict) else set()
         if len(devices) == 1 and isinstance(self.settings.hbm_budget, int) and self.settings.dense is None:
-            plan(self._spec, self.settings, torch.device("cpu"))  # any device will do: the budget is given
+            tp_size, ep_size = sizes_of(self.model.config)
+            # Dense weights that a rank has whole are found out later; no rank needs less than this.
+            share = replace(
+                self._spec, num_experts=self._spec.num_experts // ep_size, dense=self._spec.dense // tp_size
+            )
+            plan(share, self.settings, torch.device("cpu"))  # any device will do: the budget is given
 
     @torch.inference_mode(False)  # as above
     def _prefetch(self, device_map: Any) -> None:

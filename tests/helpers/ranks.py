@@ -126,6 +126,18 @@ def traffic_on_cold_experts(directory: Path) -> dict[str, Any]:
     return {"cold": cold, "tiers": rt.tiers(), "memory": rt.memory(), "budget": budget, "logits": tiny.logits(model)}
 
 
+def budget_below_the_base_of_all(directory: Path) -> dict[str, Any]:
+    """What one rank holds at the least, and what it holds if it is given no more than that; of both checkpoints."""
+    found = {}
+    for source, tiers in (("source", ("int4", "int8")), ("packed", ("int2",))):
+        model = load(directory / source, tiers, SIZES)
+        memory = model.dynaexq.memory()
+        least = memory["total"] - memory["upgrade"]
+        tight = load(directory / source, tiers, SIZES, hbm_budget=least)
+        found[source] = least, tight.dynaexq.memory()
+    return found
+
+
 def without_parallel_plans() -> AbstractContextManager[object]:
     """Transformers as it was before 5.21, when quantizers were not shown the plans."""
     if not has_parallel_plans():
@@ -191,6 +203,7 @@ if has_parallel_plans():
         whole_experts_at_two_precisions,
         one_rank_idle,
         traffic_on_cold_experts,
+        budget_below_the_base_of_all,
         refusals,
     )
 

@@ -17,6 +17,7 @@ from models import tiny_model
 from ranks import AMPLE, LAYOUTS, MODELS, PREVENTED
 
 import dynaexq
+from dynaexq.errors import BudgetError
 from dynaexq.hf.compat import has_parallel_plans
 
 TIME_LIMIT = 120  # seconds
@@ -122,6 +123,17 @@ def test_a_distribution_over_one_rank_changes_nothing(
     model.save_pretrained(tmp_path)
     dynaexq.unpatch(model)
     assert torch.equal(tiny.logits(model), tiny.logits(ranks.load(directory / "source", None, {})))
+
+
+@needs_plans
+def test_what_fits_on_each_rank_is_loaded_though_no_rank_could_hold_all(
+    found: list[dict[str, Any]], directory: Path
+) -> None:
+    for sources in both(found, "budget_below_the_base_of_all"):
+        for source, (least, memory) in sources.items():
+            assert memory["total"] == least == memory["budget"]
+            with pytest.raises(BudgetError, match="is too small"):
+                ranks.load(directory / source, ("int4",) if source == "source" else ("int2",), {}, hbm_budget=least)
 
 
 @needs_plans
