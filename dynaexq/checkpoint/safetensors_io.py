@@ -68,11 +68,7 @@ class Shard:
         self.path = Path(path)
         self._file = open_regular(self.path, CheckpointError, "the checkpoint is incomplete, fetch it again")
         self.close = weakref.finalize(self, os.close, self._file)
-        try:
-            self.entries, self.metadata = _parse(self.path, self._file)
-        except BaseException:
-            self.close()
-            raise
+        self.entries, self.metadata = _parse(self.path, self._file)
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Rows `first` to `last` (exclusive) of tensor `name`, in memory of their own."""
@@ -157,7 +153,7 @@ class ShardWriter:
 def _parse(path: Path, file: int) -> tuple[dict[str, Entry], dict[str, str]]:
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(MOST_TEXT, size - 8):
+    if not 2 <= length <= min(MOST_TEXT, size - 8):
         raise CheckpointError(
             f"{path} is not a safetensors file, or was truncated to {size:,} bytes; pickles are never opened: "
             "convert the checkpoint with safetensors, or fetch it again"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,12 +125,18 @@ def test_a_shard_that_shrinks_while_it_is_open_is_an_error_and_not_the_end(shard
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    wanted = []
+
+    def full(file: int, offset: int, nbytes: int) -> None:
+        wanted.append(nbytes)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .* bytes to .*No space left .*; free some space"):
+    said = r"cannot write (.*) bytes to .*No space left .*; free some space"
+    with pytest.raises(CheckpointError, match=said) as refused:
         ShardWriter(tmp_path / "a", {"w": (torch.float32, (4,))}, {})
+    assert re.search(said, str(refused.value))[1] == str(wanted[0])
+    assert 16 < wanted[0] < 999
 
 
 def blocks() -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
@@ -415,3 +422,12 @@ def test_where_nothing_can_be_linked_it_is_copied(tmp_path: Path, monkeypatch: p
     link_or_copy(tmp_path / "source", tmp_path / "copied")
     assert (tmp_path / "copied").read_text() == "content"
     assert (tmp_path / "copied").stat().st_ino != (tmp_path / "source").stat().st_ino
+
+
+def test_an_upgrade_that_has_become_too_short_is_an_error_of_the_store(tmp_path: Path) -> None:
+    write_packed(tmp_path, 10**6).finish()
+    path = next(tmp_path.glob("experts-upgrade-*"))
+    store = PackedStore(open_packed(tmp_path), [(1, 0)])
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(StoreError, match="it was truncated"):
+        store.read_into(11, torch.empty(512, dtype=torch.uint8))
