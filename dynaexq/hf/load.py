@@ -81,7 +81,7 @@ class CheckpointLoad:
             edit_tensor_plan(plan, self.layers)
 
     @torch.inference_mode(False)  # what is allocated here outlives the caller's inference mode
-    def finish(self, quantizer: Any, save: Any) -> None:
+    def finish(self, quantizer: Any, answers: Any) -> None:
         """Load the experts onto the devices of their layers, and attach the runtime to the model."""
         rank, num_ranks = share_of(self.model, self.layers)
         self._patch.drop_placeholders()
@@ -109,7 +109,7 @@ class CheckpointLoad:
             self._patch.connect(part, layers)
             parts.append((part, rows[device]))
         self._patch.source = self._experts.source
-        self._patch.attach(Runtime(self.model, parts), quantizer, save)
+        self._patch.attach(Runtime(self.model, parts), quantizer, answers)
 
     def _open(self, files: Sequence[str] | None) -> ExpertCheckpoint:
         """The experts in `files`, checked against the model."""

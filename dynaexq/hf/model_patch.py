@@ -130,15 +130,16 @@ class ModelPatch:
             if layer.block is not None:
                 layer.block._view = runtime.view(index)
 
-    def attach(self, runtime: Any, quantizer: Any, save: Callable[..., None]) -> None:
+    def attach(self, runtime: Any, quantizer: Any, answers: Mapping[str, Callable[..., Any]]) -> None:
         """Give the model its runtime and its quantizer, and keep its experts from being moved or copied.
 
         Args:
-            save: takes the place of `save_pretrained`, with this patch before its arguments.
+            answers: what takes the place of methods of the model, with this patch before their arguments, by name.
         """
         self._undo_steps.callback(WeakMethod(self._detach), self.model.__dict__.get("hf_quantizer"))
         self._guard_ancestors()
-        _let_save(type(self.model), save)
+        for name, answer in {**_OWN_ANSWERS, **answers}.items():
+            _answer_for_patched(type(self.model), name, answer)
         self.model.hf_quantizer = quantizer
         quantizer.follows_replays = runtime.follows_replays
         for module in self._shown_on():
@@ -160,6 +161,23 @@ class ModelPatch:
         Raises:
             UnpatchError: their 16-bit weights cannot be reached; the model stays patched.
         """
+        self._check_undoable()
+        self._give_back([self._original_parameters(index, layer) for index, layer in enumerate(self.layers)])
+
+    def dequantize(self) -> None:
+        """Back to a model of plain modules, whose experts have in 16 bit the values that they are read at now.
+
+        Raises:
+            UnpatchError: dense weights were quantized as well, or the model is spread over ranks; it stays patched.
+        """
+        self._check_undoable()
+        runtime = self.model.dynaexq
+        runtime.drain()
+        self._give_back(
+            [_as_parameters(layer, _oriented(layer, layer.experts.dequantized())) for layer in self.layers]
+        )
+
+    def _check_undoable(self) -> None:
         if is_distributed(self.model):
             raise UnpatchError(
                 "the model is spread over ranks, and was never whole; load it again without a quantization_config"
@@ -168,7 +186,9 @@ class ModelPatch:
             raise UnpatchError(
                 "the dense layers were quantized by patch, and the originals freed; load the model again"
             )
-        originals = [self._original_parameters(index, layer) for index, layer in enumerate(self.layers)]
+
+    def _give_back(self, originals: list[dict[str, nn.Parameter]]) -> None:
+        """End the patch, with these parameters for the experts of each layer."""
         self.model.dynaexq.close()
         for layer, parameters in zip(self.layers, originals, strict=True):
             layer.parameters.update(parameters)
@@ -210,13 +230,7 @@ class ModelPatch:
         if layer.device.type != "meta":
             return dict(layer.parameters)
         runtime, _ = self._homes[layer.name]
-        weights = self._exact_weights(index, layer)
-        parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-        named = dict(zip(layer.parameter_names, parts, strict=False))
-        return {
-            name: nn.Parameter(named[name].to(runtime.device, copy=True), parameter.requires_grad)  # type: ignore[union-attr]
-            for name, parameter in layer.parameters.items()
-        }
+        return _as_parameters(layer, self._exact_weights(index, layer).map(partial(_copied_to, runtime.device)))
 
     def _exact_weights(self, index: int, layer: SparseLayer) -> ExpertWeights:
         """A layer's 16-bit experts as the family stores them, from a tier that keeps them, or from the checkpoint."""
@@ -232,9 +246,7 @@ class ModelPatch:
                 f"the 16-bit experts are gone: with tiers={runtime.plan.tiers} they were freed by patch, or their "
                 "copy by close; load the model again, or take 'fp16' among the tiers and unpatch first"
             )
-        if not getattr(layer.experts, "is_transposed", False):
-            return weights
-        return replace(weights, up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+        return _oriented(layer, weights)
 
     def _guard_ancestors(self) -> None:
         """Have all modules that contain experts refuse what those would.
@@ -253,6 +265,26 @@ class ModelPatch:
             module.__reduce_ex__ = MixedPrecisionExperts.refuse_copy
 
 
+def _oriented(layer: SparseLayer, weights: ExpertWeights) -> ExpertWeights:
+    """Decoded weights as the family stores them."""
+    if not getattr(layer.experts, "is_transposed", False):
+        return weights
+    return replace(weights, up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+
+
+def _copied_to(device: torch.device, part: torch.Tensor) -> torch.Tensor:
+    return part.to(device, copy=True)
+
+
+def _as_parameters(layer: SparseLayer, weights: ExpertWeights) -> dict[str, nn.Parameter]:
+    parts = (weights.up, weights.down, weights.up_bias, weights.down_bias)
+    named = dict(zip(layer.parameter_names, parts, strict=False))
+    return {
+        name: nn.Parameter(named[name], parameter.requires_grad)  # type: ignore[arg-type]
+        for name, parameter in layer.parameters.items()
+    }
+
+
 def _containers(module: nn.Module) -> list[nn.Module]:
     """All modules that contain `module`. A module knows its children only; the garbage collector knows the others."""
     alive = [other for other in gc.get_objects() if issubclass(type(other), nn.Module)]
@@ -268,23 +300,46 @@ def _patched_experts(module: nn.Module) -> list[MixedPrecisionExperts]:
     return [child for child in module.modules() if isinstance(child, MixedPrecisionExperts)]
 
 
-def _let_save(family: Any, save: Callable[..., None]) -> None:
-    """Have patched models of a class saved by `save`, and all others as ever.
+def _answer_for_patched(family: Any, name: str, answer: Callable[..., Any]) -> None:
+    """Have the method `name` of patched models of a class answered by `answer`, and that of all others as ever.
 
     The class is told, once, and not the model: a method that the model holds would have to hold the model, which is
     then not freed with its last user.
     """
-    original = getattr(family, "save_pretrained", None)
+    original = getattr(family, name, None)
     if original is None or hasattr(original, RECORD):
         return
 
     @wraps(original)
-    def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+    def method(model: Any, *args: Any, **kwargs: Any) -> Any:
         patch = model.__dict__.get(RECORD)
-        save(patch, *args, **kwargs) if patch is not None else original(model, *args, **kwargs)
+        return original(model, *args, **kwargs) if patch is None else answer(patch, *args, **kwargs)
 
-    setattr(save_pretrained, RECORD, True)
-    family.save_pretrained = save_pretrained
+    setattr(method, RECORD, True)
+    setattr(family, name, method)
+
+
+def _original(patch: ModelPatch, name: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(type(patch.model), name).__wrapped__(patch.model, *args, **kwargs)
+
+
+def _memory_footprint(patch: ModelPatch, *args: Any, **kwargs: Any) -> int:
+    """What Transformers counts, and the experts where they are."""
+    memory = patch.model.dynaexq.memory()
+    return int(_original(patch, "get_memory_footprint", *args, **kwargs)) + memory["total"] - memory["dense"]
+
+
+def _num_parameters(patch: ModelPatch, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """Weights of the model, packed ones as well; of those none is trained."""
+    experts = sum(parameter.numel() for layer in patch.layers for parameter in layer.parameters.values())
+    others = _original(patch, "num_parameters", only_trainable, exclude_embeddings)
+    return int(others) + (0 if only_trainable else experts)
+
+
+_OWN_ANSWERS: dict[str, Callable[..., Any]] = {
+    "get_memory_footprint": _memory_footprint,
+    "num_parameters": _num_parameters,
+}
 
 
 def _restore_modules(layer: SparseLayer) -> None:

@@ -22,7 +22,7 @@ from dynaexq.hf.model_patch import RECORD, ModelPatch
 from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_device
 from dynaexq.hf.planning import plan as make_plan
 from dynaexq.hf.quantizer import DynaExqQuantizer
-from dynaexq.hf.save import save_packed
+from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.weights.quantize_experts import QuantizingLoader
@@ -141,7 +141,7 @@ def _commit(
         wrapped = getattr(model, "hf_quantizer", None)
         if dense is not None:
             wrapped = dense_quantizer(dense, layers[0].dtype, pre_quantized=False)
-        changes.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), save_packed)
+        changes.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), ANSWERS)
     except BaseException:
         runtime.close()
         changes.restore()

@@ -15,8 +15,9 @@ from dynaexq.errors import PatchError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer
 from dynaexq.hf.load import CheckpointLoad
+from dynaexq.hf.model_patch import RECORD
 from dynaexq.hf.planning import resolve_device
-from dynaexq.hf.save import save_packed
+from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.experts import saved_apart
 
 
@@ -92,7 +93,7 @@ class DynaExqQuantizer(HfQuantizer):
             self.wrapped._process_model_after_weight_loading(model, **kwargs)
         assert self._load is not None, "weights were loaded after the model was processed"
         load, self._load = self._load, None
-        load.finish(self, save_packed)
+        load.finish(self, ANSWERS)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -140,9 +141,13 @@ class DynaExqQuantizer(HfQuantizer):
         return self.wrapped
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        raise PatchError(
-            "a patched model cannot be dequantized in place; use dynaexq.unpatch(model), or load it again"
-        )
+        if self.wrapped is not None:
+            raise PatchError(
+                f"the dense weights were quantized by {type(self.wrapped).__name__}, so the model cannot be "
+                "dequantized in place; load it again"
+            )
+        model.__dict__[RECORD].dequantize()
+        return model if dtype is None else model.to(dtype)
 
 
 AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = DynaExqQuantizer  # in the place of the stand-in

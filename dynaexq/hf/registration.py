@@ -3,7 +3,7 @@
 Transformers finds both in two tables of `transformers.quantizers.auto`. `announce` puts stand-ins there, as soon as
 that module is imported to load a model; they import the real classes when a checkpoint asks for them.
 
-A copy of this file is installed beside the package and called by `startup.pth` whenever Python starts, so that
+A copy of this file is installed beside the package and called by a .pth file whenever Python starts, so that
 programs which never import dynaexq (a server, an evaluation) load its checkpoints as well. The package itself must not
 be imported then: its place on the path is not known yet.
 """

@@ -5,9 +5,10 @@ name of every expert parameter stands a tensor of a shape that no model has, whi
 its report says why. dynaexq itself hides the experts from the loader and never meets the guard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,11 +28,19 @@ from dynaexq.errors import CheckpointError, PatchError
 from dynaexq.hf.compat import is_distributed
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer
+from dynaexq.hf.hub import upload
 from dynaexq.hf.load import GUARD
+from dynaexq.hf.model_card import CARD, may_be_written, model_card
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.quantization import ExpertCodec
 from dynaexq.settings import parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
+
+HUB_OPTIONS = (
+    *("repo_id", "tags", "private", "token", "revision"),
+    *("commit_message", "commit_description", "create_pr"),
+)
+"""Arguments of `save_pretrained` that are for the Hub alone."""
 
 _DENSE = "model-dense.safetensors"
 _GUARD_FILE = "dynaexq-guard.safetensors"
@@ -49,21 +58,19 @@ def save_packed(
 ) -> None:
     """Save a patched model: what `model.save_pretrained(save_directory)` does; arguments as in Transformers.
 
-    The directory appears complete, or stays as it was.
+    The directory appears complete, or stays as it was; with `push_to_hub`, its files are uploaded then, and a card
+    says what they are.
 
     Raises:
-        PatchError: `push_to_hub` or `variant` were asked for, or the model is spread over ranks.
+        PatchError: `variant` was asked for, or the model is spread over ranks.
         CheckpointError: the directory cannot be written, or holds weights that are no packed checkpoint.
     """
     model: Any = patch.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
         _save_by_transformers(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         return
-    if push_to_hub or variant is not None:
-        raise PatchError(
-            "a packed checkpoint is saved in a directory and without variant=...; upload it with "
-            "huggingface_hub.upload_folder afterwards"
-        )
+    if variant is not None:
+        raise PatchError(f"a packed checkpoint has no variants; leave out variant={variant!r}")
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise PatchError(
             "adapters are attached to the model; save them with save_pretrained of the PeftModel, or merge them first"
@@ -72,6 +79,8 @@ def save_packed(
         raise PatchError("the model is spread over ranks, and none has all of it; load it in one process to save it")
     if not is_main_process:
         return
+    to_hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    place, tags = to_hub.pop("repo_id", Path(save_directory).absolute().name), to_hub.pop("tags", None) or ()
     homes = patch.homes()
     refuse_foreign_weights(Path(save_directory))
     codec: ExpertCodec = homes[0][1].codec
@@ -81,7 +90,8 @@ def save_packed(
     layers = [layer for layer, _, _ in homes]
     shape = packed_shape(codec, tuple(layer.name for layer in layers), layers[0].num_experts)
     with replaced(save_directory, nbytes=shape.nbytes) as staging:
-        with _configured(model, packed_config(config, codec, homes[0][1].plan.budget, dense)):
+        stored = packed_config(config, codec, homes[0][1].plan.budget, dense)
+        with _configured(model, stored):
             _save_by_transformers(model, staging, max_shard_size=max_shard_size, **kwargs)
         writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
         try:
@@ -93,6 +103,32 @@ def save_packed(
             writer.abandon()
             raise
         write_index(staging, dense_files(staging) | files | write_guard(staging, layers))
+        if may_be_written(Path(save_directory)):
+            model_card(type(model).__name__, model.name_or_path, stored, place, tags).save(staging / CARD)
+        others = [path.name for path in staging.iterdir() if path.suffix != ".safetensors"]
+    if push_to_hub:  # in a directory that was there, shards have got names of their own
+        upload(save_directory, {*others, *read_index(Path(save_directory)).values()}, place, **to_hub)
+
+
+def push_packed(
+    patch: ModelPatch, repo_id: str, *, max_shard_size: int | str | None = "50GB", tags: Any = None, **to_hub: Any
+) -> str:
+    """Upload a patched model: what `model.push_to_hub(repo_id)` does; arguments and result as in Transformers.
+
+    Raises as `save_packed` does.
+    """
+    model: Any = patch.model
+    if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
+        return str(type(model).push_to_hub.__wrapped__(model, repo_id, tags=tags, **to_hub))
+    own_tags = [tags] if isinstance(tags, str) else list(tags or ())
+    with TemporaryDirectory() as directory:
+        tags = [*(model.model_tags or ()), *own_tags]
+        save_packed(patch, directory, max_shard_size=max_shard_size or "50GB", repo_id=repo_id, tags=tags)
+        return upload(directory, (path.name for path in Path(directory).iterdir()), repo_id, **to_hub)
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {"save_pretrained": save_packed, "push_to_hub": push_packed}
+"""Methods of a patched model, and what takes their places."""
 
 
 def _save_by_transformers(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -39,7 +39,7 @@ def expert_gradients(
             token, pair = tokens[expert], pairs[expert]
             # Inside an operator autograd records nothing; `torch.func` brings its own.
             run = partial(layer.run_expert, weights=weights, index=index)
-            output, pull_back = torch.func.vjp(run, hidden_states[token])  # [n, H]
+            output, pull_back, *_ = torch.func.vjp(run, hidden_states[token])  # [n, H]
             grad_output = grad[token]
             grad_weights[pair] = (grad_output * output).sum(-1, dtype=torch.float32)
             (grad_rows,) = pull_back((grad_output * weights_of_pairs[pair, None]).to(output.dtype))

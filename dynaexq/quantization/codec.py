@@ -66,6 +66,12 @@ class ExpertWeights:
         parts = (self.up_bias, self.down_bias)
         return ExpertWeights(change(self.up), change(self.down), *(None if p is None else change(p) for p in parts))
 
+    @classmethod
+    def stacked(cls, groups: Sequence["ExpertWeights"]) -> "ExpertWeights":
+        """The experts of several groups, one after the other, in memory of their own."""
+        parts = zip(*((g.up, g.down, g.up_bias, g.down_bias) for g in groups), strict=True)
+        return cls(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]
+
 
 class Encoded(NamedTuple):
     """n experts as bytes.

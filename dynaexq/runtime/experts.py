@@ -21,6 +21,7 @@ from dynaexq.kernels import (
     register_layer,
 )
 from dynaexq.memory import DeviceMemory
+from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.padding import tokens_among
 from dynaexq.runtime.state_guard import AbsentExperts
 
@@ -113,6 +114,17 @@ class MixedPrecisionExperts(nn.Module):
         with self._ports.memory.fence.reading():
             return expert_gradients(grad, hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades())
 
+    def dequantized(self) -> ExpertWeights:
+        """All experts `[E, ...]` in their own dtype, each as it is read now."""
+        layer, experts = self._layer, []
+        with self._ports.memory.fence.reading():
+            upgrades = self._upgrades()
+            for expert, base in enumerate(layer.base):
+                upgrade = upgrades.of(expert)
+                blocks = base[None], None if upgrade is None else upgrade[None]
+                experts.append(layer.codec.decode(*blocks, layer.codec.dtype))
+            return ExpertWeights.stacked(experts)
+
     def _transparent(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The output in PyTorch's own operators, which `torch.func` can differentiate; nothing is counted."""
         memory = self._ports.memory
@@ -200,7 +212,7 @@ def in_function_transform() -> bool:
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work here: a forward that it recomputes (checkpointing) sees tokens a second time."""
+    """Whether autograd is at work here: a forward that it recomputes (checkpointing) sees its tokens once more."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -398,7 +398,9 @@ def test_a_quantizer_that_was_there_is_wrapped_and_given_back(trainable: bool) -
     assert model.hf_quantizer.is_trainable == trainable
     assert not model.hf_quantizer.is_compileable
     assert model.hf_quantizer.quantization_config.quant_method == "dynaexq"
-    with pytest.raises(PatchError, match="cannot be dequantized in place"):
+    with pytest.raises(
+        PatchError, match="were quantized by OtherQuantizer, so the model cannot be dequantized in place"
+    ):
         model.dequantize()
     dynaexq.unpatch(model)
     assert model.hf_quantizer is other
