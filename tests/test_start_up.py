@@ -10,8 +10,6 @@ import pytest
 import tiny
 
 import dynaexq
-from dynaexq.checkpoint import QUANT_METHOD
-from dynaexq.hf import registration
 
 HEAVY = {"torch", "transformers", "accelerate", "bitsandbytes", "triton", "numpy", "safetensors", "rich", "matplotlib"}
 
@@ -62,12 +60,20 @@ def test_every_public_name_can_be_had_and_is_listed():
 
 
 def test_the_hook_that_runs_at_every_start_of_python_imports_nothing():
-    hook = f"names = {{'__name__': 'startup'}}; exec(open({registration.__file__!r}).read(), names)"
-    assert imported_by(f"{hook}; names['announce']()") <= {"__future__"}
+    hook = Path(dynaexq.__file__).parent / "hf" / "startup" / "_dynaexq_startup.py"
+    assert imported_by(f"exec(open({str(hook)!r}).read(), {{'__name__': 'hook'}})") == set()
 
 
-def test_what_is_known_at_the_start_is_what_checkpoints_say():
-    assert registration.QUANT_METHOD == QUANT_METHOD
+def test_the_hook_is_on_its_way_until_transformers_is_asked_for_quantizers():
+    hook = Path(dynaexq.__file__).parent / "hf" / "startup" / "_dynaexq_startup.py"
+    program = (
+        f"import sys; sys.path.insert(0, {str(hook.parents[3])!r})\n"
+        f"exec(open({str(hook)!r}).read(), {{'__name__': 'hook'}})\n"
+        "import transformers; print('dynaexq' in sys.modules)\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table; print('dynaexq' in table)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 @pytest.mark.parametrize("kind", ["packed", "annotated"])
@@ -81,9 +87,7 @@ def test_a_checkpoint_loads_in_a_program_that_never_imports_dynaexq(kind: str, t
         model.config.quantization_config = dynaexq.DynaExqConfig(hbm_budget="1MiB")
     model.save_pretrained(tmp_path)
     program = (
-        "import sys\n"
         "from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM\n"
-        "assert not [name for name in sys.modules if name.split('.')[0] == 'dynaexq']\n"
         "for kind in (AutoModelForCausalLM, Qwen3MoeForCausalLM):\n"
         f"    print(kind.from_pretrained({str(tmp_path)!r}).dynaexq.plan.budget)"
     )

@@ -2,26 +2,16 @@
 
 Transformers finds both in two tables of `transformers.quantizers.auto`. `announce` puts stand-ins there, as soon as
 that module is imported to load a model; they import the real classes when a checkpoint asks for them.
-
-A copy of this file is installed beside the package and called by a .pth file whenever Python starts, so that
-programs which never import dynaexq (a server, an evaluation) load its checkpoints as well. The package itself must not
-be imported then: its place on the path is not known yet.
 """
 
-from __future__ import annotations
-
+import importlib.util
 import sys
-
-TYPE_CHECKING = False  # as that of `typing`, which every start of Python would wait for
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-    from typing import Any
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 TABLES = "transformers.quantizers.auto"
-QUANT_METHOD = "dynaexq"
-"""That of `checkpoint`, which would be imported for it."""
 
 
 class StandInConfig:
@@ -57,8 +47,6 @@ class _Finder:
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != TABLES:
             return None
-        import importlib.util
-
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
@@ -73,5 +61,7 @@ class _Finder:
 
 
 def _fill(tables: ModuleType) -> None:
+    from dynaexq.checkpoint import QUANT_METHOD
+
     tables.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANT_METHOD, StandInConfig)
     tables.AUTO_QUANTIZER_MAPPING.setdefault(QUANT_METHOD, stand_in_quantizer)
