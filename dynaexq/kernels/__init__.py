@@ -2,9 +2,8 @@
 
 from dynaexq.kernels.custom_op import experts as experts_operator
 from dynaexq.kernels.custom_op import register_layer
-from dynaexq.kernels.dispatch import counts_routing, exchange_for, expert_mlp
+from dynaexq.kernels.dispatch import counts_routing, exchange_for, expert_gradients, expert_mlp
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
-from dynaexq.kernels.gradients import expert_gradients
 from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dynaexq.kernels import reference
+from dynaexq.kernels import gradients, reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.memory.graph_sync import PlainExchange
 
@@ -54,6 +54,19 @@ def expert_mlp(
     """
     backend = _backend_for(hidden_states, layer)
     return backend.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades, counts)
+
+
+def expert_gradients(
+    grad: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `hidden_states` and `top_k_weights`; see `gradients.expert_gradients` for the arguments."""
+    module = BACKENDS["cpu"] if hidden_states.is_cpu else gradients.__name__
+    return import_module(module).expert_gradients(grad, hidden_states, top_k_index, top_k_weights, layer, upgrades)
 
 
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:

@@ -3,15 +3,17 @@
 All on ugly shapes: rows that pack with padding, experts nobody asked for, ids that belong to other ranks, no rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, SHAPES, TOLERANCE, case, distinct_choices, naive
+from kernel_cases import EXPERTS, GATED, SHAPES, TOLERANCE, Case, case, distinct_choices, naive
 from numerics import assert_close
+from torch import Tensor
 from torch.nn import functional as F
 
-from dynaexq.kernels import cpu, decoded, expert_gradients, reference
+from dynaexq.kernels import cpu, decoded, gradients, reference
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.planning.budget import TIER_CHOICES
 
@@ -80,17 +82,43 @@ def test_the_norm_behind_an_expert_comes_before_its_routing_weight(kernel):
     assert_close("post norm", naive(got), got.run(kernel.expert_mlp), TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("experts_at_once", [1, 3])
-@pytest.mark.parametrize("tiers", TIER_CHOICES[:5], ids="+".join)
-def test_gradients_expert_by_expert_are_those_of_the_reference(tiers, experts_at_once, monkeypatch):
-    monkeypatch.setattr(decoded, "DECODED_WEIGHTS", experts_at_once * GATED.num_weights)
-    index = distinct_choices(9, 3)
-    index[0, 1] = -1
-    got = case(tiers, torch.float32, top_k_index=index)
+GRADIENTS = {"in groups": gradients.expert_gradients, "cpu": cpu.expert_gradients}
+each_gradient = pytest.mark.parametrize("gradients_of", GRADIENTS.values(), ids=GRADIENTS)
+
+
+def assert_gradients_of_the_reference(got: Case, gradients_of: Callable[..., tuple[Tensor, Tensor]]) -> None:
     rows, weights = (tensor.clone().requires_grad_() for tensor in (got.hidden_states, got.top_k_weights))
     output = reference.expert_mlp(rows, got.top_k_index, weights, got.layer, got.upgrades)
     grad = torch.randn_like(output)
     expected = torch.autograd.grad(output, (rows, weights), grad)
-    result = expert_gradients(grad, got.hidden_states, got.top_k_index, got.top_k_weights, got.layer, got.upgrades)
-    for name, reference_grad, grad_of in zip(("rows", "weights"), expected, result, strict=True):
-        assert_close(name, reference_grad, grad_of, 1e-5)
+    found = gradients_of(grad, got.hidden_states, got.top_k_index, got.top_k_weights, got.layer, got.upgrades)
+    for name, truth, result in zip(("rows", "weights"), expected, found, strict=True):
+        assert_close(name, truth, result, TOLERANCE[truth.dtype])
+
+
+@each_gradient
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
+def test_gradients_are_those_of_the_reference(tiers, shape, dtype, gradients_of):
+    index = distinct_choices(21, 3)
+    index[0, 1], index[3, 0] = -1, EXPERTS
+    assert_gradients_of_the_reference(case(tiers, dtype, shape, index), gradients_of)
+
+
+@each_gradient
+def test_gradients_with_a_norm_behind_the_experts_and_where_none_is_here(gradients_of):
+    normed = case(
+        ("int4", "int8"), torch.float32, post_norm=partial(F.layer_norm, normalized_shape=(GATED.hidden_size,))
+    )
+    assert_gradients_of_the_reference(normed, gradients_of)
+    elsewhere = torch.full((4, 2), EXPERTS)
+    got = case(("int4", "int8"), torch.float32, top_k_index=elsewhere)
+    grads = gradients_of(got.hidden_states, got.hidden_states, elsewhere, got.top_k_weights, got.layer, got.upgrades)
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("experts_at_once", [1, 3])
+def test_the_number_of_experts_that_are_decoded_together_changes_no_gradient(experts_at_once, monkeypatch):
+    monkeypatch.setattr(decoded, "DECODED_WEIGHTS", experts_at_once * GATED.num_weights)
+    assert_gradients_of_the_reference(case(("int2", "int8"), torch.float32), gradients.expert_gradients)

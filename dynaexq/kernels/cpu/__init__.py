@@ -7,6 +7,7 @@ Transformers' eager loop; a norm behind each expert; and machines without a comp
 import torch
 from torch import Tensor
 
+from dynaexq.kernels import gradients
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import load
 from dynaexq.kernels.cpu.native import DTYPES, NativeLayer
@@ -29,6 +30,22 @@ def expert_mlp(
     if native is None:
         return torch_path.expert_mlp(hidden_states, top_k_index, top_k_weights, layer, upgrades)
     return native(hidden_states, top_k_index, top_k_weights, upgrades.entries, counts)
+
+
+def expert_gradients(
+    grad: Tensor,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    upgrades: Upgrades,
+) -> tuple[Tensor, Tensor]:
+    """As `gradients.expert_gradients`; natively, in float32."""
+    native = native_layer(layer, hidden_states.dtype)
+    if native is None:
+        return gradients.expert_gradients(grad, hidden_states, top_k_index, top_k_weights, layer, upgrades)
+    grad_hidden, grad_weights = native.gradients(grad, hidden_states, top_k_index, top_k_weights, upgrades.entries)
+    return grad_hidden.to(hidden_states.dtype), grad_weights.to(top_k_weights.dtype)
 
 
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:

@@ -29,7 +29,7 @@ KINDS = {
     ("weight",): DENSE,
 }
 ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "low4": 2}
-WHOLE, UP_ONLY, DOWN_ONLY = range(3)
+WHOLE, UP_ONLY, DOWN_ONLY, DOWN_BACK, UP_BACK = range(5)
 
 
 def _fields(*names: str) -> list[tuple[str, type]]:
@@ -76,6 +76,7 @@ class NativeLayer:
         self._activation, self._base = layer.activation, layer.base
         self._fused = layer.activation_name in ACTIVATIONS
         self._shape, self._num_experts = layer.codec.shape, layer.num_experts
+        self._down_bias = layer.codec.base_layout.view(layer.base).get("down.bias")
         self._description = _describe(layer)
 
     def __call__(
@@ -102,6 +103,34 @@ class NativeLayer:
         self._run(DOWN_ONLY, self._activation(up).to(self._dtype).contiguous(), routing, output)
         return output
 
+    def gradients(
+        self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, entries: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of `hidden_states [N, H]` and of `top_k_weights [N, k]`, in float32, from that of the output.
+
+        The first matrix is multiplied once more, and both are gone through backwards; no expert is ever decoded.
+        """
+        self._check_words(entries, self._num_experts)
+        num_choices, shape, grad = top_k_index.numel(), self._shape, grad.float().contiguous()
+        factors = top_k_weights.to(torch.float32).contiguous()
+        routing = (top_k_index.to(torch.int64).contiguous(), factors, entries)
+        # Choices of other ranks' experts leave their rows as they are, so these start as zeros.
+        up = torch.zeros(num_choices, shape.up_rows, dtype=self._dtype)
+        self._run(UP_ONLY, hidden_states.contiguous(), routing, up)
+        grad_inner = torch.zeros(num_choices, shape.intermediate_size)
+        self._run(DOWN_BACK, grad, routing, grad_inner)
+        # Inside an operator autograd records nothing; `torch.func` brings its own.
+        inner, pull_back, *_ = torch.func.vjp(self._activation, up.float())
+        grad_weights = (inner * grad_inner).sum(-1).view_as(factors)
+        if self._down_bias is not None:
+            ours = (top_k_index >= 0) & (top_k_index < self._num_experts)
+            of_bias = grad @ self._down_bias.float().T  # [N, E]
+            grad_weights += of_bias.gather(1, routing[0].where(ours, 0)).where(ours, 0)
+        (grad_up,) = pull_back(grad_inner * factors.view(-1, 1))
+        grad_hidden = torch.empty(hidden_states.shape)
+        self._run(UP_BACK, grad_up.contiguous(), routing, grad_hidden)
+        return grad_hidden, grad_weights
+
     @staticmethod
     def _check_words(words: Tensor, count: int) -> None:
         """Raise an InputError unless the kernel may take `words` for so many int64 in a row."""
@@ -124,7 +153,7 @@ class NativeLayer:
             entries.data_ptr(),
             output.data_ptr(),
             *index.shape,
-            DTYPES[self._dtype],
+            DTYPES[rows.dtype],
             stage,
             team.size,
             threads.parallel(),

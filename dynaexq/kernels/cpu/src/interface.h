@@ -13,8 +13,9 @@ enum Kind : int64_t { TOP2, TOP4, TOP2_MIDDLE2, TOP4_LOW4, TOP2_MIDDLE2_LOW4, DE
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
 
 // The whole layer; or only the first matrix, with one row of output a choice; or only the second, with one row of
-// input a choice.
-enum Stage : int64_t { WHOLE, UP_ONLY, DOWN_ONLY };
+// input a choice. Or back again, in float32: through the second matrix, from one row a token to one a choice, or
+// through the first, from one row a choice to one a token.
+enum Stage : int64_t { WHOLE, UP_ONLY, DOWN_ONLY, DOWN_BACK, UP_BACK };
 
 // Bytes of a block where an array begins; -1 where there is no such array.
 struct Part {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "backward.h"
 #include "interface.h"
 #include "matmul.h"
 
@@ -57,6 +58,8 @@ class Forward {
   void run() {
     if (call.counts) count_routing();
     if (segments.empty()) return clear_output();
+    if (call.stage == DOWN_BACK) return back_through_down();
+    if (call.stage == UP_BACK) return back_through_up();
     if (call.stage == DOWN_ONLY) {
       prepare_rows(layer.down, call.num_tokens * call.top_k);
     } else {
@@ -241,9 +244,69 @@ class Forward {
     });
   }
 
+  // A choice's share of a gradient `[tokens, down.rows]`, on the other side of the second matrix.
+  void back_through_down() {
+    const Matrix& matrix = layer.down;
+    const int64_t blocks = matrix.padded / matrix.block;
+    const auto* gradient = (const float*)call.hidden_states;
+    totals.reset(new float[threads * most_rows * SPAN]);
+    distribute(int64_t(segments.size()) * blocks, [&](int64_t task, Scratch& scratch) {
+      const Segment& segment = segments[task / blocks];
+      const int64_t first = task % blocks * matrix.block;
+      float* total = totals.get() + (&scratch - scratches.data()) * most_rows * SPAN;
+      std::vector<const float*> factors(segment.count);
+      std::vector<float*> sums(segment.count);
+      std::fill_n(total, segment.count * SPAN, 0.0f);
+      for (int64_t i = 0; i < segment.count; i++) {
+        factors[i] = gradient + pairs[segment.first + i] / call.top_k * matrix.rows;
+        sums[i] = total + i * SPAN;
+      }
+      add_rows(view(matrix, segment.expert), first, factors.data(), sums.data(), segment.count, scratch);
+      for (int64_t i = 0; i < segment.count; i++) write_block(matrix, pairs[segment.first + i], first, sums[i]);
+    });
+  }
+
+  // The sum over a token's choices of their gradients `[choices, up.rows]`, on the other side of the first matrix.
+  void back_through_up() {
+    const Matrix& matrix = layer.up;
+    const auto* gradient = (const float*)call.hidden_states;
+    totals.reset(new float[threads * call.num_tokens * SPAN]);
+    distribute(matrix.padded / matrix.block, [&](int64_t task, Scratch& scratch) {
+      const int64_t first = task * matrix.block;
+      float* total = totals.get() + (&scratch - scratches.data()) * call.num_tokens * SPAN;
+      std::vector<const float*> factors(most_rows);
+      std::vector<float*> sums(most_rows);
+      std::fill_n(total, call.num_tokens * SPAN, 0.0f);
+      for (const Segment& segment : segments) {
+        for (int64_t i = 0; i < segment.count; i++) {
+          const int64_t pair = pairs[segment.first + i];
+          factors[i] = gradient + pair * matrix.rows;
+          sums[i] = total + pair / call.top_k * SPAN;
+        }
+        add_rows(view(matrix, segment.expert), first, factors.data(), sums.data(), segment.count, scratch);
+      }
+      for (int64_t t = 0; t < call.num_tokens; t++) write_block(matrix, t, first, total + t * SPAN);
+    });
+  }
+
+  // Row `row` of the output, from column `first` on.
+  void write_block(const Matrix& matrix, int64_t row, int64_t first, const float* sums) const {
+    float* to = (float*)call.output + row * matrix.columns + first;
+    const int64_t count = std::min<int64_t>(matrix.block, matrix.columns - first);
+    for (int64_t k = 0; k < count; k++) to[k] = sums[Float32::place(k)];
+  }
+
+  int64_t output_elements() const {
+    switch (call.stage) {
+      case UP_ONLY: return call.num_tokens * call.top_k * layer.up.rows;
+      case DOWN_BACK: return call.num_tokens * call.top_k * layer.down.columns;
+      case UP_BACK: return call.num_tokens * layer.up.columns;
+      default: return call.num_tokens * layer.down.rows;
+    }
+  }
+
   void clear_output() {
-    const int64_t count =
-        call.stage == UP_ONLY ? call.num_tokens * call.top_k * layer.up.rows : call.num_tokens * layer.down.rows;
+    const int64_t count = output_elements();
     for (int64_t i = 0; i < count; i++) write((void*)call.output, i, call.dtype, 0);
   }
 
