@@ -166,9 +166,9 @@ class _Gathered:
     def __init__(self, layer: SparseLayer):
         self.layer, self.shape = layer, layer.shape()
         hidden, blocks = self.shape.hidden_size, -(-self.shape.intermediate_size // BLOCK)
-        self.up = torch.zeros(hidden, hidden, device=layer.device)
-        self.down = torch.zeros(layer.num_experts, blocks, BLOCK, BLOCK, device=layer.device)
-        self.mass = torch.zeros(1 + layer.num_experts, device=layer.device)
+        self.up = torch.zeros(hidden, hidden, dtype=torch.float32, device=layer.device)
+        self.down = torch.zeros(layer.num_experts, blocks, BLOCK, BLOCK, dtype=torch.float32, device=layer.device)
+        self.mass = torch.zeros(1 + layer.num_experts, dtype=torch.float32, device=layer.device)
         self.tokens = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.device)
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dynaexq.kernels import cpu, decoded, gradients, reference
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.planning.budget import TIER_CHOICES
+from dynaexq.types import ExpertShape
 
 each_pair = pytest.mark.parametrize("tiers", [*TIER_CHOICES, ("int2", "fp16")], ids="+".join)
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -86,14 +87,17 @@ GRADIENTS = {"in groups": gradients.expert_gradients, "cpu": cpu.expert_gradient
 each_gradient = pytest.mark.parametrize("gradients_of", GRADIENTS.values(), ids=GRADIENTS)
 
 
-def assert_gradients_of_the_reference(got: Case, gradients_of: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def assert_gradients_of_the_reference(
+    got: Case, gradients_of: Callable[..., tuple[Tensor, Tensor]], longer: float = 1.0
+) -> None:
+    """That they are as near as `TOLERANCE` allows, for sums that are `longer` than those of SHAPES."""
     rows, weights = (tensor.clone().requires_grad_() for tensor in (got.hidden_states, got.top_k_weights))
     output = reference.expert_mlp(rows, got.top_k_index, weights, got.layer, got.upgrades)
     grad = torch.randn_like(output)
     expected = torch.autograd.grad(output, (rows, weights), grad)
     found = gradients_of(grad, got.hidden_states, got.top_k_index, got.top_k_weights, got.layer, got.upgrades)
     for name, truth, result in zip(("rows", "weights"), expected, found, strict=True):
-        assert_close(name, truth, result, TOLERANCE[truth.dtype])
+        assert_close(name, truth, result, TOLERANCE[truth.dtype] * longer**0.5)
 
 
 @each_gradient
@@ -122,3 +126,26 @@ def test_gradients_with_a_norm_behind_the_experts_and_where_none_is_here(gradien
 def test_the_number_of_experts_that_are_decoded_together_changes_no_gradient(experts_at_once, monkeypatch):
     monkeypatch.setattr(decoded, "DECODED_WEIGHTS", experts_at_once * GATED.num_weights)
     assert_gradients_of_the_reference(case(("int2", "int8"), torch.float32), gradients.expert_gradients)
+
+
+@pytest.mark.parametrize("sizes", [(512, 384), (384, 256), (1408, 128)], ids=str)
+@pytest.mark.parametrize("tiers", [("int2", "int4"), ("int4", "int8"), ("int4", "fp16")], ids="+".join)
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_gradients_through_blocks_of_every_width(tiers, sizes, num_tokens):
+    hidden, intermediate = sizes
+    shape = ExpertShape(hidden, intermediate, 2 * intermediate, has_bias=False, transposed=False)
+    index = distinct_choices(num_tokens, 3)
+    got = case(tiers, torch.float32, shape, index)
+    assert_gradients_of_the_reference(got, cpu.expert_gradients, longer=shape.up_rows / GATED.up_rows)
+
+
+def test_gradients_do_not_depend_on_the_default_dtype():
+    got = case(("int4", "int8"))
+    arguments = got.hidden_states, got.hidden_states, got.top_k_index, got.top_k_weights, got.layer, got.upgrades
+    expected = cpu.expert_gradients(*arguments)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = cpu.expert_gradients(*arguments)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))

@@ -117,7 +117,7 @@ class NativeLayer:
         # Choices of other ranks' experts leave their rows as they are, so these start as zeros.
         up = torch.zeros(num_choices, shape.up_rows, dtype=self._dtype)
         self._run(UP_ONLY, hidden_states.contiguous(), routing, up)
-        grad_inner = torch.zeros(num_choices, shape.intermediate_size)
+        grad_inner = torch.zeros(num_choices, shape.intermediate_size, dtype=torch.float32)
         self._run(DOWN_BACK, grad, routing, grad_inner)
         # Inside an operator autograd records nothing; `torch.func` brings its own.
         inner, pull_back, *_ = torch.func.vjp(self._activation, up.float())
@@ -127,7 +127,7 @@ class NativeLayer:
             of_bias = grad @ self._down_bias.float().T  # [N, E]
             grad_weights += of_bias.gather(1, routing[0].where(ours, 0)).where(ours, 0)
         (grad_up,) = pull_back(grad_inner * factors.view(-1, 1))
-        grad_hidden = torch.empty(hidden_states.shape)
+        grad_hidden = torch.empty_like(hidden_states, dtype=torch.float32, memory_format=torch.contiguous_format)
         self._run(UP_BACK, grad_up.contiguous(), routing, grad_hidden)
         return grad_hidden, grad_weights
 
