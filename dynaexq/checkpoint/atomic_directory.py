@@ -22,10 +22,10 @@ from dynaexq.safeguards.durable_files import (
     replace_file,
     sole_writer,
     staging_directory,
-    sync,
     write_text,
 )
 from dynaexq.safeguards.outside_files import read_json
+from dynaexq.safeguards.system_files import sync
 
 _JOURNAL = "dynaexq-source.json"
 _ARRIVING = "-arriving.json"

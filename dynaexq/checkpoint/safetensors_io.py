@@ -19,6 +19,7 @@ from torch import Tensor
 from dynaexq.errors import CheckpointError
 from dynaexq.safeguards.durable_files import replacing
 from dynaexq.safeguards.outside_files import MOST_TEXT, open_regular, parse_json
+from dynaexq.safeguards.system_files import read_at, reserve, write_at
 
 DTYPES = {
     "F64": torch.float64,
@@ -83,7 +84,7 @@ class Shard:
         buffer = out.numpy().data
         while buffer:
             try:
-                count = os.preadv(self._file, [buffer[:_LARGEST_READ]], offset)
+                count = read_at(self._file, buffer[:_LARGEST_READ], offset)
             except OSError as error:
                 raise CheckpointError(f"cannot read {self.path}: {error}") from error
             if not count:
@@ -117,8 +118,7 @@ class ShardWriter:
         self.entries = {name: entry._replace(offset=start + entry.offset) for name, entry in relative.items()}
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, start + offset)
+            reserve(self._file.fileno(), start + offset)
             self._write(0, len(text).to_bytes(8, "little") + text)
         except OSError as error:
             self._file.close()
@@ -146,20 +146,25 @@ class ShardWriter:
     def _write(self, offset: int, content: bytes | memoryview) -> None:
         view = memoryview(content)
         while view:
-            count = os.pwrite(self._file.fileno(), view[:_LARGEST_READ], offset)
+            count = write_at(self._file.fileno(), view[:_LARGEST_READ], offset)
             view, offset = view[count:], offset + count
+
+
+def _read(file: int, nbytes: int, offset: int) -> bytes:
+    content = bytearray(nbytes)
+    return bytes(content[: read_at(file, memoryview(content), offset)])
 
 
 def _parse(path: Path, file: int) -> tuple[dict[str, Entry], dict[str, str]]:
     size = os.fstat(file).st_size
-    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    length = int.from_bytes(_read(file, 8, 0), "little")
     if not 2 <= length <= min(MOST_TEXT, size - 8):
         raise CheckpointError(
             f"{path} is not a safetensors file, or was truncated to {size:,} bytes; pickles are never opened: "
             "convert the checkpoint with safetensors, or fetch it again"
         )
     try:
-        header = parse_json(os.pread(file, length, 8))
+        header = parse_json(_read(file, length, 8))
         metadata = {name: text for name, text in header.pop("__metadata__", {}).items() if isinstance(text, str)}
         entries, ends = {}, {}
         for name, fields in header.items():

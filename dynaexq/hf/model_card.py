@@ -37,14 +37,14 @@ With dynaexq installed it loads in any program, `transformers serve` and `lm_eva
 
 
 def model_card(
-    architecture: str, source: str | None, config: DynaExqConfig, place: str, tags: Iterable[str] = ()
+    architecture: str, source: str | None, config: DynaExqConfig, place: str | None, tags: Iterable[str] = ()
 ) -> ModelCard:
     """The card of a checkpoint of `architecture`.
 
     Args:
         source: what the model was loaded from; named if it is a repository.
         config: as the checkpoint keeps it.
-        place: what `from_pretrained` is to be given.
+        place: the repository that it is for, where that is known.
     """
     from dynaexq import __version__  # the package imports this module, by way of others
 
@@ -57,7 +57,7 @@ def model_card(
     mix = f" Every expert has its {tiers[0]} base; which ones are read at {tiers[-1]} follows the traffic."
     text = _TEXT.format(
         data=data.to_yaml(),
-        name=place.rstrip("/").rpartition("/")[2],
+        name=place.rpartition("/")[2] if place else f"{architecture} at {' + '.join(tiers)}",
         architecture=architecture,
         origin=f" from `{repository}`" if repository else "",
         made_by=_MADE_BY,
@@ -66,7 +66,7 @@ def model_card(
         quantizer=packed["quantizer"],
         group_size=packed["group_size"],
         mix=mix if len(tiers) > 1 else "",
-        place=place,
+        place=place or "this/directory",
     )
     return ModelCard(text)
 

@@ -80,7 +80,9 @@ def save_packed(
     if not is_main_process:
         return
     to_hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-    place, tags = to_hub.pop("repo_id", Path(save_directory).absolute().name), to_hub.pop("tags", None) or ()
+    repo_id, tags = to_hub.pop("repo_id", None), to_hub.pop("tags", None) or ()
+    if push_to_hub and repo_id is None:
+        repo_id = Path(save_directory).absolute().name
     homes = patch.homes()
     refuse_foreign_weights(Path(save_directory))
     codec: ExpertCodec = homes[0][1].codec
@@ -104,10 +106,10 @@ def save_packed(
             raise
         write_index(staging, dense_files(staging) | files | write_guard(staging, layers))
         if may_be_written(Path(save_directory)):
-            model_card(type(model).__name__, model.name_or_path, stored, place, tags).save(staging / CARD)
+            model_card(type(model).__name__, model.name_or_path, stored, repo_id, tags).save(staging / CARD)
         others = [path.name for path in staging.iterdir() if path.suffix != ".safetensors"]
     if push_to_hub:  # in a directory that was there, shards have got names of their own
-        upload(save_directory, {*others, *read_index(Path(save_directory)).values()}, place, **to_hub)
+        upload(save_directory, {*others, *read_index(Path(save_directory)).values()}, repo_id, **to_hub)
 
 
 def push_packed(

@@ -3,7 +3,6 @@
 One expert's upgrade is one contiguous run of bytes, addressed by a flat index; a store does not know what it means.
 """
 
-import os
 import tempfile
 import zlib
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from dynaexq.errors import StoreError
 from dynaexq.memory.pinned import PageLocked
 from dynaexq.memory.slab_pool import allocate_bytes
+from dynaexq.safeguards.system_files import read_at, reserve, write_at
 
 
 class HostStore(Protocol):
@@ -67,7 +67,7 @@ class RamStore:
 
 
 class DiskStore:
-    """In an unnamed temporary file, read with `preadv`: a truncated file is a failed move and not a dead process.
+    """In an unnamed temporary file, read by position: a truncated file is a failed move and not a dead process.
 
     Each block has a CRC-32, so that what a disk has damaged is a failed move as well.
     """
@@ -86,7 +86,7 @@ class DiskStore:
     def write(self, first: int, blocks: Tensor) -> None:
         for index, block in enumerate(blocks.cpu(), first):  # one by one: a single write stops short of 2 GiB
             try:
-                count = os.pwrite(self._file.fileno(), block.numpy().data, index * self._slot_nbytes)
+                count = write_at(self._file.fileno(), block.numpy().data, index * self._slot_nbytes)
             except OSError as error:
                 raise StoreError(f"cannot write the upgrade of expert {index}: {error}") from error
             if count != self._slot_nbytes:
@@ -95,7 +95,7 @@ class DiskStore:
 
     def read_into(self, index: int, out: Tensor) -> None:
         try:
-            count = os.preadv(self._file.fileno(), [out.numpy().data], index * self._slot_nbytes)
+            count = read_at(self._file.fileno(), out.numpy().data, index * self._slot_nbytes)
         except OSError as error:
             raise StoreError(f"cannot read the upgrade of expert {index}: {error}") from error
         if count != self._slot_nbytes:
@@ -117,10 +117,7 @@ class DiskStore:
 def _reserve(nbytes: int, directory: Path | None) -> IO[bytes]:
     file = tempfile.TemporaryFile(dir=directory, prefix="dynaexq-")  # noqa: SIM115 - closed by the store
     try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        else:  # macOS: the size is set, but a full disk shows only when the upgrades are written
-            file.truncate(nbytes)
+        reserve(file.fileno(), nbytes)
     except OSError:
         file.close()
         raise

@@ -5,7 +5,6 @@ What is being written belongs to its writer alone until it is there; what a writ
 by the next. A place that cannot be written to is refused before the work is done.
 """
 
-import fcntl
 import logging
 import os
 import shutil
@@ -15,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from dynaexq.safeguards.system_files import flags, is_owners_alone, sync, try_to_lock
 
 logger = logging.getLogger(__name__)
 
@@ -111,16 +112,7 @@ def remove_stale(target: Path, home: Path) -> None:
 def is_private(path: Path) -> bool:
     """Whether `path` is itself no link, and belongs to this user, and no other user can have written it."""
     status = path.lstat()
-    return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def sync(path: Path) -> None:
-    """Have the system bring a file, or the entries of a directory, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return not stat.S_ISLNK(status.st_mode) and is_owners_alone(status)
 
 
 def new_mode(base: int) -> int:
@@ -137,22 +129,21 @@ def _mode_of(target: Path) -> int:
 def _locked(lock: Path, target: Path) -> int:
     told = False
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        handle = os.open(lock, flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC"), 0o600)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _lies_at(handle, lock):
+            is_ours = try_to_lock(handle)
+            if is_ours and _lies_at(handle, lock):
                 return handle
-        except BlockingIOError:
-            if not told:
-                logger.warning("another process or thread is writing %s; waiting for that to end", target)
-                told = True
-            os.close(handle)
-            time.sleep(PAUSE)
         except BaseException:
             os.close(handle)
             raise
-        else:
-            os.close(handle)
+        os.close(handle)
+        if is_ours:
+            continue  # its last holder has removed the file
+        if not told:
+            logger.warning("another process or thread is writing %s; waiting for that to end", target)
+            told = True
+        time.sleep(PAUSE)
 
 
 def _lies_at(handle: int, path: Path) -> bool:

@@ -9,6 +9,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from dynaexq.safeguards.system_files import flags
+
 MOST_TEXT = 32 * 2**20
 """Bytes of JSON that are read at most: a header or an index of the largest models takes a third of it."""
 
@@ -20,7 +22,7 @@ def open_regular(path: Path | str, error: type[Exception], remedy: str) -> int:
         error: there is none, or it is a directory, a FIFO or a device; the message ends with `remedy`.
     """
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = os.open(path, flags("O_RDONLY", "O_NONBLOCK", "O_CLOEXEC"))
     except (OSError, ValueError) as problem:  # a ValueError: a NUL in the name
         raise error(f"cannot open {path}: {getattr(problem, 'strerror', problem)}; {remedy}") from problem
     if not stat.S_ISREG(os.fstat(file).st_mode):

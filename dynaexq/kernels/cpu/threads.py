@@ -39,4 +39,5 @@ def _forget() -> None:
 
 
 # The threads of an OpenMP runtime do not survive a fork, and a child that asks for them waits for ever.
-os.register_at_fork(after_in_child=_forget)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
