@@ -70,6 +70,8 @@ BENCHMARKS = (
     ),
     Benchmark("quality/quantizers", "quality/quantizers.py", "KL by quantizer and calibration", "quantizers.json"),
     Benchmark("checkpoints/start", "checkpoints/checkpoint.py", "memory and time of loading", "checkpoint.json"),
+    Benchmark("training/lora", "training/lora.py", "LoRA on a patched model beside the plain one", "lora.json"),
+    Benchmark("quality/padding", "quality/padding.py", "KL of padded batches and of their rows alone", "padding.json"),
     Benchmark("licenses", "licenses.py", "licenses of what is installed", "licenses.json"),
     Benchmark("mutation", "mutation.py", "small wrongs that the tests notice", "mutation.json"),
     Benchmark("start_up", "start_up.py", "seconds to import and of short commands", "start_up.json"),

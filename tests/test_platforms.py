@@ -16,7 +16,7 @@ for module in ("fcntl", "resource", "pwd", "grp", "termios"):
 for name in (
     "preadv", "pread", "pwrite", "pwritev", "posix_fallocate", "posix_fadvise", "geteuid", "getuid", "fchmod",
     "fchown", "chown", "fork", "register_at_fork", "killpg", "setsid", "sched_getaffinity", "sched_setaffinity",
-    "statvfs", "O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW", "O_DIRECTORY", "uname", "mkfifo",
+    "O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW", "O_DIRECTORY", "uname", "mkfifo",
 ):
     if hasattr(os, name):
         delattr(os, name)
