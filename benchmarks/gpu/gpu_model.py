@@ -28,7 +28,7 @@ from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.hf.planning import inspect_model, make_codec, plan
 from dynaexq.hf.quantizer import DynaExqQuantizer
-from dynaexq.hf.save import save_packed
+from dynaexq.hf.save import ANSWERS
 from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
@@ -117,7 +117,7 @@ def build(workload: Workload, tiers: tuple[str, ...], policy: Rotation) -> PreTr
     changes = ModelPatch(model, layers)
     changes.replace_modules()
     changes.connect(loaded, layers)
-    changes.attach(Runtime(model, [(loaded, range(len(layers)))]), DynaExqQuantizer(config), save_packed)
+    changes.attach(Runtime(model, [(loaded, range(len(layers)))]), DynaExqQuantizer(config), ANSWERS)
     return model
 
 

@@ -100,14 +100,24 @@ def assert_gradients_of_the_reference(
         assert_close(name, truth, result, TOLERANCE[truth.dtype] * longer**0.5)
 
 
-@each_gradient
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
-def test_gradients_are_those_of_the_reference(tiers, shape, dtype, gradients_of):
+def with_foreign_ids() -> Tensor:
     index = distinct_choices(21, 3)
     index[0, 1], index[3, 0] = -1, EXPERTS
-    assert_gradients_of_the_reference(case(tiers, dtype, shape, index), gradients_of)
+    return index
+
+
+@each_gradient
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
+def test_gradients_are_those_of_the_reference(tiers, shape, gradients_of):
+    assert_gradients_of_the_reference(case(tiers, torch.float32, shape, with_foreign_ids()), gradients_of)
+
+
+@each_gradient
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4", "fp16")], ids="+".join)
+def test_gradients_in_16_bits_are_those_of_the_reference(tiers, dtype, gradients_of):
+    assert_gradients_of_the_reference(case(tiers, dtype, GATED, with_foreign_ids()), gradients_of)
 
 
 @each_gradient
