@@ -24,7 +24,7 @@ KNOWN_REASONS = {
     "has no head": "a model without a head generates nothing",
     "too small": "Transformers itself writes nothing with so small a vocabulary",
     "cannot be saved": "Transformers itself cannot save so small a model of this family",
-    "not in float16": "the family does not run in float16 by itself: Transformers keeps some of its weights in float32",
+    "not in float16": "Transformers keeps weights of the family in float32, and does not run it in float16",
 }
 """What may stand in the table instead of `yes`, and why it does."""
 

@@ -330,11 +330,12 @@ def test_traffic_is_counted() -> None:
     np.testing.assert_allclose(model.dynaexq.routed_mass()[0, :2] - mass[0, :2], 12)
 
 
-def test_training_is_not_counted_twice_nor_at_all() -> None:
-    model = patched().train()
+def test_a_step_of_training_is_counted_as_one_forward() -> None:
+    model, seen = patched().train(), patched()
     model(tiny.prompt(), labels=tiny.prompt()).loss.backward()
-    assert model.dynaexq.stats()["steps"] == 0
-    assert model.dynaexq.routed_mass().sum() == 0
+    tiny.logits(seen)
+    assert model.dynaexq.stats()["steps"] == 1
+    np.testing.assert_array_equal(model.dynaexq.routed_mass(), seen.dynaexq.routed_mass())
     assert all(block.gate.weight.grad.abs().sum() > 0 for block in tiny.sparse_blocks(model))
 
 
