@@ -171,8 +171,6 @@ class ModelPatch:
             UnpatchError: dense weights were quantized as well, or the model is spread over ranks; it stays patched.
         """
         self._check_undoable()
-        runtime = self.model.dynaexq
-        runtime.drain()
         self._give_back(
             [_as_parameters(layer, _oriented(layer, layer.experts.dequantized())) for layer in self.layers]
         )
@@ -319,20 +317,21 @@ def _answer_for_patched(family: Any, name: str, answer: Callable[..., Any]) -> N
     setattr(family, name, method)
 
 
-def _original(patch: ModelPatch, name: str, *args: Any, **kwargs: Any) -> Any:
+def by_transformers(patch: ModelPatch, name: str, *args: Any, **kwargs: Any) -> Any:
+    """What the method `name` of the model does when it is not patched."""
     return getattr(type(patch.model), name).__wrapped__(patch.model, *args, **kwargs)
 
 
 def _memory_footprint(patch: ModelPatch, *args: Any, **kwargs: Any) -> int:
     """What Transformers counts, and the experts where they are."""
     memory = patch.model.dynaexq.memory()
-    return int(_original(patch, "get_memory_footprint", *args, **kwargs)) + memory["total"] - memory["dense"]
+    return int(by_transformers(patch, "get_memory_footprint", *args, **kwargs)) + memory["total"] - memory["dense"]
 
 
 def _num_parameters(patch: ModelPatch, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """Weights of the model, packed ones as well; of those none is trained."""
     experts = sum(parameter.numel() for layer in patch.layers for parameter in layer.parameters.values())
-    others = _original(patch, "num_parameters", only_trainable, exclude_embeddings)
+    others = by_transformers(patch, "num_parameters", only_trainable, exclude_embeddings)
     return int(others) + (0 if only_trainable else experts)
 
 

@@ -31,7 +31,7 @@ from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.hub import upload
 from dynaexq.hf.load import GUARD
 from dynaexq.hf.model_card import CARD, may_be_written, model_card
-from dynaexq.hf.model_patch import ModelPatch
+from dynaexq.hf.model_patch import ModelPatch, by_transformers
 from dynaexq.quantization import ExpertCodec
 from dynaexq.settings import parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
@@ -67,7 +67,7 @@ def save_packed(
     """
     model: Any = patch.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
-        _save_by_transformers(model, save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        by_transformers(patch, "save_pretrained", save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
         return
     if variant is not None:
         raise PatchError(f"a packed checkpoint has no variants; leave out variant={variant!r}")
@@ -94,7 +94,7 @@ def save_packed(
     with replaced(save_directory, nbytes=shape.nbytes) as staging:
         stored = packed_config(config, codec, homes[0][1].plan.budget, dense)
         with _configured(model, stored):
-            _save_by_transformers(model, staging, max_shard_size=max_shard_size, **kwargs)
+            by_transformers(patch, "save_pretrained", staging, max_shard_size=max_shard_size, **kwargs)
         writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
         try:
             for number, (_, runtime, local) in enumerate(homes):
@@ -121,7 +121,7 @@ def push_packed(
     """
     model: Any = patch.model
     if getattr(model, "_hf_peft_config_loaded", False):  # adapters only
-        return str(type(model).push_to_hub.__wrapped__(model, repo_id, tags=tags, **to_hub))
+        return str(by_transformers(patch, "push_to_hub", repo_id, tags=tags, **to_hub))
     own_tags = [tags] if isinstance(tags, str) else list(tags or ())
     with TemporaryDirectory() as directory:
         tags = [*(model.model_tags or ()), *own_tags]
@@ -131,10 +131,6 @@ def push_packed(
 
 ANSWERS: dict[str, Callable[..., Any]] = {"save_pretrained": save_packed, "push_to_hub": push_packed}
 """Methods of a patched model, and what takes their places."""
-
-
-def _save_by_transformers(model: Any, *args: Any, **kwargs: Any) -> None:
-    type(model).save_pretrained.__wrapped__(model, *args, **kwargs)
 
 
 def packed_config(

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from dynaexq.kernels import gradients, reference
+from dynaexq.kernels import reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.memory.graph_sync import PlainExchange
 
@@ -33,6 +33,17 @@ class Backend(Protocol):
         counts: Tensor | None = None,
     ) -> Tensor:
         """See `dispatch.expert_mlp`."""
+
+    def expert_gradients(
+        self,
+        grad: Tensor,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        layer: ExpertLayer,
+        upgrades: Upgrades,
+    ) -> tuple[Tensor, Tensor]:
+        """See `gradients.expert_gradients`."""
 
     def counts_routing(self, hidden_states: Tensor, layer: ExpertLayer) -> bool:
         """Whether `expert_mlp` takes `counts` for these rows."""
@@ -65,8 +76,8 @@ def expert_gradients(
     upgrades: Upgrades,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `hidden_states` and `top_k_weights`; see `gradients.expert_gradients` for the arguments."""
-    module = BACKENDS["cpu"] if hidden_states.is_cpu else gradients.__name__
-    return import_module(module).expert_gradients(grad, hidden_states, top_k_index, top_k_weights, layer, upgrades)
+    backend = _backend_for(hidden_states, layer)
+    return backend.expert_gradients(grad, hidden_states, top_k_index, top_k_weights, layer, upgrades)
 
 
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:

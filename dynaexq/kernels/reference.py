@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
+from dynaexq.kernels.gradients import expert_gradients
+
+__all__ = ["counts_routing", "expert_gradients", "expert_mlp"]
 
 
 def expert_mlp(

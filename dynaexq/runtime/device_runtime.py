@@ -203,12 +203,10 @@ class DeviceRuntime:
         elif retries.num_suspect:
             state, why = DEGRADED, f"an upgrade could not be copied, and is tried again later: {retries.last}"
         elif self._excess:
-            state, why = (
-                DEGRADED,
-                (
-                    f"{self._excess:,} bytes more are held than hbm_budget={self.plan.budget:,} allows, without any "
-                    "upgrade: dense weights were cast or added after patching; cast them back, or set_budget"
-                ),
+            state = DEGRADED
+            why = (
+                f"{self._excess:,} bytes more are held than hbm_budget={self.plan.budget:,} allows, without any "
+                "upgrade: dense weights were cast or added after patching; cast them back, or set_budget"
             )
         elif self.frozen or self.settings.policy == "frozen":
             why = "precision is frozen by choice"
