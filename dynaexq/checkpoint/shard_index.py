@@ -11,20 +11,20 @@ from dynaexq.safeguards.outside_files import read_json
 INDEX = "model.safetensors.index.json"
 
 
-def read_index(directory: Path) -> dict[str, str]:
-    """The file of every tensor.
+def read_index(directory: Path, name: str = INDEX) -> dict[str, str]:
+    """The file of every tensor, from the index called `name`.
 
     Raises:
         CheckpointError: there is no index, or it cannot be read, or it points out of its directory.
     """
-    index = directory / INDEX
+    index = directory / name
     try:
         files = dict(read_json(index, CheckpointError, "fetch it again")["weight_map"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{index} cannot be read ({error!r}); fetch it again") from error
-    for name in files.values():
-        if not is_file_name(name):
-            raise CheckpointError(f"{index} names {name!r}, which is no file of its directory; do not trust it")
+    for file in files.values():
+        if not is_file_name(file):
+            raise CheckpointError(f"{index} names {file!r}, which is no file of its directory; do not trust it")
     return files
 
 

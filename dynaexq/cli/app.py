@@ -105,7 +105,12 @@ def plan(
 @app.command()
 def quantize(
     source: Annotated[
-        Path, typer.Argument(help="The 16-bit checkpoint: config.json and safetensors.", file_okay=False)
+        Path,
+        typer.Argument(
+            help="The checkpoint, a directory or a name on the Hub: config.json and safetensors in 16 bit, or in "
+            "FP8, MXFP4, GPTQ, AWQ or compressed-tensors.",
+            file_okay=False,
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="The directory to write.", file_okay=False)],
     tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
@@ -123,6 +128,9 @@ def quantize(
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to quantize; the accelerator if there is one.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Bytes of a file; 5GB if left out.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    subfolder: Annotated[str, typer.Option(help="Folder of the source with the checkpoint.")] = "",
+    variant: Annotated[str | None, typer.Option(help="fp16 for model.fp16.safetensors.")] = None,
     annotate: Annotated[
         bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantize when loading.")
     ] = False,
@@ -130,7 +138,9 @@ def quantize(
     """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
     from dynaexq.hf.config import DynaExqConfig
     from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
+    from dynaexq.hf.hub import checkpoint_directory
 
+    source = checkpoint_directory(source, revision, subfolder)
     options: dict[str, Any] = {"group_size": group_size, "quantizer": quantizer}
     if tiers is not None:
         options["tiers"] = _tiers_of(tiers)
@@ -143,19 +153,20 @@ def quantize(
             raise typer.BadParameter(
                 "--device and --max-shard-size are for packing; with --annotate nothing is packed"
             )
-        annotate_checkpoint(source, target, DynaExqConfig(**options))
+        annotate_checkpoint(source, target, DynaExqConfig(**options), variant=variant)
     else:
         if calibrate is not None:
-            options["calibration"] = _moments_of(source, calibrate, target, device)
+            options["calibration"] = _moments_of(source, calibrate, target, device, variant)
         try:
-            quantize_checkpoint(source, target, DynaExqConfig(**options, device=device), max_shard_size or "5GB")
+            config = DynaExqConfig(**options, device=device)
+            quantize_checkpoint(source, target, config, max_shard_size or "5GB", variant=variant)
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command goes on from here", err=True)
             raise
     typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
 
 
-def _moments_of(source: Path, calibrate: str, target: Path, device: str | None) -> Path:
+def _moments_of(source: Path, calibrate: str, target: Path, device: str | None, variant: str | None) -> Path:
     """The file `calibrate` if it holds moments, else moments gathered as it says and kept beside `target`."""
     from dynaexq.hf.calibration import calibrate_checkpoint
 
@@ -165,7 +176,7 @@ def _moments_of(source: Path, calibrate: str, target: Path, device: str | None) 
     if text is not None and text.suffix == ".safetensors":
         return text
     path = target.with_name(f"{target.name}.moments.safetensors")
-    calibrate_checkpoint(source, text, path, device)
+    calibrate_checkpoint(source, text, path, device, variant)
     typer.echo(f"{path} holds what calibration found; pass it to --calibrate or calibration= to use it again")
     return path
 

@@ -53,7 +53,9 @@ def calibrate(model: nn.Module, path: str | Path, windows: Iterable[Tensor] | No
     return moments
 
 
-def calibrate_checkpoint(source: Path, text: Path | None, path: Path, device: str | None = None) -> None:
+def calibrate_checkpoint(
+    source: Path, text: Path | None, path: Path, device: str | None = None, variant: str | None = None
+) -> None:
     """`calibrate` with the 16-bit checkpoint `source`, loaded whole, and the text of a file, or the model's own.
 
     Raises:
@@ -61,7 +63,7 @@ def calibrate_checkpoint(source: Path, text: Path | None, path: Path, device: st
             short, or there is no space.
     """
     read_config(source)
-    needed = sum(file.stat().st_size for file in checkpoint_files(source))
+    needed = sum(file.stat().st_size for file in checkpoint_files(source, variant))
     available = psutil.virtual_memory().available if device in (None, "cpu") else torch.cuda.mem_get_info(device)[0]
     if needed > available:
         raise CheckpointError(
@@ -71,7 +73,9 @@ def calibrate_checkpoint(source: Path, text: Path | None, path: Path, device: st
     windows: Iterable[Tensor] | None = None
     if text is not None:
         windows = tqdm(text_windows(AutoTokenizer.from_pretrained(source), text), desc="calibrating", unit="window")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", device_map={"": device or "cpu"}).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", device_map={"": device or "cpu"}, variant=variant
+    ).eval()
     calibrate(model, path, windows)
 
 

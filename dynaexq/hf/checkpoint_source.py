@@ -8,9 +8,9 @@ dimension first, so a few experts are converted as well as all of them.
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +23,55 @@ from transformers.core_model_loading import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import INDEX, MARK, Shard, read_index
+from dynaexq.checkpoint import INDEX, MARK, Entry, Shard, read_index
 from dynaexq.errors import CheckpointError
 from dynaexq.hf.discovery import FLOAT_DTYPES, SparseLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.weights.fingerprints import Fingerprints
 
+_NO_PICKLES = "pickles are never opened: convert the checkpoint with safetensors"
 
-def checkpoint_files(source: Path) -> list[Path]:
+
+class TensorFile(Protocol):
+    """A file of tensors to read rows from: a `Shard`, or what stands for one."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...
+
+    @property
+    def close(self) -> Callable[[], object]: ...
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor: ...
+
+
+def checkpoint_files(source: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a checkpoint directory that Transformers reads: a single one, or those of the index.
+
+    Args:
+        variant: "fp16" for `model.fp16.safetensors`, as in `from_pretrained`.
 
     Raises:
         CheckpointError: there are none, the index cannot be read, or it points out of the directory.
     """
-    if (source / SAFE_WEIGHTS_NAME).exists():
-        return [source / SAFE_WEIGHTS_NAME]
-    if not (source / INDEX).exists():
+    single, index = (of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, INDEX))
+    if (source / single).exists():
+        return [source / single]
+    if not (source / index).exists():
+        others = sorted(file.name for file in source.glob("*.safetensors*"))
         raise CheckpointError(
-            f"expected {SAFE_WEIGHTS_NAME} or {INDEX} in {source}, found neither; pickles are never opened: convert "
-            "the checkpoint with safetensors"
+            f"expected {single} or {index} in {source}, found neither; "
+            + (f"it has {', '.join(others[:3])}: name the variant, or leave it out" if others else _NO_PICKLES)
         )
-    return [source / name for name in sorted(set(read_index(source).values()))]
+    return [source / name for name in sorted(set(read_index(source, index).values()))]
+
+
+def of_variant(name: str, variant: str | None) -> str:
+    """The name that a file has in a checkpoint's `variant`."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def open_shards(files: Sequence[str | Path] | None) -> list[Shard]:
@@ -110,23 +138,24 @@ class _Recipe:
         self.name, self.shape, self.dtype = name, tuple(parameter.shape), parameter.dtype
         self.skeleton = parameter.detach().to("meta")
         self.converter = converter
-        self.tensors: dict[str, list[tuple[Shard, str]]] = defaultdict(list)
+        self.tensors: dict[str, list[tuple[TensorFile, str]]] = defaultdict(list)
 
     def check(self, model: _Skeleton, config: Any) -> None:
         """Raise a CheckpointError unless the tensors are there and have the shapes that the model asks for."""
         if not self.tensors:
             raise CheckpointError(f"the checkpoint has no tensor for {self.name}; is a shard missing?")
         for sources in self.tensors.values():
-            kinds = {(shard.entries[key].dtype, shard.entries[key].shape) for shard, key in sources}
-            if len(kinds) > 1 or not self._is_complete(sources):
+            shapes = {shard.entries[key].shape for shard, key in sources}
+            if len(shapes) > 1 or not self._is_complete(sources):
                 raise CheckpointError(
                     f"expected {self.shape[0]} experts of one shape for {self.name}, found {len(sources)} tensors of "
-                    f"{sorted({str(list(shape)) for _, shape in kinds})}; the checkpoint is incomplete or damaged"
+                    f"{sorted(str(list(shape)) for shape in shapes)}; the checkpoint is incomplete or damaged"
                 )
-            dtype, _ = next(iter(kinds))
-            if dtype not in FLOAT_DTYPES:
+            quantized = ((key, shard.entries[key].dtype) for shard, key in sources)
+            key, dtype = next((found for found in quantized if found[1] not in FLOAT_DTYPES), ("", None))
+            if dtype is not None:
                 raise CheckpointError(
-                    f"the experts of this checkpoint are quantized already ({sources[0][1]} is {dtype}), and their "
+                    f"the experts of this checkpoint are quantized already ({key} is {dtype}), and their "
                     "packing cannot be taken over exactly; give the 16-bit checkpoint they were made from"
                 )
         wanted = (1, *self.shape[1:])
@@ -142,20 +171,20 @@ class _Recipe:
 
     def read(self, first: int, last: int, model: _Skeleton, config: Any) -> Tensor:
         """Experts `first` to `last` (exclusive), in the dtype of the parameter."""
-        return self._convert(self._entries(first, last), model, config).to(self.dtype)
+        return self._convert(self._entries(first, last), model, config)
 
     @property
     def files(self) -> str:
         """The shards that it is read from, for error messages."""
         return ", ".join(sorted({str(shard.path) for sources in self.tensors.values() for shard, _ in sources}))
 
-    def _is_complete(self, sources: list[tuple[Shard, str]]) -> bool:
+    def _is_complete(self, sources: list[tuple[TensorFile, str]]) -> bool:
         shard, key = sources[0]
         if self._is_stacked(sources):
             return shard.entries[key].shape[0] == self.shape[0]
         return len(sources) == self.shape[0]
 
-    def _is_stacked(self, sources: list[tuple[Shard, str]]) -> bool:
+    def _is_stacked(self, sources: list[tuple[TensorFile, str]]) -> bool:
         """Whether one tensor holds all experts; else there is one per expert."""
         shard, key = sources[0]
         return len(sources) == 1 and len(shard.entries[key].shape) == len(self.shape)
@@ -165,8 +194,10 @@ class _Recipe:
         for pattern, sources in self.tensors.items():
             rows = (first, last) if self._is_stacked(sources) else (0, None)
             wanted = sources if self._is_stacked(sources) else sources[first:last]
-            read = _shape_only if on_meta else Shard.read
-            entries[pattern] = [read(shard, key, *rows) for shard, key in wanted]
+            if on_meta:
+                entries[pattern] = [_shape_only(shard.entries[key], *rows) for shard, key in wanted]
+            else:
+                entries[pattern] = [shard.read(key, *rows).to(self.dtype) for shard, key in wanted]
         return entries
 
     def _convert(self, entries: dict[str, list[Tensor]], model: _Skeleton, config: Any) -> Tensor:
@@ -193,7 +224,7 @@ class CheckpointSource:
     host_nbytes = 0
     is_lasting = True
 
-    def __init__(self, model: Any, layers: Sequence[SparseLayer], shards: Sequence[Shard]):
+    def __init__(self, model: Any, layers: Sequence[SparseLayer], shards: Sequence[TensorFile]):
         self.num_layers, self.num_experts = len(layers), layers[0].num_experts
         self.first_expert = 0
         self._fingerprints = Fingerprints()
@@ -268,7 +299,6 @@ class CheckpointSource:
                 recipe.converter = converter_of.get(pattern)
 
 
-def _shape_only(shard: Shard, key: str, first: int, last: int | None) -> Tensor:
-    """The shape and dtype that `Shard.read` would give, on the meta device."""
-    entry = shard.entries[key]
+def _shape_only(entry: Entry, first: int, last: int | None) -> Tensor:
+    """The shape and dtype that those rows have, on the meta device."""
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")[first:last]

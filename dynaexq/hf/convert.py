@@ -8,21 +8,23 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from dynaexq.checkpoint import INDEX, PackedWriter, Shard, ShardWriter, link_or_copy, replaced, write_index
+from dynaexq.checkpoint import INDEX, PackedWriter, ShardWriter, link_or_copy, replaced, write_index
 from dynaexq.errors import SettingsError
 from dynaexq.hf.calibration import moments_for
-from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
+from dynaexq.hf.checkpoint_source import CheckpointSource, TensorFile, checkpoint_files, of_variant, open_shards
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.meta_model import meta_model
+from dynaexq.hf.hub import checkpoint_directory
+from dynaexq.hf.meta_model import meta_model, quantization_of
 from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device
+from dynaexq.hf.quantized_source import PACKINGS, open_checkpoint
 from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard
 from dynaexq.quantization import ExpertCodec, Moments
 from dynaexq.settings import Settings, parse_bytes
@@ -39,32 +41,45 @@ COPIED_AT_ONCE = 2**26  # bytes of a dense tensor
 
 
 def quantize_checkpoint(
-    source: str | Path, target: str | Path, config: DynaExqConfig, max_shard_size: int | str = "5GB"
+    source: str | Path,
+    target: str | Path,
+    config: DynaExqConfig,
+    max_shard_size: int | str = "5GB",
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
 ) -> Path:
     """Write the packed checkpoint of `source` to `target`; it appears there complete, or not at all.
 
     Args:
-        source: a directory with config.json and safetensors shards in 16 (or 32) bit.
+        source: a directory with config.json and safetensors shards in 16 (or 32) bit, or quantized by one of the
+            methods in `quantized_source.PACKINGS`: those are dequantized as they are read. Or the name of such a
+            repository on the Hub.
         config: `tiers`, or an `hbm_budget` to choose them by, must be named.
         max_shard_size: bytes of a shard, as in Transformers.
+        revision, subfolder, variant: as in `from_pretrained`.
 
     Returns:
         The target directory.
 
     Raises:
         SettingsError: neither tiers nor a budget.
-        CheckpointError: the source is incomplete, damaged or quantized already, or the target cannot be written.
+        CheckpointError: the source is incomplete, damaged or quantized by another method, or the target
+            cannot be written.
         QuantizationError: an expert holds NaN, infinity, or a weight beyond 32768.
     """
-    source, target = Path(source), Path(target)
-    settings = config.settings()
+    target, settings = Path(target), config.settings()
     refuse_foreign_weights(target)
-    model = meta_model(source)
+    source = checkpoint_directory(source, revision, subfolder)
+    model = meta_model(source, PACKINGS)
     layers = find_sparse_layers(model, on_meta=True)
-    shards = open_shards(checkpoint_files(source))
+    shards = open_checkpoint(source, model.config, variant)
     experts = CheckpointSource(model, layers, shards)
     codec = _choose_codec(model, layers, settings)
-    stored = packed_config(config, codec, None if isinstance(settings.hbm_budget, str) else settings.hbm_budget)
+    budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
+    made_from = quantization_of(model.config).get("quant_method")
+    stored = packed_config(config, codec, budget, made_from=made_from)
     moments = moments_for(settings, layers)
     shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
     keys = experts.keys
@@ -85,21 +100,32 @@ def quantize_checkpoint(
     return target
 
 
-def annotate_checkpoint(source: str | Path, target: str | Path, config: DynaExqConfig) -> Path:
+def annotate_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    config: DynaExqConfig,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
+) -> Path:
     """Link the 16-bit checkpoint `source` into `target`, with a configuration that has it quantized when it is loaded.
 
-    Without dynaexq it loads as the 16-bit model it is. Raises as `quantize_checkpoint` does.
+    Without dynaexq it loads as the 16-bit model it is. Arguments and errors are those of `quantize_checkpoint`.
     """
-    source, target = Path(source), Path(target)
+    target = Path(target)
     refuse_foreign_weights(target)
+    source = checkpoint_directory(source, revision, subfolder)
+    files = checkpoint_files(source, variant)
     model = meta_model(source)
-    CheckpointSource(model, find_sparse_layers(model, on_meta=True), open_shards(checkpoint_files(source))).close()
+    CheckpointSource(model, find_sparse_layers(model, on_meta=True), open_shards(files)).close()
     with replaced(target) as staging:
-        files = checkpoint_files(source)
-        for file in files:
-            link_or_copy(file, staging / file.name)
-        if files[0].name != SAFE_WEIGHTS_NAME:
-            shutil.copyfile(source / INDEX, staging / INDEX)
+        if files == [source / of_variant(SAFE_WEIGHTS_NAME, variant)]:
+            link_or_copy(files[0], staging / SAFE_WEIGHTS_NAME)
+        else:
+            for file in files:
+                link_or_copy(file, staging / file.name)
+            shutil.copyfile(source / of_variant(INDEX, variant), staging / INDEX)
         _copy_others(source, staging, config)
     return target
 
@@ -115,14 +141,14 @@ def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> 
     return make_codec(layers[0], tiers, settings)
 
 
-def _fingerprint(shards: Iterable[Shard], config: DynaExqConfig, moments: Moments | None) -> str:
+def _fingerprint(shards: Iterable[TensorFile], config: DynaExqConfig, moments: Moments | None) -> str:
     """What a conversion depends on: the source's files as they are now, and how they are packed."""
     known = moments and [zlib.crc32(part.numpy().data) for part in (moments.up, moments.down, moments.tokens)]
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
     return json.dumps({"files": files, "packed": config.packed, "moments": known}, sort_keys=True)
 
 
-def _copy_dense(shards: list[Shard], experts: set[str], staging: Path) -> dict[str, str]:
+def _copy_dense(shards: Sequence[TensorFile], experts: set[str], staging: Path) -> dict[str, str]:
     """Copy all tensors that are no experts, shard by shard; returns the file of each."""
     files: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):

@@ -1,12 +1,50 @@
-"""A packed checkpoint on its way to the Hugging Face Hub. All of it is done by huggingface_hub."""
+"""Checkpoints from the Hugging Face Hub, and packed ones on their way to it. All of it is done by huggingface_hub."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.model_card import CARD
+
+OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "*.tflite")
+"""Files of a repository that no checkpoint here is read from."""
+
+
+def checkpoint_directory(source: str | Path, revision: str | None = None, subfolder: str = "") -> Path:
+    """The directory of a checkpoint: `source` itself, or a copy of that repository in the cache of the Hub.
+
+    Args:
+        revision, subfolder: as in `from_pretrained`.
+
+    Raises:
+        CheckpointError: there is no such directory and no such repository, or it cannot be reached.
+        SettingsError: a revision of a directory.
+    """
+    directory = Path(source)
+    if directory.exists() or not is_repository(directory):
+        if revision is not None:
+            raise SettingsError(f"revision={revision!r} is for repositories on the Hub, and {source} is none")
+        return directory / subfolder
+    wanted = f"{subfolder}/*" if subfolder else None
+    try:
+        copy = snapshot_download(
+            directory.as_posix(), revision=revision, allow_patterns=wanted, ignore_patterns=list(OTHER_FORMATS)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"there is no directory {source}, and as a repository on the Hub it cannot be fetched: {reason}"
+        ) from error
+    return Path(copy) / subfolder
+
+
+def is_repository(source: Path) -> bool:
+    """Whether `source` can be the name of a repository, `organization/name` or `name`, and no other path."""
+    return len(source.parts) in (1, 2) and not source.is_absolute() and source.parts[0] not in (".", "..", "~")
 
 
 def upload(

@@ -4,6 +4,7 @@ No weights are looked for, and no code that a checkpoint may bring with it is ru
 """
 
 import copy
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,36 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnsupportedModelError
+from dynaexq.hf.hub import is_repository
+
+UNPACKING = ", or pack it first: `dynaexq quantize` takes those of FP8, MXFP4, GPTQ, AWQ and compressed-tensors"
 
 
-def meta_model(source: Path) -> Any:
+def meta_model(source: Path, unpacked: Collection[str] = ()) -> Any:
     """The model of a 16-bit checkpoint directory.
 
+    Args:
+        unpacked: methods of quantization whose codes the caller makes 16-bit weights of.
+
     Raises:
-        CheckpointError: there is no configuration, or the checkpoint is quantized already.
+        CheckpointError: there is no configuration, or the checkpoint is quantized by another method.
         UnsupportedModelError: no model can be built from it.
     """
     if not (source / "config.json").is_file():
         raise CheckpointError(f"expected a checkpoint directory with a config.json, found none in {source}")
     config = read_config(source)
-    method = quantization_method(config)
-    if method is not None:
-        raise CheckpointError(
-            f"{source} is quantized already (quant_method={method!r}), and its packing cannot be taken over exactly; "
-            "give the 16-bit checkpoint it was made from"
-        )
+    refuse_quantized(source, quantization_of(config).get("quant_method"), unpacked)
     return build_meta_model(config)
+
+
+def refuse_quantized(source: Path, method: Any, unpacked: Collection[str]) -> None:
+    """Raise a CheckpointError if the checkpoint is quantized by a method that is not among `unpacked`."""
+    if method is None or method in unpacked:
+        return
+    raise CheckpointError(
+        f"{source} is quantized already (quant_method={str(method)!r}), and its packing cannot be taken over exactly; "
+        "give the 16-bit checkpoint it was made from" + UNPACKING
+    )
 
 
 def read_config(source: Path) -> Any:
@@ -39,8 +51,7 @@ def read_config(source: Path) -> Any:
     Raises:
         CheckpointError: it is missing, or Transformers cannot read it.
     """
-    is_repository = len(source.parts) <= 2 and not source.is_absolute() and source.suffix != ".json"
-    if not source.exists() and not is_repository:
+    if not source.exists() and (source.suffix == ".json" or not is_repository(source)):
         raise CheckpointError(f"expected a checkpoint directory or a config.json, found nothing at {source}")
     if source.is_dir() and not (source / "config.json").is_file():
         raise CheckpointError(f"expected a checkpoint directory with a config.json, found none in {source}")
@@ -50,12 +61,12 @@ def read_config(source: Path) -> Any:
         raise CheckpointError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
 
 
-def quantization_method(config: Any) -> str | None:
-    """The quantization method of the weights that belong to `config`, or None."""
+def quantization_of(config: Any) -> dict[str, Any]:
+    """How the weights that belong to `config` are quantized, as config.json has it; empty for 16 bit."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
-        return None
-    return str(quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method)
+        return {}
+    return dict(quantized if isinstance(quantized, dict) else quantized.to_dict())
 
 
 def build_meta_model(config: Any) -> Any:

@@ -55,11 +55,12 @@ def model_card(
         library_name="transformers", base_model=repository, tags=["dynaexq", "mixture-of-experts", *tags]
     )
     mix = f" Every expert has its {tiers[0]} base; which ones are read at {tiers[-1]} follows the traffic."
+    codes = f" (quantized by {packed['made_from']} before)" if "made_from" in packed else ""
     text = _TEXT.format(
         data=data.to_yaml(),
         name=place.rpartition("/")[2] if place else f"{architecture} at {' + '.join(tiers)}",
         architecture=architecture,
-        origin=f" from `{repository}`" if repository else "",
+        origin=(f" from `{repository}`" if repository else "") + codes,
         made_by=_MADE_BY,
         version=__version__,
         tiers=" + ".join(tiers),

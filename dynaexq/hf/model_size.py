@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dynaexq.checkpoint import INDEX, QUANT_METHOD
-from dynaexq.errors import CheckpointError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.kv_cache_size import context_bytes
-from dynaexq.hf.meta_model import build_meta_model, quantization_method, read_config
+from dynaexq.hf.meta_model import build_meta_model, quantization_of, read_config, refuse_quantized
 from dynaexq.hf.planning import inspect_model
+from dynaexq.hf.quantized_source import PACKINGS
 from dynaexq.planning.budget import ModelSpec
 from dynaexq.settings import Settings
 
@@ -52,7 +52,17 @@ class InspectedCheckpoint:
         context = context_bytes(self._model, self._layers, settings.max_context, settings.max_batch)
         spec = inspect_model(self._model, self._layers, settings, stored=stored, context=context)
         name = type(self._model).__name__ if self._source.is_file() else self._source.resolve().name
-        return replace(spec, name=name, index=_indexed(self._source))
+        return replace(spec, name=name, index=self._indexed())
+
+    def _indexed(self) -> int | None:
+        """Bytes of all weights as the index beside the configuration has them; None where those are not 16 bit."""
+        directory = self._source.parent if self._source.is_file() else self._source
+        if self._kept is None and quantization_of(self._config):
+            return None
+        try:
+            return int(json.loads((directory / INDEX).read_text())["metadata"]["total_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
 
 def inspect_checkpoint(source: Path, config: DynaExqConfig) -> ModelSpec:
@@ -61,23 +71,10 @@ def inspect_checkpoint(source: Path, config: DynaExqConfig) -> ModelSpec:
 
 
 def _kept_options(source: Path, model_config: Any) -> DynaExqConfig | None:
-    """The options kept with a packed or annotated checkpoint, None for plain 16-bit weights."""
-    method = quantization_method(model_config)
-    if method is None:
+    """The options kept with a packed or annotated checkpoint, None for 16-bit weights or what stands for them."""
+    quantized = quantization_of(model_config)
+    if quantized.get("quant_method") != QUANT_METHOD:
+        refuse_quantized(source, quantized.get("quant_method"), PACKINGS)
         return None
-    if method != QUANT_METHOD:
-        raise CheckpointError(
-            f"{source} is quantized already (quant_method={method!r}), and its packing cannot be taken over exactly; "
-            "give the 16-bit checkpoint it was made from, or its config.json"
-        )
-    kept: DynaExqConfig = DynaExqConfig.from_dict(model_config.quantization_config)
+    kept: DynaExqConfig = DynaExqConfig.from_dict(quantized)
     return kept
-
-
-def _indexed(source: Path) -> int | None:
-    """Bytes of all weights as the index beside the configuration has them."""
-    directory = source.parent if source.is_file() else source
-    try:
-        return int(json.loads((directory / INDEX).read_text())["metadata"]["total_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -14,13 +14,15 @@ from torch import nn
 
 from dynaexq.errors import PatchError, UnsupportedModelError
 from dynaexq.hf.calibration import moments_for
-from dynaexq.hf.checkpoint_source import CheckpointSource, checkpoint_files, open_shards
+from dynaexq.hf.checkpoint_source import CheckpointSource
 from dynaexq.hf.config import DynaExqConfig, as_config
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
 from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers, transformers_model
+from dynaexq.hf.meta_model import read_config
 from dynaexq.hf.model_patch import RECORD, ModelPatch
 from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_device
 from dynaexq.hf.planning import plan as make_plan
+from dynaexq.hf.quantized_source import open_checkpoint
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.device_runtime import DeviceRuntime
@@ -116,7 +118,8 @@ def _source_in(directory: Path, model: nn.Module, layers: Sequence[SparseLayer])
             f"{on_meta[0]} is on the meta device, and patch reads experts only; load the dense weights first, or load "
             "the whole model with from_pretrained(..., quantization_config=dynaexq.DynaExqConfig(...))"
         )
-    return CheckpointSource(model, layers, open_shards(checkpoint_files(directory)))
+    config = read_config(directory) if (directory / "config.json").is_file() else model.config
+    return CheckpointSource(model, layers, open_checkpoint(directory, config))
 
 
 def _is_of(name: str, layers: Sequence[SparseLayer]) -> bool:

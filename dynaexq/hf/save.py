@@ -134,9 +134,17 @@ ANSWERS: dict[str, Callable[..., Any]] = {"save_pretrained": save_packed, "push_
 
 
 def packed_config(
-    config: DynaExqConfig, codec: ExpertCodec, budget: int | None, dense: str | None = None
+    config: DynaExqConfig,
+    codec: ExpertCodec,
+    budget: int | None,
+    dense: str | None = None,
+    made_from: str | None = None,
 ) -> DynaExqConfig:
-    """`config` as a packed checkpoint keeps it: with its tiers, the format of dense weights and the last budget."""
+    """`config` as a packed checkpoint keeps it: with its tiers, the format of dense weights and the last budget.
+
+    Args:
+        made_from: how the source was quantized, if it was not in 16 bit.
+    """
     options = config.named_options() | {"tiers": codec.tiers} | ({"hbm_budget": budget} if budget else {})
     packed = {
         "format_version": FORMAT_VERSION,
@@ -145,6 +153,9 @@ def packed_config(
         "group_size": options.pop("group_size", 64),
         "quantizer": options.pop("quantizer", "als"),
     }
+    made_from = made_from or (config.packed or {}).get("made_from")
+    if made_from is not None:
+        packed["made_from"] = made_from
     options.pop("dense", None)
     if dense is not None:
         packed["dense"] = options["dense"] = dense

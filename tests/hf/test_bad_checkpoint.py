@@ -206,7 +206,7 @@ def test_a_dense_model_is_refused_by_name(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=dynaexq.DynaExqConfig())
 
 
-@pytest.mark.parametrize("method", ["gptq", "auto-round", "fp8"])
+@pytest.mark.parametrize("method", ["auto-round", "bitnet"])
 def test_experts_that_are_quantized_otherwise_are_refused_by_name(
     checkpoints: dict[str, Path], tmp_path: Path, method: str
 ) -> None:

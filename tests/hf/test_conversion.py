@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from files import copied
+from huggingface_hub.errors import HFValidationError
 from models import tiny_model, tokens
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -16,8 +17,9 @@ from typer.testing import CliRunner
 import dynaexq
 from dynaexq.cli.app import app
 from dynaexq.errors import CheckpointError, SettingsError
+from dynaexq.hf import hub
 from dynaexq.hf.config import DynaExqConfig
-from dynaexq.hf.convert import quantize_checkpoint
+from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
 from dynaexq.quantization import ExpertCodec
 
 
@@ -57,6 +59,66 @@ def test_the_command_annotates_a_checkpoint(source: Path, tmp_path: Path) -> Non
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     assert torch.equal(logits(tmp_path / "a"), patched_logits(source, tiers=("int4",)))
+
+
+@pytest.mark.parametrize("shard_size", ["150KB", "1GB"])
+@pytest.mark.parametrize("annotate", [[], ["--annotate"]], ids=["packed", "annotated"])
+def test_a_variant_in_a_subfolder_is_taken_as_transformers_takes_it(
+    tmp_path: Path, annotate: list[str], shard_size: str
+) -> None:
+    model = tiny.tiny_qwen3_moe()
+    model.save_pretrained(tmp_path / "source" / "inner", variant="other", max_shard_size=shard_size)
+    target = tmp_path / "target"
+    options = ["--tiers", "int4,int8", "--subfolder", "inner", "--variant", "other", *annotate]
+    result = CliRunner().invoke(app, ["quantize", str(tmp_path / "source"), str(target), *options])
+    assert result.exit_code == 0, result.output
+    model.save_pretrained(tmp_path / "plain")
+    config = DynaExqConfig(tiers=("int4", "int8"), hbm_budget="1MB")
+    loaded = AutoModelForCausalLM.from_pretrained(target, quantization_config=config)
+    assert torch.equal(tiny.logits(loaded), patched_logits(tmp_path / "plain", tiers=("int4", "int8")))
+
+
+def test_a_variant_that_is_missing_is_refused_with_what_is_there(source: Path, tmp_path: Path) -> None:
+    for convert in (quantize_checkpoint, annotate_checkpoint):
+        with pytest.raises(CheckpointError, match=r"expected model.fp16.safetensors or .* it has model-00001-of"):
+            convert(source, tmp_path / "out", DynaExqConfig(tiers=("int4",)), variant="fp16")
+
+
+def test_a_repository_is_fetched_without_other_formats(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"], options["allow_patterns"]))
+        assert {"*.bin", "*.gguf"} <= set(options["ignore_patterns"])
+        (tmp_path / "cache").mkdir()
+        copied(source, tmp_path / "cache").rename(tmp_path / "cache" / "inner")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    quantize_checkpoint(
+        "them/model", tmp_path / "out", DynaExqConfig(tiers=("int4",)), revision="v2", subfolder="inner"
+    )
+    assert asked == [("them/model", "v2", "inner/*")]
+    assert torch.equal(logits(tmp_path / "out"), patched_logits(source, tiers=("int4",)))
+
+
+def test_what_is_neither_a_directory_nor_a_repository_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(name: str, **options: Any) -> str:
+        raise HFValidationError("no such name\nand more")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    config = DynaExqConfig(tiers=("int4",))
+    with pytest.raises(CheckpointError, match=r"no directory no/where, and as a repository .*: no such name$"):
+        quantize_checkpoint("no/where", tmp_path / "out", config)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint directory with a config\.json"):
+        quantize_checkpoint(tmp_path / "nothing", tmp_path / "out", config)
+    with pytest.raises(SettingsError, match="revision='v2' is for repositories on the Hub"):
+        quantize_checkpoint(source, tmp_path / "out", config, revision="v2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_budget_alone_chooses_the_ladder_that_patch_would(source: Path, tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_the_least_card_is_the_least_that_fits(sizes: dict[str, ModelSpec], name
         ('{"model_type": "qwen3_moe", "num_hidden_layers": 0}', UnsupportedModelError, "expected sparse layers"),
         ('{"model_type": "llama", "num_hidden_layers": 1}', UnsupportedModelError, "dense models need no dynaexq"),
         ('{"model_type": "clip"}', UnsupportedModelError, "cannot build a clip"),
-        ('{"model_type": "mixtral", "quantization_config": {"quant_method": "gptq"}}', CheckpointError, "'gptq'"),
+        ('{"model_type": "mixtral", "quantization_config": {"quant_method": "bitnet"}}', CheckpointError, "'bitnet'"),
     ],
 )
 def test_a_configuration_of_no_use_is_a_sentence(

@@ -7,8 +7,10 @@ import ctypes
 import logging
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +102,39 @@ def test_the_result_does_not_depend_on_the_number_of_threads(num_tokens):
     finally:
         torch.set_num_threads(1)
     assert threads.parallel(), "PyTorch's threads were found, else this test shows nothing"
+
+
+PARALLEL = ctypes.CFUNCTYPE(
+    None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+)
+
+
+@pytest.mark.parametrize("lost", ["at the end", "in between", "never"])
+def test_what_a_call_has_lost_is_what_its_caller_waited_or_stood_still(monkeypatch, lost):
+    pause, calls, seen = 0.02, [], []
+
+    def parallel(work, data, num_threads, flags):
+        calls.append((num_threads, flags))
+        if lost == "in between":
+            time.sleep(pause)
+        began = time.thread_time()
+        while lost == "never" and time.thread_time() < began + pause:
+            pass
+        work(data)
+        if lost == "at the end":
+            time.sleep(pause)
+
+    start = PARALLEL(parallel)
+    monkeypatch.setattr(native.threads, "parallel", lambda: ctypes.cast(start, ctypes.c_void_p).value)
+    monkeypatch.setattr(native, "team", SimpleNamespace(size=2, observe=lambda *seconds: seen.append(seconds)))
+    got = fused(("int4", "int8"), torch.float32, GATED, 64)
+    began, ran = time.monotonic(), time.thread_time()
+    check(f"lost {lost}", got)
+    elapsed, off_core = time.monotonic() - began, time.monotonic() - began - (time.thread_time() - ran)
+    ((took, counted),) = seen
+    assert set(calls) == {(2, 0)}
+    assert pause * len(calls) <= took <= elapsed
+    assert (0 if lost == "never" else pause * len(calls)) <= counted <= off_core + pause / 2
 
 
 def test_a_forked_child_computes_the_same_on_one_thread():
