@@ -63,7 +63,8 @@ class DynaExqQuantizer(HfQuantizer):
         if device_map is None:
             device = resolve_device(self.settings)
             return {"": device if device.type == "cpu" else device.index}
-        if self.settings.device is not None:
+        devices = set(map(str, device_map.values())) if isinstance(device_map, dict) else set()
+        if self.settings.device is not None and devices != {str(resolve_device(self.settings))}:
             raise SettingsError(
                 f"expected device={self.settings.device!r} or device_map={device_map!r}, got both; leave one out"
             )

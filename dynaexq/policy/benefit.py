@@ -10,6 +10,7 @@ Two questions, in the share of all removable error (hotness x gain) that a set o
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 WORTHWHILE_LIFT = 0.1
 """Least share of what an even choice leaves that the held set must remove for a mix to be called worth it."""
@@ -145,6 +146,9 @@ class Verdict:
     def lift(self) -> float:
         """Share removed of what an even choice leaves: 0 for no skill, 1 for all (the skill score of forecasters)."""
         return lift(self.removed, self.even)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # in a notebook
 
     def __str__(self) -> str:
         if not 0 < self.even < 1:

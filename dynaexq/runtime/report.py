@@ -11,6 +11,8 @@ from rich.table import Table
 
 from dynaexq.policy.controller import Window
 
+WIDTH = 72  # characters of the table
+
 
 @dataclass
 class RoutingTotals:
@@ -82,7 +84,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=72, force_terminal=False)
+        console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
@@ -90,6 +92,7 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, file=io.StringIO(), width=72)
+        # Else rich, in a notebook, would show what it is to record.
+        console = Console(record=True, file=io.StringIO(), width=WIDTH, force_jupyter=False)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

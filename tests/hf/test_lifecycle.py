@@ -5,10 +5,12 @@ import gc
 import io
 import pickle
 import queue
+import re
 import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -501,7 +503,9 @@ def test_a_block_shows_its_row_of_the_runtime() -> None:
     assert (rt.hotness() >= 0).all(), "a caller's array is a copy"
 
 
-def test_the_report_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_can_be_read(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
     model = patched(update_interval=1)
     tiny.generated(model)
     report = model.dynaexq.report()
@@ -510,10 +514,17 @@ def test_the_report_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     for line in ("dynaexq: int2 + int4", f"{total:,}", "experts at 2 bits", "experts at 4 bits", "hot coverage"):
         assert line in printed
     assert repr(report) == printed
+    assert "\x1b" not in printed
     html = report._repr_html_()
     assert html.startswith("<pre>")
     assert f"{total:,}" in html
+    assert set(re.findall(r"color: (#\w+)", html)) == {"#7f7f7f"}, "it is read on white and on black"
+    assert "background" not in html
     assert capsys.readouterr().out == "", "a notebook shows the table once"
+    for words in (model.dynaexq.verdict(), model.dynaexq.health()):
+        shown: list[str] = []
+        words._repr_pretty_(SimpleNamespace(text=shown.append), cycle=False)
+        assert shown == [str(words)]
     assert repr(model.dynaexq) == f"Runtime(int2 + int4, 8 of 16 experts upgraded, {total:,} of {total:,} bytes)"
 
 

@@ -73,6 +73,13 @@ def test_a_dequantized_model_is_plain_and_answers_as_before(
     assert_close("logits of what was saved", answer, tiny.logits(again), 1e-5)
 
 
+def test_a_model_whose_runtime_was_closed_can_be_dequantized():
+    model = patched("int4", "int8")
+    answer = tiny.logits(model)
+    model.dynaexq.close()
+    assert_close("logits", answer, tiny.logits(model.dequantize()), 1e-5)
+
+
 def test_a_dequantized_model_comes_in_the_dtype_that_was_asked_for():
     model = patched("int4").dequantize(dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
