@@ -56,6 +56,7 @@ BENCHMARKS = (
     Benchmark(
         "layers/contention", "layers/contention.py", "one layer beside a program that uses a core", "contention.json"
     ),
+    Benchmark("quality/dense", "quality/dense.py", "KL and bytes of packed dense layers", "dense.json"),
     Benchmark("layers/encode", "layers/encode_speed.py", "weights quantized per second", "encode_speed.json"),
     Benchmark("models/cpu", "models/cpu_model.py", "tokens per second of whole models on a CPU", "cpu_model.json"),
     Benchmark(

@@ -84,8 +84,8 @@ class Options:
             fp16 stands for the model's own dtype.
         device: where the model computes, such as `"cpu"` or `"cuda:1"`; None takes the accelerator if there is one,
             else the CPU.
-        dense: None leaves the dense linear layers as they are, `"bnb-4bit"` and `"bnb-8bit"` quantize them with
-            bitsandbytes.
+        dense: None leaves the dense linear layers as they are; `"int8"` and `"int4"` pack them as experts are packed,
+            the head of the model as well; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
         policy: `"topn"`, `"threshold"`, `"frozen"`, or a callable `(score, upgraded, slots) -> wanted` over
             `[num_layers, num_experts]` arrays (see `policy.selection`).
         allocation: `"global"` lets layers compete for upgrade slots, `"per_layer"` gives each the same number.
@@ -156,7 +156,7 @@ class Settings(Options):
         _one_of("group_size", self.group_size, (32, 64, 128))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
         if self.dense is not None:
-            _one_of("dense", self.dense, ("bnb-4bit", "bnb-8bit"))
+            _one_of("dense", self.dense, ("int8", "int4", "bnb-8bit", "bnb-4bit"))
         if not callable(self.policy):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
         if not isinstance(self.auto_pause, bool):

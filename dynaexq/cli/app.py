@@ -80,7 +80,7 @@ def plan(
         str | None, typer.Option(help="Base and upgrade, such as int4,int8; the best if left out.")
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="Dense linear layers in bnb-4bit or bnb-8bit; sizes by arithmetic.")
+        str | None, typer.Option(help="Dense linear layers in int8, int4, bnb-8bit or bnb-4bit; sizes by arithmetic.")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     context: Annotated[

@@ -94,7 +94,7 @@ def _trials(options: dict[str, Any], context: int, batch: int) -> list[dict[str,
     """Changed options to try where nothing fits, what costs least first, and at last all of them together."""
     tiers: list[dict[str, Any]] = [{"tiers": "auto"}] if "tiers" in options else []
     groups: list[dict[str, Any]] = [{"group_size": 128}] if options.get("group_size", 64) < 128 else []
-    dense: list[dict[str, Any]] = [] if "dense" in options else [{"dense": "bnb-8bit"}, {"dense": "bnb-4bit"}]
+    dense: list[dict[str, Any]] = [] if "dense" in options else [{"dense": "int8"}, {"dense": "int4"}]
     alone = {"max_batch": 1} if batch > 1 else {}
     shorter: list[dict[str, Any]] = [alone] if alone else []
     while context > SHORTEST_CONTEXT:

@@ -1,6 +1,10 @@
-"""The dense linear layers of a model in 4 or 8 bits, through bitsandbytes and Transformers' quantizers for it."""
+"""The dense linear layers of a model in 4 or 8 bits: in our own formats, or by bitsandbytes through Transformers.
 
-from collections.abc import Iterator
+Either way a layer gets a quantized *twin*, and Transformers a quantizer that knows how such layers are loaded and
+saved. Routers, norms and embeddings stay as they are.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,34 +13,58 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
+from dynaexq.hf.discovery import SparseLayer
+from dynaexq.hf.packed_dense import DenseFormat, PackedDense, packed_twin
+from dynaexq.settings import Settings
+
+OWN = ("int4", "int8")
+"""The formats of `dense` that are ours."""
+
 NF4_BLOCK = 64
 NF4_TABLE_NBYTES = 64
 """Weights that share a float32 scale in bitsandbytes' NF4, and the bytes of each layer's table of sixteen values."""
 
 
-def dense_quantizer(dense: str, dtype: torch.dtype, pre_quantized: bool) -> HfQuantizer:
-    """Transformers' quantizer for `dense`, `"bnb-4bit"` (NF4) or `"bnb-8bit"`; matrices are multiplied in `dtype`."""
-    if dense == "bnb-8bit":
+def dense_quantizer(settings: Settings, dtype: torch.dtype, pre_quantized: bool) -> HfQuantizer:
+    """What loads and saves the dense layers as `settings.dense`; bitsandbytes multiplies in `dtype`."""
+    if settings.dense in OWN:
+        return PackedDense(_format(settings), pre_quantized=pre_quantized)
+    if settings.dense == "bnb-8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     return AutoHfQuantizer.from_config(config, pre_quantized=pre_quantized)
 
 
-def quantized_linears(model: Any, dense: str, device: torch.device) -> dict[str, nn.Module]:
+def quantized_linears(
+    model: Any, layers: Sequence[SparseLayer], settings: Settings, device: torch.device
+) -> dict[str, nn.Module]:
     """Quantized twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone."""
-    return {path: _quantized(linear, dense, device) for path, linear in _linears(model)}
+    if settings.dense in OWN:
+        codecs = _format(settings).codecs(model, layers)
+        return {path: packed_twin(path, model.get_submodule(path), codec, device) for path, codec in codecs.items()}
+    return {path: _quantized(linear, str(settings.dense), device) for path, linear in _linears(model)}
 
 
-def bytes_saved(model: Any, dense: str | None) -> int:
-    """Bytes that `dense` takes off the weights of `model`, which may be on the meta device.
+def bytes_saved(model: Any, layers: Sequence[SparseLayer], settings: Settings) -> int:
+    """Bytes that `settings.dense` takes off the weights of `model`, which may be on the meta device.
 
-    A weight takes half a byte and its share of a float32 per 64 of them in 4 bits, a byte and its share of a float32
-    per row in 8.
+    By bitsandbytes, a weight takes half a byte and its share of a float32 per 64 of them in 4 bits, a byte and its
+    share of a float32 per row in 8. A head that was tied to the embedding gets bytes of its own.
     """
-    if dense is None:
+    if settings.dense is None:
         return 0
-    return sum(linear.weight.nbytes - _quantized_nbytes(linear, dense) for _, linear in _linears(model))
+    if settings.dense not in OWN:
+        return sum(linear.weight.nbytes - _quantized_nbytes(linear, settings.dense) for _, linear in _linears(model))
+    tied = getattr(model, "all_tied_weights_keys", {})
+    return sum(
+        (0 if f"{path}.weight" in tied else model.get_submodule(path).weight.nbytes) - codec.nbytes
+        for path, codec in _format(settings).codecs(model, layers).items()
+    )
+
+
+def _format(settings: Settings) -> DenseFormat:
+    return DenseFormat(str(settings.dense), settings.group_size, settings.quantizer)
 
 
 def _quantized_nbytes(linear: nn.Linear, dense: str) -> int:

@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name
+from dynaexq.hf.packed_dense import untie
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.experts import MixedPrecisionExperts
+from dynaexq.runtime.linear import PackedLinear
 from dynaexq.runtime.moe import DynaExqMoE
 from dynaexq.runtime.padding import watch_padding
 from dynaexq.safeguards.weak_method import WeakMethod
@@ -71,6 +73,7 @@ class ModelPatch:
         self._guarded: list[weakref.ref[nn.Module]] = []
         self._homes: dict[str, tuple[DeviceRuntime, int]] = {}
         self._linears: dict[str, nn.Module] = {}
+        self._untied: dict[str, str] = {}
         self._lost_linears = False
         self._loaded_here = getattr(model, "is_quantized", False) and layers[0].device.type == "meta"
 
@@ -115,6 +118,9 @@ class ModelPatch:
         self._undo_steps.callback(WeakMethod(self._restore_linears))
         for path, twin in twins.items():
             self.model.set_submodule(path, twin)
+            shared = untie(self.model, path) if isinstance(twin, PackedLinear) else None
+            if shared is not None:
+                self._untied[f"{path}.weight"] = shared
 
     def connect(self, runtime: DeviceRuntime, layers: list[SparseLayer]) -> None:
         """Connect `layers`, in the order of `runtime`, to their bytes."""
@@ -207,6 +213,8 @@ class ModelPatch:
     def _restore_linears(self) -> None:
         for path, linear in self._linears.items():
             self.model.set_submodule(path, linear)
+        if self._untied:
+            self.model.all_tied_weights_keys.update(self._untied)
 
     def _detach(self, quantizer: Any) -> None:
         ours = {id(layer.experts) for layer in self.layers}

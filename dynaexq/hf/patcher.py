@@ -88,7 +88,7 @@ def patch(
     model, layers = transformers_model(model, layers)
     target = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
-    twins = quantized_linears(model, settings.dense, target) if settings.dense else {}
+    twins = quantized_linears(model, layers, settings, target) if settings.dense else {}
     moments = moments_for(settings, layers)
     plan = make_plan(inspect_model(model, layers, settings), settings, target, held_bytes(model, target))
     codec = make_codec(layers[0], plan.tiers, settings)
@@ -134,7 +134,7 @@ def _commit(
     config: DynaExqConfig,
 ) -> Runtime:
     """Change the model; whatever fails, everything is put back."""
-    model, layers, dense = changes.model, changes.layers, loaded.settings.dense
+    model, layers = changes.model, changes.layers
     runtime = Runtime(model, [(loaded, range(len(layers)))])
     try:
         changes.replace_modules()
@@ -142,8 +142,8 @@ def _commit(
         changes.connect(loaded, layers)
         changes.replace_linears(twins)
         wrapped = getattr(model, "hf_quantizer", None)
-        if dense is not None:
-            wrapped = dense_quantizer(dense, layers[0].dtype, pre_quantized=False)
+        if loaded.settings.dense is not None:
+            wrapped = dense_quantizer(loaded.settings, layers[0].dtype, pre_quantized=False)
         changes.attach(runtime, DynaExqQuantizer(config, wrapped=wrapped), ANSWERS)
     except BaseException:
         runtime.close()

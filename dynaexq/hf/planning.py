@@ -71,7 +71,7 @@ def inspect_model(
         num_experts=num_experts,
         experts=sum(parameter.nbytes for layer in layers for parameter in layer.parameters.values()),
         num_weights=len(layers) * num_experts * shape.num_weights,
-        dense=dense_bytes(model, layers) - bytes_saved(model, settings.dense) if dense is None else dense,
+        dense=dense_bytes(model, layers) - bytes_saved(model, layers, settings) if dense is None else dense,
         workspace=DeviceMemory.workspace_bytes(len(layers), num_experts),
         choices=sized(_choices(settings, stored)),
         offered=sized(offered(stored) if stored else TIER_CHOICES),

@@ -55,7 +55,7 @@ class DynaExqQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if self.settings.dense is not None:
-            self.wrapped = dense_quantizer(self.settings.dense, dtype, self.pre_quantized)
+            self.wrapped = dense_quantizer(self.settings, dtype, self.pre_quantized)
         return dtype
 
     def update_device_map(self, device_map: Any) -> Any:

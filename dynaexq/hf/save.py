@@ -32,6 +32,7 @@ from dynaexq.hf.hub import upload
 from dynaexq.hf.load import GUARD
 from dynaexq.hf.model_card import CARD, may_be_written, model_card
 from dynaexq.hf.model_patch import ModelPatch, by_transformers
+from dynaexq.hf.packed_dense import PackedDense
 from dynaexq.quantization import ExpertCodec
 from dynaexq.settings import parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
@@ -197,6 +198,8 @@ def _dense_format(wrapped: Any) -> str | None:
     """What the dense weights of a model are stored as, in the words of `Settings.dense`."""
     if wrapped is None:
         return None
+    if isinstance(wrapped, PackedDense):
+        return str(wrapped.quantization_config.tier)
     method = getattr(wrapped.quantization_config, "quantization_method", lambda: None)()
     if method in ("nf4", "fp4"):
         return "bnb-4bit"

@@ -1,13 +1,23 @@
 """Multiply packed experts: the reference, the fast paths that must match it, and the dispatch between them."""
 
 from dynaexq.kernels.custom_op import experts as experts_operator
-from dynaexq.kernels.custom_op import register_layer
-from dynaexq.kernels.dispatch import counts_routing, exchange_for, expert_gradients, expert_mlp
+from dynaexq.kernels.custom_op import linear as linear_operator
+from dynaexq.kernels.custom_op import register_layer, register_matrix
+from dynaexq.kernels.dispatch import (
+    counts_routing,
+    exchange_for,
+    expert_gradients,
+    expert_mlp,
+    linear,
+    linear_gradient,
+)
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
+from dynaexq.kernels.linear_layer import LinearLayer
 from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [
     "ExpertLayer",
+    "LinearLayer",
     "PlainExchange",
     "Upgrades",
     "counts_routing",
@@ -15,5 +25,9 @@ __all__ = [
     "expert_gradients",
     "expert_mlp",
     "experts_operator",
+    "linear",
+    "linear_gradient",
+    "linear_operator",
     "register_layer",
+    "register_matrix",
 ]

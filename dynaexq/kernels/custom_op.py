@@ -1,4 +1,4 @@
-"""The one opaque operator that a layer of experts is to PyTorch.
+"""The opaque operators that a layer of experts, and a packed dense layer, are to PyTorch.
 
 `torch.compile` sees a call it need not understand, with a fake implementation and a gradient; whatever changes behind
 it (tables, counters, slots) lies at fixed addresses and stays out of the graph. Layers are found by a handle.
@@ -24,6 +24,20 @@ class Layer(Protocol):
         """Gradients of `hidden_states` and of `top_k_weights`."""
 
 
+class Matrix(Protocol):
+    """The packed dense layer behind a handle."""
+
+    out_features: int
+    in_features: int
+
+    def compute(self, rows: Tensor) -> Tensor:
+        """The product `[N, out_features]` of rows `[N, in_features]`."""
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the rows, from that of the product."""
+
+
+_matrices: "WeakValueDictionary[int, Matrix]" = WeakValueDictionary()
 _layers: "WeakValueDictionary[int, Layer]" = WeakValueDictionary()
 _handles = itertools.count()
 
@@ -32,6 +46,13 @@ def register_layer(layer: Layer) -> int:
     """A handle for `layer`, good for as long as the layer lives."""
     handle = next(_handles)
     _layers[handle] = layer
+    return handle
+
+
+def register_matrix(matrix: Matrix) -> int:
+    """A handle for `matrix`, good for as long as it lives."""
+    handle = next(_handles)
+    _matrices[handle] = matrix
     return handle
 
 
@@ -72,3 +93,36 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:
 
 
 experts.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("dynaexq::linear", mutates_args=())
+def linear(rows: Tensor, handle: int) -> Tensor:
+    """The product of `rows [N, in_features]` with the matrix behind `handle`."""
+    return _matrices[handle].compute(rows)
+
+
+@linear.register_fake
+def _(rows: Tensor, handle: int) -> Tensor:
+    return rows.new_empty(len(rows), _matrices[handle].out_features)
+
+
+@torch.library.custom_op("dynaexq::linear_backward", mutates_args=())
+def linear_backward(grad: Tensor, handle: int) -> Tensor:
+    """The gradient of the rows."""
+    return _matrices[handle].gradient(grad)
+
+
+@linear_backward.register_fake
+def _(grad: Tensor, handle: int) -> Tensor:
+    return grad.new_empty(len(grad), _matrices[handle].in_features)
+
+
+def _keep_handle(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.handle = inputs
+
+
+def _linear_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return linear_backward(grad, ctx.handle), None
+
+
+linear.register_autograd(_linear_gradient, setup_context=_keep_handle)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynaexq.kernels import reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
+from dynaexq.kernels.linear_layer import LinearLayer
 from dynaexq.memory.graph_sync import PlainExchange
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,12 @@ class Backend(Protocol):
     def counts_routing(self, hidden_states: Tensor, layer: ExpertLayer) -> bool:
         """Whether `expert_mlp` takes `counts` for these rows."""
 
+    def linear(self, rows: Tensor, layer: LinearLayer) -> Tensor:
+        """See `linear_layer.linear`."""
+
+    def linear_gradient(self, grad: Tensor, layer: LinearLayer) -> Tensor:
+        """See `linear_layer.linear_gradient`."""
+
 
 def expert_mlp(
     hidden_states: Tensor,
@@ -83,6 +90,16 @@ def expert_gradients(
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
     """Whether the kernel for these rows counts the routing itself, which saves a small model a dozen operators."""
     return _backend_for(hidden_states, layer).counts_routing(hidden_states, layer)
+
+
+def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
+    """The product `[N, matrix rows]` of `rows [N, columns]`, in their dtype, to which codes may be rounded first."""
+    return _backend(rows.device, rows.dtype, layer.codec.dtype).linear(rows, layer)
+
+
+def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
+    """The gradient `[N, columns]` of the rows, from that of the product `[N, matrix rows]`, in its dtype."""
+    return _backend(grad.device, grad.dtype, layer.codec.dtype).linear_gradient(grad, layer)
 
 
 def exchange_for(device: torch.device, dtype: torch.dtype) -> PlainExchange | None:

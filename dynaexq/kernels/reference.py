@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.gradients import expert_gradients
+from dynaexq.kernels.linear_layer import linear, linear_gradient
 
-__all__ = ["counts_routing", "expert_gradients", "expert_mlp"]
+__all__ = ["counts_routing", "expert_gradients", "expert_mlp", "linear", "linear_gradient"]
 
 
 def expert_mlp(

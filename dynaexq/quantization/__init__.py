@@ -2,18 +2,21 @@
 
 from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout, tier_sizes
 from dynaexq.quantization.layout import BlockLayout
+from dynaexq.quantization.linear_codec import LinearCodec
 from dynaexq.quantization.moments import BLOCK, ExpertInputs, Inputs, Moments
-from dynaexq.quantization.quantize import check_representable
+from dynaexq.quantization.quantize import LARGEST_WEIGHT, check_representable
 from dynaexq.quantization.tier_conversion import convert, offered, pieces, rebase
 
 __all__ = [
     "BLOCK",
+    "LARGEST_WEIGHT",
     "BlockLayout",
     "Encoded",
     "ExpertCodec",
     "ExpertInputs",
     "ExpertWeights",
     "Inputs",
+    "LinearCodec",
     "Moments",
     "check_representable",
     "convert",

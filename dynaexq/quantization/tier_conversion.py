@@ -9,8 +9,9 @@ A code that was quantized for two tiers can be read at any number of bits whose 
 from torch import Tensor
 
 from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
-from dynaexq.quantization.codec import BASE_PLANES, MATRICES, REFINE_PLANES, ExpertCodec
+from dynaexq.quantization.codec import MATRICES, ExpertCodec
 from dynaexq.quantization.layout import BlockLayout
+from dynaexq.quantization.plane_codec import BASE_PLANES, REFINE_PLANES
 
 _ALL = [(base,) for base in (*BASE_PLANES, "fp16")] + [
     (base, upgrade)

@@ -4,18 +4,28 @@ from pathlib import Path
 
 import bitsandbytes
 import patching
+import peft
 import pytest
 import tiny
 import torch
+from models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import dynaexq
-from dynaexq.errors import SettingsError, UnpatchError
+from dynaexq.errors import PatchError, QuantizationError, SettingsError, UnpatchError
+from dynaexq.hf.model_size import inspect_checkpoint
+from dynaexq.runtime.linear import PackedLinear
 
 AMPLE = 10**6
 OPTIONS = {"hbm_budget": AMPLE, "tiers": ("int2", "int4")}
-LINEAR = {"bnb-4bit": bitsandbytes.nn.Linear4bit, "bnb-8bit": bitsandbytes.nn.Linear8bitLt}
+LINEAR = {
+    "bnb-4bit": bitsandbytes.nn.Linear4bit,
+    "bnb-8bit": bitsandbytes.nn.Linear8bitLt,
+    "int4": PackedLinear,
+    "int8": PackedLinear,
+}
+OWN = ("int4", "int8")
 
 each_format = pytest.mark.parametrize("dense", LINEAR)
 
@@ -55,11 +65,12 @@ def test_every_door_gives_the_same_model_and_the_checkpoint_gives_it_again(
     source: Path, tmp_path: Path, dense: str
 ) -> None:
     answer = tiny.logits(patched(source, dense))
-    for name, make in {"patched": patched, "loaded": loaded, "first": loaded_by_bitsandbytes_first}.items():
+    doors = {"patched": patched, "loaded": loaded}
+    for name, make in (doors if dense in OWN else {**doors, "first": loaded_by_bitsandbytes_first}).items():
         model = make(source, dense)
         assert torch.equal(tiny.logits(model), answer)
         assert type(model.model.layers[0].self_attn.q_proj) is LINEAR[dense]
-        assert type(model.lm_head) is nn.Linear
+        assert type(model.lm_head) is (PackedLinear if dense in OWN else nn.Linear)
         model.save_pretrained(tmp_path / name)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert torch.equal(tiny.logits(again), answer)
@@ -74,7 +85,7 @@ def test_what_bitsandbytes_keeps_beside_the_weights_is_in_the_budget(source: Pat
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     rows = sum(m.out_features for m in model.modules() if type(m) is LINEAR["bnb-8bit"])
     scales = 4 * rows if dense == "bnb-8bit" else 0
-    assert found == weights + scales if scales else found > weights
+    assert found == weights + scales if scales or dense in OWN else found > weights
     assert found < AutoModelForCausalLM.from_pretrained(source).get_memory_footprint()
 
 
@@ -114,5 +125,69 @@ def test_a_failure_gives_the_dense_layers_back(source: Path, monkeypatch: pytest
 
 
 def test_a_format_that_there_is_not_is_refused(source: Path) -> None:
-    with pytest.raises(SettingsError, match="dense must be one of 'bnb-4bit', 'bnb-8bit', got 'int4'"):
-        loaded(source, "int4")
+    with pytest.raises(SettingsError, match="dense must be one of 'int8', 'int4', 'bnb-8bit', 'bnb-4bit', got 'int2'"):
+        loaded(source, "int2")
+
+
+def test_a_head_that_was_tied_gets_bytes_of_its_own_and_the_plan_knows(tmp_path: Path) -> None:
+    tiny.tiny_qwen3_moe(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
+    model = patched(tmp_path / "tied", "int4")
+    plan = inspect_checkpoint(tmp_path / "tied", dynaexq.DynaExqConfig(dense="int4", **OPTIONS))
+    assert plan.dense == model.dynaexq.memory()["dense"]
+    assert model.lm_head.codec.tiers == ("int8",)
+    assert torch.equal(tiny.logits(loaded(tmp_path / "tied", "int4")), tiny.logits(model))
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    assert type(again.model.embed_tokens) is nn.Embedding
+    assert again.dynaexq.memory()["dense"] == plan.dense
+
+
+@pytest.mark.parametrize("dense", OWN)
+def test_routers_and_what_is_tiny_stay_in_16_bit(dense: str) -> None:
+    model = tiny.tiny_qwen3_next()
+    patching.patch(model, dense=dense, **OPTIONS)
+    kinds = {path: type(module) for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert kinds["model.layers.0.mlp.shared_expert_gate"] is nn.Linear
+    assert kinds["model.layers.0.mlp.shared_expert.up_proj"] is PackedLinear
+    assert kinds["model.layers.0.linear_attn.in_proj_qkvz"] is PackedLinear
+    assert kinds["model.layers.1.self_attn.q_proj"] is PackedLinear
+
+
+def test_routers_that_are_linear_layers_stay_in_16_bit() -> None:
+    model = tiny_model("jamba")
+    dynaexq.patch(model, "1GiB", dense="int4", tiers=("int4",))
+    routers = [module for path, module in model.named_modules() if path.endswith(".router")]
+    assert routers
+    assert not any(isinstance(router, PackedLinear) for router in routers)
+
+
+def test_a_weight_that_no_code_represents_is_named_and_the_model_stays_as_it_was(source: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers[1].self_attn.o_proj.weight.data[3, 5] = torch.inf
+    before = tiny.anatomy(model)
+    with pytest.raises(QuantizationError, match=r"model\.layers\.1\.self_attn\.o_proj: expected finite weights"):
+        patching.patch(model, dense="int8", **OPTIONS)
+    assert tiny.anatomy(model) == before
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+@pytest.mark.parametrize("dense", OWN)
+def test_an_adapter_learns_on_packed_dense_layers(dense: str) -> None:
+    model = tiny.tiny_qwen3_moe(torch.float32)
+    patching.patch(model, dense=dense, **OPTIONS)
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    ids, losses = tiny.prompt(), []
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(8):
+        loss = adapted(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with pytest.raises(PatchError, match="it is packed; merge adapters, tie or resize it before packing"):
+        adapted.merge_and_unload()
+    with pytest.raises(PatchError, match="it is packed"):
+        model.resize_token_embeddings(80)

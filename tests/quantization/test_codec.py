@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dynaexq.quantization import ExpertCodec, ExpertWeights
-from dynaexq.quantization.codec import REFINE_PLANES
 from dynaexq.quantization.layout import MatrixLayout
+from dynaexq.quantization.plane_codec import REFINE_PLANES
 from dynaexq.quantization.quantize import dequantize, quantize
 from dynaexq.types import BITS, ExpertShape
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import dynaexq
 from dynaexq.errors import BudgetError, ClosedError
+from dynaexq.runtime.report import RoutingTotals
 from dynaexq.simulator.simulate import simulate
 from dynaexq.traces import Trace
 
@@ -141,3 +142,8 @@ def test_a_tick_has_run_where_it_ran_on_any_device(two: Any, ran: tuple[bool, bo
     for part, answer in zip(two.dynaexq.devices, ran, strict=True):
         monkeypatch.setattr(part, "tick", lambda answer=answer: answer)
     assert two.dynaexq.tick() is any(ran)
+
+
+def test_each_device_sees_every_token_and_a_part_of_the_mass() -> None:
+    totals = RoutingTotals.merged([RoutingTotals(5, 2.0, 1.0), RoutingTotals(3, 1.0, 0.5)])
+    assert totals == RoutingTotals(5, 3.0, 1.5)

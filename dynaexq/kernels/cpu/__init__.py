@@ -7,11 +7,12 @@ Transformers' eager loop; a norm behind each expert; and machines without a comp
 import torch
 from torch import Tensor
 
-from dynaexq.kernels import gradients
+from dynaexq.kernels import gradients, linear_layer
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import load
-from dynaexq.kernels.cpu.native import DTYPES, NativeLayer
+from dynaexq.kernels.cpu.native import DTYPES, NativeLayer, NativeLinear
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
+from dynaexq.kernels.linear_layer import LinearLayer
 
 
 def expert_mlp(
@@ -67,3 +68,23 @@ def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
         return None
     kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
     return None if kernel is None else NativeLayer(layer, dtype, kernel)
+
+
+def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
+    """As `linear_layer.linear`; natively, codes are multiplied as they are."""
+    native = _native_linear(layer, rows.dtype)
+    return linear_layer.linear(rows, layer) if native is None else native(rows.contiguous())
+
+
+def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
+    """As `linear_layer.linear_gradient`; natively, in float32."""
+    native = _native_linear(layer, grad.dtype)
+    return linear_layer.linear_gradient(grad, layer) if native is None else native.gradient(grad).to(grad.dtype)
+
+
+def _native_linear(layer: LinearLayer, dtype: torch.dtype) -> NativeLinear | None:
+    if dtype not in layer.prepared:
+        kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16) if dtype in DTYPES else None
+        layer.prepared[dtype] = kernel and NativeLinear(layer.codec, layer.block, dtype, kernel)
+    native: NativeLinear | None = layer.prepared[dtype]
+    return native

@@ -1,4 +1,4 @@
-"""A layer as the native kernel sees it: where the parts of its experts lie, and one call for a forward.
+"""Layers as the native kernel sees them: where the parts of their matrices lie, and one call for a forward.
 
 The structures mirror `src/interface.h`; every field is 64 bits wide.
 """
@@ -14,7 +14,8 @@ from dynaexq.kernels.cpu.build import Kernel
 from dynaexq.kernels.cpu.team import team
 from dynaexq.kernels.expert_layer import ExpertLayer
 from dynaexq.quantization.codec import MATRICES
-from dynaexq.quantization.layout import BlockLayout
+from dynaexq.quantization.layout import BlockLayout, MatrixLayout
+from dynaexq.quantization.linear_codec import WEIGHT, LinearCodec
 from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -29,6 +30,7 @@ KINDS = {
     ("weight",): DENSE,
 }
 ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "low4": 2}
+GROUP = 64  # of a matrix that has none
 WHOLE, UP_ONLY, DOWN_ONLY, DOWN_BACK, UP_BACK = range(5)
 
 
@@ -38,6 +40,9 @@ def _fields(*names: str) -> list[tuple[str, type]]:
 
 class _Part(ctypes.Structure):
     _fields_ = _fields("offset", "in_upgrade")
+
+
+_NOWHERE = _Part(-1, 0)
 
 
 class _Reading(ctypes.Structure):
@@ -161,15 +166,68 @@ class NativeLayer:
             MASS_UNIT,
             LARGEST_MASS,
         )
-        if self._kernel(ctypes.byref(self._description), ctypes.byref(call)):
-            raise MemoryError(f"the CPU kernel found no memory for {index.shape[0]:,} tokens")
-        if call.took:
-            team.observe(call.took * 1e-9, call.lost * 1e-9)
+        _run(self._kernel, self._description, call)
+
+
+class NativeLinear:
+    """One matrix behind the kernel, for rows of one dtype: packed, or in 16 bit as PyTorch holds it.
+
+    Args:
+        codec: None where `block` is the matrix itself, `[rows, columns]` in the dtype of the rows.
+        block: of the codec, or the matrix.
+    """
+
+    def __init__(self, codec: LinearCodec | None, block: Tensor, dtype: torch.dtype, kernel: Kernel):
+        self._kernel, self._dtype = kernel, dtype
+        self._entry = (ctypes.c_int64 * 1)()
+        layout = codec.matrix if codec else MatrixLayout.of(block.shape[0], block.shape[1], GROUP)
+        if codec is None:
+            reading = _Reading(DENSE, (_Part * 3)(_Part(0, 0), _NOWHERE, _NOWHERE), _NOWHERE, _NOWHERE)
+        else:
+            reading = _reading(WEIGHT, [plane.name for plane in codec.planes], codec.layout)
+        self._rows, self._columns = layout.rows, layout.columns
+        matrix = _matrix(layout, reading, reading)
+        # Only the first of the two is ever looked at, but for the room that the other would take.
+        stored = DTYPES[codec.dtype if codec else dtype]
+        self._description = _Layer(matrix, matrix, 1, block.data_ptr(), block.nbytes, stored, 0, 0, -1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The product `[N, rows]` of `rows [N, columns]`, which lie in a row, in their dtype."""
+        output = torch.empty(len(rows), self._rows, dtype=rows.dtype)
+        self._go(UP_ONLY, rows, output)
+        return output
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient `[N, columns]` of the rows, in float32, from that of the product."""
+        output = torch.empty(len(grad), self._columns, dtype=torch.float32)
+        self._go(UP_BACK, grad.float().contiguous(), output)
+        return output
+
+    def _go(self, stage: int, rows: Tensor, output: Tensor) -> None:
+        call = _Call(
+            hidden_states=rows.data_ptr(),
+            entries=ctypes.addressof(self._entry),
+            output=output.data_ptr(),
+            num_tokens=len(rows),
+            top_k=1,
+            dtype=DTYPES[rows.dtype],
+            stage=stage,
+            num_threads=team.size,
+            parallel=threads.parallel(),
+        )
+        _run(self._kernel, self._description, call)
+
+
+def _run(kernel: Kernel, layer: _Layer, call: _Call) -> None:
+    if kernel(ctypes.byref(layer), ctypes.byref(call)):
+        raise MemoryError(f"the CPU kernel found no memory for {call.num_tokens:,} tokens")
+    if call.took:
+        team.observe(call.took * 1e-9, call.lost * 1e-9)
 
 
 def _describe(layer: ExpertLayer) -> _Layer:
     codec = layer.codec
-    up, down = (_matrix(layer, name) for name in MATRICES)
+    up, down = (_matrix_of(layer, name) for name in MATRICES)
     return _Layer(
         up,
         down,
@@ -183,7 +241,7 @@ def _describe(layer: ExpertLayer) -> _Layer:
     )
 
 
-def _matrix(layer: ExpertLayer, name: str) -> _Matrix:
+def _matrix_of(layer: ExpertLayer, name: str) -> _Matrix:
     codec = layer.codec
     planes, refined = ([plane.name for plane in planes] for planes in (codec.planes, codec.refine_planes))
     base = _reading(name, planes, codec.base_layout)
@@ -191,9 +249,12 @@ def _matrix(layer: ExpertLayer, name: str) -> _Matrix:
         upgraded = _reading(name, ["weight"], None, codec.upgrade_layout)
     else:
         upgraded = _reading(name, planes + refined, codec.base_layout, codec.upgrade_layout)
-    sizes = codec.matrices[name]
+    return _matrix(codec.matrices[name], base, upgraded)
+
+
+def _matrix(layout: MatrixLayout, base: _Reading, upgraded: _Reading) -> _Matrix:
     readings = (_Reading * 2)(base, upgraded)
-    return _Matrix(sizes.rows, sizes.columns, sizes.padded, sizes.block, sizes.group_size, readings)
+    return _Matrix(layout.rows, layout.columns, layout.padded, layout.block, layout.group_size, readings)
 
 
 def _reading(name: str, planes: list[str], base: BlockLayout | None, upgrade: BlockLayout | None = None) -> _Reading:
@@ -203,9 +264,8 @@ def _reading(name: str, planes: list[str], base: BlockLayout | None, upgrade: Bl
         for in_upgrade, layout in enumerate((base, upgrade))
         for part in (layout.parts if layout else ())
     }
-    nowhere = _Part(-1, 0)
-    found = (_Part * 3)(nowhere, nowhere, nowhere)
+    found = (_Part * 3)(_NOWHERE, _NOWHERE, _NOWHERE)
     for plane in planes:
         found[ROLES[plane]] = offsets[f"{name}.{plane}"]
-    meta, bias = (offsets.get(f"{name}.{part}", nowhere) for part in ("meta", "bias"))
+    meta, bias = (offsets.get(f"{name}.{part}", _NOWHERE) for part in ("meta", "bias"))
     return _Reading(KINDS[tuple(planes)], found, meta, bias)

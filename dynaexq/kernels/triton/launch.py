@@ -58,12 +58,12 @@ def _expert_mlp(
     up, down = _matrices_of(layer)
     fused = _is_swiglu(layer) and up.bias < 0
     plan = tuning.plan_for(pairs, layer.num_experts, up, down, fused)
-    experts = _Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, entries)
+    experts = Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, entries)
 
-    hidden, sums = experts.product(up, hidden_states, _sums(hidden_states, up, plan.up), plan.up, choices)
+    hidden, sums = experts.product(up, hidden_states, sums_for(hidden_states, up, plan.up), plan.up, choices)
     if not fused:
         hidden = layer.activation(hidden)
-        sums = _sums(hidden, down, plan.down)
+        sums = sums_for(hidden, down, plan.down)
     results, _ = experts.product(down, hidden, sums, plan.down)
     if layer.post_norm is not None:
         results = layer.post_norm(results)
@@ -85,18 +85,21 @@ def _matrices_of(layer: ExpertLayer) -> tuple[Matrix, Matrix]:
 
 def matrices(codec: ExpertCodec) -> tuple[Matrix, Matrix]:
     """Both matrices of an expert as the kernels are compiled for them."""
-    dtype = DTYPES[codec.dtype]
-    dot = tl.float32 if triton.knobs.runtime.interpret else dtype
-    return Matrix.of(codec, "up", dtype, dot), Matrix.of(codec, "down", dtype, dot)
+    return Matrix.of(codec, "up", *operands(codec.dtype)), Matrix.of(codec, "down", *operands(codec.dtype))
 
 
-def _sums(x: Tensor, matrix: Matrix, launches: Sequence[tuning.Launch]) -> Tensor | None:
+def operands(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
+    """What 16-bit numbers are in memory, and in matrix instructions."""
+    return DTYPES[dtype], tl.float32 if triton.knobs.runtime.interpret else DTYPES[dtype]
+
+
+def sums_for(x: Tensor, matrix: Matrix, launches: Sequence[tuning.Launch]) -> Tensor | None:
     """Sums of activations as `launches` want them."""
     width = launches[0].tiling.sum_width
     return group_sums(x, matrix.padded, width) if width else None
 
 
-class _Experts(NamedTuple):
+class Experts(NamedTuple):
     """The routed experts of one forward."""
 
     routing: Routing

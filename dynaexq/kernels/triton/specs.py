@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from dynaexq.quantization import ExpertCodec
+from dynaexq.quantization import ExpertCodec, LinearCodec
+from dynaexq.quantization.layout import MatrixLayout
+from dynaexq.quantization.linear_codec import WEIGHT
 from dynaexq.types import BITS
 
 
@@ -52,20 +54,41 @@ class Matrix:
     @classmethod
     def of(cls, codec: ExpertCodec, name: str, dtype: tl.dtype, dot: tl.dtype) -> "Matrix":
         """Matrix `name` of `codec`, `"up"` or `"down"`."""
-        layout = codec.matrices[name]
         base = {part.name: part.offset for part in codec.base_layout.parts}
         upgrade = {part.name: part.offset for part in codec.upgrade_layout.parts} if codec.upgrade else {}
+        bits = BITS[codec.tiers[0]], codec.upgrade.bits if codec.upgrade else 0
         offsets = upgrade | base  # a low nibble is in one of them; a bias is the same in both
-        bits = BITS[codec.tiers[0]]
-        narrowest = 2 if bits == 2 else 4
+        sizes = codec.matrices[name], codec.base.nbytes, codec.shape.transposed
+        return cls._of(name, *sizes, *bits, offsets, dtype, dot)
+
+    @classmethod
+    def of_linear(cls, codec: LinearCodec, dtype: tl.dtype, dot: tl.dtype) -> "Matrix":
+        """The one matrix of `codec`."""
+        offsets = {part.name: part.offset for part in codec.layout.parts}
+        return cls._of(WEIGHT, codec.matrix, codec.nbytes, False, BITS[codec.tiers[0]], 0, offsets, dtype, dot)
+
+    @classmethod
+    def _of(
+        cls,
+        name: str,
+        layout: MatrixLayout,
+        base_nbytes: int,
+        transposed: bool,
+        base: int,
+        upgrade: int,
+        offsets: dict[str, int],
+        dtype: tl.dtype,
+        dot: tl.dtype,
+    ) -> "Matrix":
+        narrowest = 2 if base == 2 else 4
         return cls(
             rows=layout.rows,
             columns=layout.columns,
             padded=layout.padded,
-            transposed=codec.shape.transposed,
-            base=bits,
-            upgrade=codec.upgrade.bits if codec.upgrade else 0,
-            base_nbytes=codec.base.nbytes,
+            transposed=transposed,
+            base=base,
+            upgrade=upgrade,
+            base_nbytes=base_nbytes,
             high=offsets.get(f"{name}.top2", offsets.get(f"{name}.top4", 0)),
             middle=offsets.get(f"{name}.middle2", 0),
             low=offsets.get(f"{name}.low4", 0),

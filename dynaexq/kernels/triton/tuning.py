@@ -43,6 +43,12 @@ def plan_for(num_pairs: int, num_experts: int, up: Matrix, down: Matrix, swiglu:
     return many_pairs(up, down, swiglu)
 
 
+def plan_for_linear(num_rows: int, matrix: Matrix) -> tuple[int, tuple[Launch, ...]]:
+    """Rows of a block and the launches of one matrix, which every row meets."""
+    plan = plan_for(num_rows, 1, matrix, matrix, swiglu=False)
+    return plan.block_m, plan.up
+
+
 @lru_cache(maxsize=256)
 def few_pairs(up: Matrix, down: Matrix, swiglu: bool, block_n: int) -> Plan:
     """Products are scaled, group by group; all tiers in one launch, told apart by a branch that a tile takes whole."""

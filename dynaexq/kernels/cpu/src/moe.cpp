@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -71,6 +72,7 @@ class Forward {
 
  private:
   void sort_choices() {
+    if (!call.top_k_index) return take_all_rows();
     const auto* ids = (const int64_t*)call.top_k_index;
     const int64_t num_pairs = call.num_tokens * call.top_k;
     std::vector<int64_t> next(layer.num_experts + 1);
@@ -86,6 +88,14 @@ class Forward {
     pairs.resize(next[layer.num_experts]);
     for (int64_t p = 0; p < num_pairs; p++)
       if (is_ours(ids[p])) pairs[next[ids[p]]++] = p;
+  }
+
+  // A layer of one matrix: every row goes through it.
+  void take_all_rows() {
+    if (call.num_tokens) segments.push_back({0, 0, call.num_tokens});
+    most_rows = call.num_tokens;
+    pairs.resize(call.num_tokens);
+    std::iota(pairs.begin(), pairs.end(), 0);
   }
 
   // As memory/counter.py counts; other threads may be counting in the same place.

@@ -1,0 +1,60 @@
+"""What packing the dense layers costs: KL from 16 bit and bytes, for every format, with experts in 16 and in 4 bit.
+
+    python benchmarks/quality/dense.py [--tokens 8192] [--json FILE]
+
+The embedded model on held-out prose, code and arithmetic in turn, nats per token. `dense` is what `patch` is told. Our
+own formats pack the head as well, which this model shares with its embedding, so that it has bytes of its own then;
+bitsandbytes leaves it in 16 bit. Bytes are of dense weights, embedding included.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+from streams import Stream, use_one_thread
+
+import dynaexq
+from dynaexq.cli.demo import embedded_model
+from dynaexq.evaluate import evaluate
+
+FORMATS = (None, "int8", "int4", "bnb-8bit", "bnb-4bit")
+EXPERTS = ("fp16", "int4")
+
+
+def measured(stream: Stream, dense: str | None, tier: str) -> dict[str, Any]:
+    """KL and dense bytes of the stream's model with these formats."""
+    model = copy.deepcopy(stream.model)
+    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense)
+    found = [evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]
+    return {"kl": float(np.mean(found)), "dense_bytes": runtime.memory()["dense"]}
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Tokens of each workload.")] = 8192,
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    use_one_thread()
+    stream = Stream(embedded_model(), tokens)
+    found = {tier: {str(dense): measured(stream, dense, tier) for dense in FORMATS} for tier in EXPERTS}
+    alone = found["int4"]["None"]["kl"]
+    table = Table("dense", "MB", *(f"KL, experts {tier}" for tier in EXPERTS), "added to int4 experts'")
+    for dense in map(str, FORMATS):
+        rows = [found[tier][dense] for tier in EXPERTS]
+        table.add_row(
+            dense,
+            f"{rows[0]['dense_bytes'] / 1e6:.2f}",
+            *(f"{row['kl']:.5f}" for row in rows),
+            f"{rows[1]['kl'] / alone - 1:.1%}",
+        )
+    Console().print(table)
+    if json_path is not None:
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

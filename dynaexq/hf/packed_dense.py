@@ -1,0 +1,124 @@
+"""Dense layers in our own formats, as a quantizer of Transformers: which ones, their twins, and how they are loaded.
+
+A 16-bit checkpoint is loaded as it is, and packed layer by layer before the experts come; a packed one fills the
+places that were made for it. Nothing is calibrated here, and no kernel is known.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from dynaexq.errors import QuantizationError
+from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.quantization import LARGEST_WEIGHT, LinearCodec
+from dynaexq.runtime.linear import PackedLinear
+
+SMALLEST = 32
+"""Rows or columns of a matrix below which packing saves nothing that counts, such as the gate of a shared expert."""
+
+
+@dataclass(frozen=True)
+class DenseFormat:
+    """How dense layers are packed: `"int4"` or `"int8"`, and as `ExpertCodec` has it."""
+
+    tier: str
+    group_size: int
+    method: str
+
+    def codecs(self, model: Any, layers: Sequence[SparseLayer]) -> dict[str, LinearCodec]:
+        """What packs each linear layer, by path.
+
+        The head gets no fewer than 8 bits: at 4 it cost the embedded model as much as all layers of attention
+        (docs/log.md).
+        """
+        head = model.get_output_embeddings()
+        return {
+            path: LinearCodec(
+                linear.out_features,
+                linear.in_features,
+                linear.weight.dtype,
+                "int8" if linear is head else self.tier,
+                self.group_size,
+                self.method,
+            )
+            for path, linear in _packed_linears(model, layers)
+        }
+
+
+def _packed_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
+    """All linear layers but routers, what must stay in float32, and tiny ones."""
+    skipped = getattr(model, "_keep_in_fp32_modules", None) or ()
+    routers = {id(child) for layer in layers if layer.block is not None for child in layer.block.children()}
+    for path, module in model.named_modules():
+        if type(module) is not nn.Linear or min(module.in_features, module.out_features) < SMALLEST:
+            continue
+        is_router = id(module) in routers and module.out_features == layers[0].num_experts
+        if not is_router and not any(part in skipped for part in path.split(".")):
+            yield path, module
+
+
+def packed_twin(path: str, linear: nn.Linear, codec: LinearCodec, device: torch.device) -> PackedLinear:
+    """`linear` packed, on `device`; a QuantizationError names its `path` if no code represents it."""
+    weight = linear.weight.detach().to(device)
+    largest = float(weight.abs().amax())  # NaN and infinity survive amax
+    if not largest <= LARGEST_WEIGHT:
+        raise QuantizationError(
+            f"{path}: expected finite weights of at most {LARGEST_WEIGHT:g}, found {largest:g}; repair the "
+            "checkpoint, or leave dense out"
+        )
+    bias = None if linear.bias is None else linear.bias.detach().to(device)
+    return PackedLinear(codec, codec.encode(weight)[0], bias).train(linear.training)
+
+
+def untie(model: Any, path: str) -> str | None:
+    """Have the layer at `path` keep a weight of its own; the name of the one that it had shared, if it had."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return tied.pop(f"{path}.weight", None)
+
+
+class PackedDense(HfQuantizer):
+    """What loads and saves dense layers in `quantization_config`.
+
+    Args:
+        pre_quantized: whether the checkpoint holds them packed.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: DenseFormat, pre_quantized: bool = False):
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        self._codecs: dict[str, LinearCodec] = {}
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self._codecs = self.quantization_config.codecs(model, find_sparse_layers(model, on_meta=True))
+        for path, codec in self._codecs.items() if self.pre_quantized else ():
+            linear = model.get_submodule(path)
+            with torch.device("meta"):
+                room = PackedLinear(codec, bias=linear.bias)
+            model.set_submodule(path, room.train(linear.training))
+            untie(model, path)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for path, codec in () if self.pre_quantized else self._codecs.items():
+            linear = model.get_submodule(path)
+            model.set_submodule(path, packed_twin(path, linear, codec, linear.weight.device))
+            untie(model, path)
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        return False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True

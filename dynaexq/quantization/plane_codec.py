@@ -1,0 +1,142 @@
+"""Encode matrices as planes of codes with a scale and a minimum for each group, and read them back.
+
+What is common to experts and to dense layers. It does not know what the matrices are for, nor where their planes lie.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
+from dynaexq.quantization.layout import MatrixLayout
+from dynaexq.quantization.moments import Inputs
+from dynaexq.quantization.quantize import Code, dequantize, dequantize_at, quantize
+from dynaexq.types import BITS
+
+CODED_AT_ONCE = {False: 2**18, True: 2**24}
+"""Weights coded together on a CPU, where the float32 copies of them should stay in cache, and on a GPU."""
+
+
+class Plane(NamedTuple):
+    """`bits` of every 8-bit code, starting at bit `shift`."""
+
+    name: str
+    bits: int
+    shift: int
+
+
+Array = tuple[str, torch.dtype, tuple[int, ...]]
+
+_TOP2, _MIDDLE2, _TOP4, _LOW4 = Plane("top2", 2, 6), Plane("middle2", 2, 4), Plane("top4", 4, 4), Plane("low4", 4, 0)
+
+BASE_PLANES = {"int2": (_TOP2,), "int4": (_TOP4,), "int8": (_TOP4, _LOW4)}
+REFINE_PLANES = {("int2", "int4"): (_MIDDLE2,), ("int2", "int8"): (_MIDDLE2, _LOW4), ("int4", "int8"): (_LOW4,)}
+
+
+def plane_arrays(name: str, matrix: MatrixLayout, planes: tuple[Plane, ...]) -> list[Array]:
+    """The planes of a matrix, as a `BlockLayout` takes them."""
+    return [(f"{name}.{plane.name}", torch.int32, matrix.words(plane.bits)) for plane in planes]
+
+
+def code_arrays(name: str, matrix: MatrixLayout, planes: tuple[Plane, ...]) -> list[Array]:
+    """The planes of a matrix and what its codes mean."""
+    return [*plane_arrays(name, matrix, planes), (f"{name}.meta", torch.float16, (matrix.num_groups, matrix.rows, 2))]
+
+
+class PlaneCodec:
+    """Matrices as codes at the one or two precisions of `tiers`, the base first.
+
+    Args:
+        matrices: how each is cut up, by name.
+        planes, refine_planes: of the base's code, and those that an upgrade adds to it.
+        method: `"als"` or `"rtn"`.
+    """
+
+    def __init__(
+        self,
+        matrices: dict[str, MatrixLayout],
+        tiers: tuple[str, ...],
+        planes: tuple[Plane, ...],
+        refine_planes: tuple[Plane, ...],
+        method: str,
+    ):
+        self.matrices, self.tiers, self.method = matrices, tiers, method
+        self.planes, self.refine_planes = planes, refine_planes
+
+    @property
+    def fit_bits(self) -> int:
+        """The number of bits that is fitted best; 4 for every code that has, or may get, its 4-bit reading."""
+        return BITS[self.tiers[0]] if not self.refine_planes and self.planes else 4
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the fit looks after the 2-bit reading too: that costs range, which int8 would miss."""
+        return self.tiers == ("int2", "int4")
+
+    def encode_matrix(
+        self,
+        name: str,
+        matrix: Tensor,
+        inputs: Sequence[Inputs] | None,
+        base_parts: Mapping[str, Tensor],
+        upgrade_parts: Mapping[str, Tensor],
+    ) -> np.ndarray:
+        """Code the rows of `matrix [n, N, K]` into their parts, a slice at a time; returns errors `[n, tiers]`."""
+        per_row = len(matrix) * self.matrices[name].padded
+        step = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row) if inputs is None else matrix.shape[1]
+        squares = []
+        for first in range(0, matrix.shape[1], step):
+            rows = slice(first, first + step)
+            code = self._quantize(name, matrix[:, rows], inputs)
+            squares.append(self._squares(name, matrix[:, rows], code))
+            base_parts[f"{name}.meta"][:, :, rows].copy_(torch.stack([code.scale, code.minimum], -1).transpose(1, 2))
+            self._write_planes(base_parts, name, code, self.planes, rows)
+            self._write_planes(upgrade_parts, name, code, self.refine_planes, rows)
+        *errors, norm = torch.cat(squares, 1).double().sum(1).unbind(-1)
+        return (torch.stack(errors, 1) / norm.clamp_min(1e-30)[:, None]).cpu().numpy()
+
+    def read_code(
+        self, parts: Mapping[str, Tensor], name: str, planes: tuple[Plane, ...], bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Weights `[n, N, K]` in `dtype`, from the `planes` of their codes of so many bits."""
+        layout = self.matrices[name]
+        values = reduce(
+            torch.bitwise_or,
+            (unpack_plane(parts[f"{name}.{plane.name}"], plane.bits, layout.block) << plane.shift for plane in planes),
+        )
+        scale, minimum = parts[f"{name}.meta"].transpose(1, 2).unbind(-1)
+        return dequantize(values, scale, minimum, bits)[..., : layout.columns].to(dtype)
+
+    def _quantize(self, name: str, matrix: Tensor, inputs: Sequence[Inputs] | None) -> Code:
+        layout = self.matrices[name]
+        if layout.padded > layout.columns:
+            # Padding repeats the row, so that a group keeps the spread of the weights it really holds.
+            matrix = matrix.repeat(1, 1, -(-layout.padded // layout.columns))[..., : layout.padded]
+        return quantize(
+            matrix, layout.group_size, self.fit_bits, self.method, not self.refine_planes, self.coarse, inputs
+        )
+
+    def _squares(self, name: str, matrix: Tensor, code: Code) -> Tensor:
+        """Sums over each row, `[n, N, tiers + 1]`: squared errors of the reading at each tier, squared weights."""
+        exact = matrix.float()
+        errors = [
+            exact.new_zeros(exact.shape[:2])
+            if tier == "fp16"
+            else (self._reading(name, code, BITS[tier]) - exact).square().sum(2)
+            for tier in self.tiers
+        ]
+        return torch.stack([*errors, exact.square().sum(2)], -1)
+
+    def _reading(self, name: str, code: Code, bits: int) -> Tensor:
+        return dequantize_at(code, bits)[..., : self.matrices[name].columns]
+
+    def _write_planes(
+        self, parts: Mapping[str, Tensor], name: str, code: Code, planes: tuple[Plane, ...], rows: slice
+    ) -> None:
+        for plane in planes:
+            bits = (code.values >> plane.shift) & (2**plane.bits - 1)
+            parts[f"{name}.{plane.name}"][:, rows].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))

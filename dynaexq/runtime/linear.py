@@ -1,0 +1,90 @@
+"""A dense layer whose weight is packed in one of our formats; the same calls as `nn.Linear`, constant weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynaexq.errors import PatchError
+from dynaexq.kernels import LinearLayer, linear, linear_gradient, linear_operator, register_matrix
+from dynaexq.quantization import LinearCodec
+from dynaexq.runtime.experts import in_function_transform
+from dynaexq.runtime.state_guard import PackedWeight
+
+
+class PackedLinear(nn.Linear):
+    """`rows [..., in_features] -> [..., out_features]`, in the dtype of the rows.
+
+    The parameter is `packed`, uint8 `[codec.nbytes]`, and `weight` only says what it stands for. Neither that nor the
+    bias is trained.
+
+    Args:
+        packed: left out, there is room on the meta device, for a checkpoint to fill.
+    """
+
+    def __init__(self, codec: LinearCodec, packed: Tensor | None = None, bias: Tensor | None = None):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = codec.matrix.columns, codec.matrix.rows
+        if packed is None:
+            packed = torch.empty(codec.nbytes, dtype=torch.uint8, device="meta")
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.codec = codec
+        self._layer: LinearLayer | None = None
+        self._handle = register_matrix(self)
+        self._is_hf_initialized = True  # nothing here could be drawn at random
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        compiled = torch.compiler.is_compiling()
+        if not compiled and in_function_transform():  # which cannot look into an opaque operator
+            output = F.linear(rows, self.codec.decode(self.packed, rows.dtype))
+        elif compiled or (rows.requires_grad and torch.is_grad_enabled()):
+            output = linear_operator(rows, self._handle)
+        else:
+            output = self.compute(rows)
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype)
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def compute(self, rows: Tensor) -> Tensor:
+        """What the operator runs, on rows `[N, in_features]`; an InputError if they are anything else."""
+        layer = self._current_layer()
+        layer.check(rows, self.in_features)
+        return linear(rows, layer)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The gradient of the rows, from that of the product `[N, out_features]`."""
+        layer = self._current_layer()
+        layer.check(grad, self.out_features)
+        return linear_gradient(grad.contiguous(), layer)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.codec.tiers[0]}"
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            shape = self.out_features, self.in_features
+            return PackedWeight.like(shape, self.codec.dtype, self.packed.device)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise PatchError(PackedWeight.refusal)
+        super().__setattr__(name, value)
+
+    def _current_layer(self) -> LinearLayer:
+        """The layer where the packed weight is now: a model may be moved, and a checkpoint read into it."""
+        layer = self._layer
+        if layer is None or layer.block.data_ptr() != self.packed.data_ptr():
+            self._layer = layer = LinearLayer(self.codec, self.packed.detach())
+        return layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"_layer": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._handle = register_matrix(self)

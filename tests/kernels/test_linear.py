@@ -1,0 +1,146 @@
+"""Packed dense layers: every kernel follows the decoded matrix, forward and backward, and takes no wrong rows."""
+
+import copy
+
+import pytest
+import torch
+from numerics import assert_close
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynaexq.errors import InputError
+from dynaexq.kernels import LinearLayer, cpu, linear, linear_gradient, linear_layer
+from dynaexq.kernels.cpu import build, native
+from dynaexq.quantization import LinearCodec
+from dynaexq.runtime.linear import PackedLinear
+
+SHAPES = [(96, 256), (72, 200), (300, 64), (64, 704)]  # no tile divides the rows, no block the columns
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+each_format = pytest.mark.parametrize("tier", ["int4", "int8"])
+each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+
+
+def packed(rows: int, columns: int, tier: str, dtype: torch.dtype = torch.float32) -> tuple[LinearLayer, Tensor]:
+    torch.manual_seed(rows)
+    weight = torch.randn(rows, columns) / columns**0.5
+    codec = LinearCodec(rows, columns, dtype, tier)
+    return LinearLayer(codec, codec.encode(weight)[0]), weight
+
+
+@each_format
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_matrix_comes_back_to_within_its_steps(shape: tuple[int, int], tier: str) -> None:
+    layer, weight = packed(*shape, tier)
+    found = layer.codec.decode(layer.block, torch.float32)
+    error = float((found - weight).square().sum() / weight.square().sum())
+    assert error < {"int4": 1e-2, "int8": 5e-5}[tier]
+    assert layer.codec.encode(weight)[1] == pytest.approx(error, rel=1e-3)
+    padded = -(-shape[1] // 64) * 64
+    assert 0 <= layer.codec.nbytes - shape[0] * padded * {"int4": 4.5, "int8": 8.5}[tier] / 8 < 256 + 64
+
+
+@each_format
+@each_dtype
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 8, 9, 70])
+def test_the_product_follows_the_decoded_matrix(num_rows: int, dtype: torch.dtype, tier: str) -> None:
+    for shape in SHAPES:
+        layer, _ = packed(*shape, tier, dtype)
+        rows = torch.randn(num_rows, shape[1]).to(dtype)
+        expected = F.linear(rows.float(), layer.codec.decode(layer.block, torch.float32)).to(dtype)
+        for multiply in (linear, linear_layer.linear):
+            output = multiply(rows, layer)
+            assert (output.dtype, output.shape) == (dtype, (num_rows, shape[0]))
+            assert_close(f"{shape} {num_rows}", expected, output, TOLERANCE[dtype])
+
+
+@each_format
+@each_dtype
+def test_the_gradient_follows_the_decoded_matrix(dtype: torch.dtype, tier: str) -> None:
+    for shape in SHAPES:
+        layer, _ = packed(*shape, tier, dtype)
+        grad = torch.randn(5, shape[0]).to(dtype)
+        expected = (grad.float() @ layer.codec.decode(layer.block, torch.float32)).to(dtype)
+        for pull_back in (linear_gradient, linear_layer.linear_gradient):
+            assert_close(f"{shape}", expected, pull_back(grad, layer), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+@each_dtype
+def test_a_matrix_in_16_bit_is_multiplied_where_it_lies(num_rows: int, dtype: torch.dtype) -> None:
+    kernel = build.load(all_bfloat16=dtype == torch.bfloat16)
+    if kernel is None:
+        pytest.skip("no native kernel here")
+    for shape in SHAPES:
+        weight, rows = torch.randn(shape).to(dtype), torch.randn(num_rows, shape[1]).to(dtype)
+        found = native.NativeLinear(None, weight, dtype, kernel)(rows)
+        assert_close(f"{shape}", F.linear(rows.float(), weight.float()).to(dtype), found, TOLERANCE[dtype])
+
+
+def test_the_native_kernel_is_what_runs_here() -> None:
+    layer, _ = packed(96, 256, "int4")
+    linear(torch.randn(2, 256), layer)
+    if build.load(False) is not None:
+        assert isinstance(layer.prepared[torch.float32], native.NativeLinear)
+
+
+def test_without_a_kernel_the_matrix_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "load", lambda all_bfloat16: None)
+    layer, _ = packed(96, 256, "int8")
+    rows = torch.randn(3, 256)
+    assert torch.equal(linear(rows, layer), linear_layer.linear(rows, layer))
+
+
+def module(tier: str = "int8", bias: bool = True) -> PackedLinear:
+    layer, _ = packed(96, 256, tier)
+    return PackedLinear(layer.codec, layer.block, torch.randn(96) if bias else None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_module_is_a_linear_layer_whose_weight_is_constant(bias: bool) -> None:
+    packed_linear = module(bias=bias)
+    plain = torch.nn.Linear(256, 96, bias=bias).requires_grad_(False)
+    plain.weight.data = packed_linear.codec.decode(packed_linear.packed, torch.float32)
+    if bias:
+        plain.bias.data = packed_linear.bias.detach().clone()
+    rows = torch.randn(2, 3, 256, requires_grad=True)
+    output, expected = packed_linear(rows), plain(rows)
+    (grad,), (expected_grad,) = (torch.autograd.grad(o.square().sum(), rows) for o in (output, expected))
+    rows, output, expected = rows.detach(), output.detach(), expected.detach()
+    assert_close("output", expected, output, 2e-5)
+    assert_close("gradient", expected_grad, grad, 2e-5)
+    with torch.no_grad():
+        assert torch.equal(packed_linear(rows), output)
+    _, found = torch.func.vjp(packed_linear, rows)
+    assert_close("vjp", torch.func.vjp(plain, rows)[1](expected)[0], found(expected)[0], 2e-5)
+    assert not any(parameter.requires_grad for parameter in packed_linear.parameters())
+
+
+def test_a_module_is_compiled_without_a_break() -> None:
+    packed_linear = module()
+    rows = torch.randn(4, 256)
+    compiled = torch.compile(packed_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rows), packed_linear(rows))
+
+
+def test_a_copied_module_has_a_weight_of_its_own() -> None:
+    packed_linear = module()
+    twin = copy.deepcopy(packed_linear)
+    rows = torch.randn(4, 256)
+    before = packed_linear(rows)
+    twin.packed.data.zero_()
+    assert torch.equal(packed_linear(rows), before)
+    assert not torch.equal(twin(rows), before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "match"),
+    [
+        (torch.ones(2, 255), r"expected floating rows \[N, 256\], got torch.float32 \[2, 255\]"),
+        (torch.ones(2, 256, dtype=torch.int64), r"expected floating rows \[N, 256\], got torch.int64"),
+        (torch.ones(2, 256, device="meta"), "expected rows on cpu, where the dense layer is, got meta; move"),
+    ],
+)
+def test_rows_that_do_not_belong_to_the_matrix_are_refused(rows: Tensor, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        module()(rows)
