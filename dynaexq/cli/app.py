@@ -117,6 +117,7 @@ def quantize(
     hbm_budget: Annotated[
         str | None, typer.Option(help="Bytes, such as 20GiB: chooses the tiers, and is kept.")
     ] = None,
+    dense: Annotated[str | None, typer.Option(help="Dense layers in int8 or int4; 16 bit if left out.")] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
     calibrate: Annotated[
@@ -146,6 +147,8 @@ def quantize(
         options["tiers"] = _tiers_of(tiers)
     if hbm_budget is not None:
         options["hbm_budget"] = hbm_budget
+    if dense is not None:
+        options["dense"] = dense
     if annotate:
         if calibrate is not None:
             raise typer.BadParameter("an annotated checkpoint is quantized when it is loaded; pass calibration= then")

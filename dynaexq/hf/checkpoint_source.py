@@ -8,7 +8,7 @@ dimension first, so a few experts are converted as well as all of them.
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -108,6 +108,22 @@ def stored_names(model: Any, layers: Sequence[SparseLayer], shards: Sequence[Sha
         name, _ = rename_source_key(f"{stored}.down_proj", renamings, [], model.base_model_prefix, names)
         found[name.removesuffix(".down_proj")] = stored
     return tuple(layer.name if layer.name in packed else found.get(layer.name, layer.name) for layer in layers)
+
+
+def parameter_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """The parameters of `model` that tensors of a checkpoint are, as they are, by key.
+
+    What is made of several tensors, or of a part of one, is not among them.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names, found = model.state_dict(), {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
+        if pattern is None and (name in names or key in names):
+            found[key] = name if name in names else key
+    return found
 
 
 class _Skeleton:

@@ -13,20 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dynaexq.checkpoint import INDEX, PackedWriter, ShardWriter, link_or_copy, replaced, write_index
-from dynaexq.errors import SettingsError
+from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.calibration import moments_for
-from dynaexq.hf.checkpoint_source import CheckpointSource, TensorFile, checkpoint_files, of_variant, open_shards
+from dynaexq.hf.checkpoint_source import (
+    CheckpointSource,
+    TensorFile,
+    checkpoint_files,
+    of_variant,
+    open_shards,
+    parameter_names,
+)
 from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.dense import dense_codecs
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.hub import checkpoint_directory
 from dynaexq.hf.meta_model import meta_model, quantization_of
+from dynaexq.hf.packed_dense import packed_weight
 from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device
 from dynaexq.hf.quantized_source import PACKINGS, open_checkpoint
 from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard
-from dynaexq.quantization import ExpertCodec, Moments
+from dynaexq.quantization import ExpertCodec, LinearCodec, Moments
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
 from dynaexq.weights.quantize_experts import encode_all
@@ -78,13 +88,14 @@ def quantize_checkpoint(
     experts = CheckpointSource(model, layers, shards)
     codec = _choose_codec(model, layers, settings)
     budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
+    dense = _DenseLayers(model, dense_codecs(model, layers, settings), shards, resolve_device(settings))
     made_from = quantization_of(model.config).get("quant_method")
-    stored = packed_config(config, codec, budget, made_from=made_from)
+    stored = packed_config(config, codec, budget, settings.dense, made_from)
     moments = moments_for(settings, layers)
     shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
     keys = experts.keys
-    dense = sum(entry.nbytes for shard in shards for key, entry in shard.entries.items() if key not in keys)
-    with replaced(target, _fingerprint(shards, stored, moments), shape.nbytes + dense) as staging:
+    others = sum(entry.nbytes for shard in shards for key, entry in shard.entries.items() if key not in keys)
+    with replaced(target, _fingerprint(shards, stored, moments), shape.nbytes + others) as staging:
         writer = PackedWriter(staging, shape, parse_bytes(max_shard_size, "max_shard_size"), SHARD_METADATA)
         try:
             device = resolve_device(settings)
@@ -94,7 +105,7 @@ def quantize_checkpoint(
         except BaseException:
             writer.abandon()
             raise
-        files |= _copy_dense(shards, keys, staging)
+        files |= _copy_dense(shards, keys | dense.keys, staging) | dense.write(staging)
         write_index(staging, files | write_guard(staging, layers))
         _copy_others(source, staging, stored)
     return target
@@ -170,6 +181,47 @@ def _copy_dense(shards: Sequence[TensorFile], experts: set[str], staging: Path) 
             raise
         files |= dict.fromkeys(entries, name)
     return files
+
+
+class _DenseLayers:
+    """The dense layers that are packed, and the tensors in the shards that they are made of.
+
+    Args:
+        codecs: by path; without any, nothing is packed.
+    """
+
+    def __init__(self, model: Any, codecs: dict[str, LinearCodec], shards: Sequence[TensorFile], device: torch.device):
+        self._codecs, self._device = codecs, device
+        places = {key: shard for shard in shards for key in shard.entries} if codecs else {}
+        found = {name: (places[key], key) for key, name in parameter_names(model, places).items()}
+        tied = getattr(model, "all_tied_weights_keys", {})
+        self._sources: dict[str, tuple[TensorFile, str]] = {}
+        for path in codecs:
+            weight = f"{path}.weight"
+            source = found.get(weight) or found.get(tied.get(weight, ""))
+            if source is None:
+                raise CheckpointError(f"the checkpoint has no tensor that is {weight}; leave dense out")
+            self._sources[path] = source
+        # What a head shares with the embedding stays there for that.
+        self.keys = {found[f"{path}.weight"][1] for path in codecs if f"{path}.weight" in found}
+
+    def write(self, staging: Path) -> dict[str, str]:
+        """Write them, one after the other; returns the file of each."""
+        if not self._codecs:
+            return {}
+        name = "model-packed-dense.safetensors"
+        tensors = {f"{path}.packed": (torch.uint8, (codec.nbytes,)) for path, codec in self._codecs.items()}
+        writer = ShardWriter(staging / name, tensors, SHARD_METADATA)
+        try:
+            for path, codec in tqdm(self._codecs.items(), desc="packing dense layers", unit="layer"):
+                shard, key = self._sources[path]
+                weight = shard.read(key).to(self._device, codec.dtype)
+                writer.write(f"{path}.packed", 0, packed_weight(path, weight, codec))
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        return dict.fromkeys(tensors, name)
 
 
 def _copy_others(source: Path, staging: Path, config: DynaExqConfig) -> None:

@@ -13,8 +13,10 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
+from dynaexq.errors import SettingsError
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.packed_dense import DenseFormat, PackedDense, packed_twin
+from dynaexq.quantization import LinearCodec
 from dynaexq.settings import Settings
 
 OWN = ("int4", "int8")
@@ -61,6 +63,22 @@ def bytes_saved(model: Any, layers: Sequence[SparseLayer], settings: Settings) -
         (0 if f"{path}.weight" in tied else model.get_submodule(path).weight.nbytes) - codec.nbytes
         for path, codec in _format(settings).codecs(model, layers).items()
     )
+
+
+def dense_codecs(model: Any, layers: Sequence[SparseLayer], settings: Settings) -> dict[str, LinearCodec]:
+    """What packs the dense layers of a model on the meta device that is written to a checkpoint, by path.
+
+    Raises:
+        SettingsError: bitsandbytes packs them, and does so when they are loaded.
+    """
+    if settings.dense is None:
+        return {}
+    if settings.dense not in OWN:
+        raise SettingsError(
+            f"a checkpoint is packed with dense layers in 16 bit, int8 or int4, and dense={settings.dense!r} was "
+            "asked for; leave it out here, and give it when the checkpoint is loaded"
+        )
+    return _format(settings).codecs(model, layers)
 
 
 def _format(settings: Settings) -> DenseFormat:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import QuantizationError
@@ -63,15 +63,20 @@ def _packed_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple
 
 def packed_twin(path: str, linear: nn.Linear, codec: LinearCodec, device: torch.device) -> PackedLinear:
     """`linear` packed, on `device`; a QuantizationError names its `path` if no code represents it."""
-    weight = linear.weight.detach().to(device)
+    bias = None if linear.bias is None else linear.bias.detach().to(device)
+    block = packed_weight(path, linear.weight.detach().to(device), codec)
+    return PackedLinear(codec, block, bias).train(linear.training)
+
+
+def packed_weight(path: str, weight: Tensor, codec: LinearCodec) -> Tensor:
+    """The block of the weight of the layer at `path`, where that lies. Raises as `packed_twin` does."""
     largest = float(weight.abs().amax())  # NaN and infinity survive amax
     if not largest <= LARGEST_WEIGHT:
         raise QuantizationError(
             f"{path}: expected finite weights of at most {LARGEST_WEIGHT:g}, found {largest:g}; repair the "
             "checkpoint, or leave dense out"
         )
-    bias = None if linear.bias is None else linear.bias.detach().to(device)
-    return PackedLinear(codec, codec.encode(weight)[0], bias).train(linear.training)
+    return codec.encode(weight)[0]
 
 
 def untie(model: Any, path: str) -> str | None:

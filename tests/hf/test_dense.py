@@ -11,9 +11,12 @@ import torch
 from models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from typer.testing import CliRunner
 
 import dynaexq
+from dynaexq.cli.app import app
 from dynaexq.errors import PatchError, QuantizationError, SettingsError, UnpatchError
+from dynaexq.hf.convert import quantize_checkpoint
 from dynaexq.hf.model_size import inspect_checkpoint
 from dynaexq.runtime.linear import PackedLinear
 
@@ -191,3 +194,28 @@ def test_an_adapter_learns_on_packed_dense_layers(dense: str) -> None:
         adapted.merge_and_unload()
     with pytest.raises(PatchError, match="it is packed"):
         model.resize_token_embeddings(80)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["a head of its own", "a tied head"])
+@pytest.mark.parametrize("dense", OWN)
+def test_the_command_packs_what_a_patched_model_saves(tmp_path: Path, dense: str, tied: bool) -> None:
+    tiny.tiny_qwen3_moe(tie_word_embeddings=tied).save_pretrained(tmp_path / "source")
+    options = ["--tiers", "int2,int4", "--dense", dense, "--device", "cpu"]
+    result = CliRunner().invoke(app, ["quantize", str(tmp_path / "source"), str(tmp_path / "packed"), *options])
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "packed", quantization_config=dynaexq.DynaExqConfig(hbm_budget=AMPLE)
+    )
+    expected = patched(tmp_path / "source", dense)
+    assert torch.equal(tiny.logits(model), tiny.logits(expected))
+    assert model.dynaexq.memory()["dense"] == expected.dynaexq.memory()["dense"]
+    found = inspect_checkpoint(tmp_path / "packed", dynaexq.DynaExqConfig())
+    assert found.dense == expected.dynaexq.memory()["dense"]
+
+
+def test_a_checkpoint_is_not_packed_with_what_bitsandbytes_does_when_it_is_loaded(
+    source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="and dense='bnb-4bit' was asked for; leave it out here"):
+        quantize_checkpoint(source, tmp_path / "out", dynaexq.DynaExqConfig(tiers=("int4",), dense="bnb-4bit"))
+    assert not (tmp_path / "out").exists()

@@ -372,15 +372,17 @@ def test_plan_and_patch_agree_to_the_byte_under_the_same_options(
     runtime.close()
 
 
-def test_the_bytes_of_quantized_dense_layers_are_those_that_bitsandbytes_allocates() -> None:
+def test_the_bytes_of_quantized_dense_layers_are_those_that_are_allocated() -> None:
     model = models.tiny_model("qwen3_next", torch.bfloat16)
-    for dense in ("bnb-4bit", "bnb-8bit"):
-        twins = quantized_linears(model, dense, torch.device("cpu"))
+    layers = find_sparse_layers(model)
+    for dense in ("int4", "int8", "bnb-4bit", "bnb-8bit"):
+        settings = DynaExqConfig(dense=dense).settings()
+        twins = quantized_linears(model, layers, settings, torch.device("cpu"))
         before = sum(weight_bytes(model.get_submodule(path).parameters()) for path in twins)
         after = sum(weight_bytes(held_tensors(twin)) for twin in twins.values())
         assert twins
-        assert bytes_saved(model, dense) == before - after
-    assert bytes_saved(model, None) == 0
+        assert bytes_saved(model, layers, settings) == before - after
+    assert bytes_saved(model, layers, DynaExqConfig().settings()) == 0
 
 
 def test_a_patch_makes_the_one_codec_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:

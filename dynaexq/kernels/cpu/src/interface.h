@@ -39,8 +39,9 @@ struct Layer {
   int64_t num_experts, base, base_nbytes, dtype, transposed, gated, activation;
 };
 
-// Addresses of: rows of `dtype`, int64 ids [tokens, top_k] or 0 where there is one matrix for all, float32 weights [tokens, top_k], int64 entries
-// [num_experts], output of `dtype`; and of OpenMP's `GOMP_parallel`, or 0 for one thread.
+// Addresses of: rows of `dtype`, int64 ids [tokens, top_k] or 0 where there is one matrix for all, float32 weights
+// [tokens, top_k], int64 entries [num_experts], output of `dtype`; and of OpenMP's `GOMP_parallel`, or 0 for one
+// thread.
 struct Call {
   int64_t hidden_states, top_k_index, top_k_weights, entries, output;
   int64_t num_tokens, top_k, dtype, stage, num_threads, parallel;

@@ -215,11 +215,11 @@ inline void copy_dense_row(const MatrixView& matrix, int64_t row, Element* to) {
   for (int64_t k = layout.columns; k < layout.padded; k++) to[A::place(k)] = A::element(0);
 }
 
-// `count` rows of a panel times ROWS activation rows, to `out [ROWS, TILE]`.
-template <int ROWS>
-void multiply_panel(const Element* panel, int64_t count, int64_t padded, const Element* const* rows, float* out) {
+// `count` rows of a panel, of elements or of bfloat16, times ROWS activation rows, to `out [ROWS, TILE]`.
+template <int ROWS, typename Weight>
+void multiply_panel(const Weight* panel, int64_t count, int64_t padded, const Element* const* rows, float* out) {
   for (int64_t n = 0; n < count; n += 4) {
-    const Element* weights[4];
+    const Weight* weights[4];
     for (int i = 0; i < 4; i++) weights[i] = panel + std::min(n + i, count - 1) * padded;
     A::Floats sums[ROWS][4];
     for (auto& of_row : sums)
@@ -240,7 +240,8 @@ void multiply_panel(const Element* panel, int64_t count, int64_t padded, const E
   }
 }
 
-inline void multiply_panel(const Element* panel, int64_t count, int64_t padded, const Element* const* rows,
+template <typename Weight>
+inline void multiply_panel(const Weight* panel, int64_t count, int64_t padded, const Element* const* rows,
                            int64_t num_rows, float* out) {
   int64_t m = 0;
   for (; m + 4 <= num_rows; m += 4) multiply_panel<4>(panel, count, padded, rows + m, out + m * TILE);
@@ -273,16 +274,17 @@ void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count,
 inline void multiply_dense_tile(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
                                 int64_t num_rows, Scratch& scratch, float* out) {
   const Matrix& layout = *matrix.layout;
-  // Where the arithmetic takes the matrix as it is stored, it is read in place.
-  const bool in_place = sizeof(Element) == 2 && !matrix.transposed && layout.columns == layout.padded;
+  // Either arithmetic takes bfloat16 as it is stored.
+  const bool in_place = matrix.dtype == BFLOAT16 && !matrix.transposed && layout.columns == layout.padded;
   for (int64_t n = 0; n < count; n += PANEL) {
     const int64_t height = std::min<int64_t>(PANEL, count - n);
-    const Element* panel = (const Element*)matrix.dense + (first + n) * layout.columns;
-    if (!in_place) {
-      for (int64_t i = 0; i < height; i++) copy_dense_row(matrix, first + n + i, scratch.panel + i * layout.padded);
-      panel = scratch.panel;
+    if (in_place) {
+      const auto* panel = (const uint16_t*)matrix.dense + (first + n) * layout.columns;
+      multiply_panel(panel, height, layout.padded, rows, num_rows, out + n);
+      continue;
     }
-    multiply_panel(panel, height, layout.padded, rows, num_rows, out + n);
+    for (int64_t i = 0; i < height; i++) copy_dense_row(matrix, first + n + i, scratch.panel + i * layout.padded);
+    multiply_panel(scratch.panel, height, layout.padded, rows, num_rows, out + n);
   }
 }
 

@@ -60,6 +60,12 @@ struct Avx512 {
     return _mm512_ternarylogic_epi32(v, mask, rest, 0xEA);
   }
 
+  // bfloat16 numbers as floats.
+  static Floats even_numbers(Halfwords v) { return _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)); }
+  static Floats odd_numbers(Halfwords v) {
+    return _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xFFFF0000)));
+  }
+
   static Floats even(Halfwords v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xFFFF))); }
   static Floats odd(Halfwords v) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(v, 16)); }
 
@@ -124,6 +130,11 @@ struct Avx2 {
     return _mm256_or_si256(_mm256_and_si256(v, mask), rest);
   }
 
+  static Floats even_numbers(Halfwords v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
+  static Floats odd_numbers(Halfwords v) {
+    return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xFFFF0000)));
+  }
+
   static Floats even(Halfwords v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xFFFF))); }
   static Floats odd(Halfwords v) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(v, 16)); }
 
@@ -175,6 +186,10 @@ struct Float32 : Vector {
   static float value(Element element) { return element; }
 
   static Operand operand(const Element* from) { return {load(from), load(from + FLOATS)}; }
+  static Operand operand(const uint16_t* bfloat16) {
+    const Halfwords numbers = load(bfloat16);
+    return {even_numbers(numbers), odd_numbers(numbers)};
+  }
   static void store_operand(Element* to, Floats even, Floats odd) { store(to, even), store(to + FLOATS, odd); }
 
   static Floats dot(Floats sum, Operand weights, Operand row) {
