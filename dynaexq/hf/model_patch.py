@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name
+from dynaexq.hf.grouped_attention import use_grouped_attention
 from dynaexq.hf.packed_dense import untie
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
@@ -50,6 +51,10 @@ def _swapped_class(mixin: Any, family: Any) -> Any:
 
 RECORD = "_dynaexq_patch"
 """The attribute of a patched model that holds its `ModelPatch`."""
+
+
+EXACT = ("fp16",)
+"""Tiers at which a patched model gives the very bits of the original: nothing that may round otherwise is changed."""
 
 
 class ModelPatch:
@@ -152,6 +157,8 @@ class ModelPatch:
             module.dynaexq = runtime
             setattr(module, RECORD, self)
         self._undo_steps.callback(watch_padding(self.model))
+        if runtime.plan.tiers != EXACT:
+            self._undo_steps.callback(use_grouped_attention(self.model))
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 
     def free_originals(self, keep_experts: bool) -> None:
