@@ -77,10 +77,10 @@ def random_model(layers: int) -> PreTrainedModel:
 
 
 def contestant(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedModel:
-    """A copy of `model` patched with `options`, a fifth of its experts upgraded where there is an upgrade."""
-    model = copy.deepcopy(model)
+    """`model` itself, or a copy patched with `options`, a fifth of its experts upgraded where there is an upgrade."""
     if options is None:
         return model
+    model = copy.deepcopy(model)
     runtime = dynaexq.patch(model, "1TiB", device="cpu", config={"quantizer": "rtn", **options})
     slots, upgrade = runtime.plan.num_slots, runtime.plan.upgrade
     if upgrade is not None:

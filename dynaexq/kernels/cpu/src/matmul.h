@@ -1,12 +1,14 @@
 // A few rows of one matrix of one expert, times the activation rows that were routed to it.
 //
 // Few rows: codes are multiplied as they are unpacked, group by group, and scaled afterwards, so that a weight costs
-// about one instruction (`multiply_codes`). Many rows: weights are decoded once to a small panel that stays in cache
+// about one instruction (`multiply_codes`); by 16-bit integers where the machine has no products of bfloat16 and the
+// rows came in 16 bit (`multiply_ints`). Many rows: weights are decoded once to a small panel that stays in cache
 // and multiplied from there (`multiply_panel`), as are matrices that were never coded.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 
 #include "codes.h"
@@ -35,12 +37,69 @@ struct MatrixView {
   bool transposed;
 };
 
+// An activation row as 16-bit integers, in the order of columns: each group is `scales[group]` times its values, which
+// add up to `sums[group]`. Rows of bfloat16 or float16 lose nothing that counts.
+struct IntRow {
+  const int16_t* values;  // [padded]
+  const float *scales, *sums;
+};
+
+// The activation rows of one expert; as integers, too, where `ints` is not null.
+struct Rows {
+  const Element* const* elements;
+  const IntRow* ints;
+};
+
 // Room for one task of one thread.
 struct Scratch {
   Element* panel;         // [PANEL, padded]
   float *step, *offset;   // [num_groups, TILE]
   float* sums;            // [ROW_BLOCK, num_groups]
   float *first, *second;  // [rows, TILE]: results
+};
+
+// Many rows as integers, in memory of their own.
+class IntRows {
+ public:
+  // Room for `count` rows of `padded` values.
+  void reserve(int64_t count, int64_t padded, int64_t group) {
+    this->padded = padded, this->group = group;
+    values.reset(new int16_t[count * padded]);
+    factors.reset(new float[2 * count * groups()]);
+  }
+
+  // Row `index`, of which `value(column)` gives the numbers.
+  template <typename Value>
+  void set(int64_t index, const Value& value) {
+    int16_t* to = values.get() + index * padded;
+    float* scales = factors.get() + 2 * index * groups();
+    for (int64_t g = 0; g < groups(); g++) {
+      float numbers[MOST_GROUP], largest = 0;
+      for (int64_t k = 0; k < group; k++) {
+        numbers[k] = value(g * group + k);
+        largest = std::max(largest, std::abs(numbers[k]));
+      }
+      const float scale = largest / 32767, inverse = largest > 0 ? 32767 / largest : 0;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < group; k++) sum += to[g * group + k] = int16_t(std::lrint(numbers[k] * inverse));
+      scales[g] = scale, scales[groups() + g] = scale * float(sum);
+    }
+  }
+
+  IntRow at(int64_t index) const {
+    const float* scales = factors.get() + 2 * index * groups();
+    return {values.get() + index * padded, scales, scales + groups()};
+  }
+
+  explicit operator bool() const { return values != nullptr; }
+
+ private:
+  static constexpr int MOST_GROUP = 128;
+  int64_t groups() const { return padded / group; }
+
+  int64_t padded = 0, group = 1;
+  std::unique_ptr<int16_t[]> values;
+  std::unique_ptr<float[]> factors;
 };
 
 inline float number(const void* from, int64_t index, Dtype dtype) {
@@ -169,6 +228,73 @@ inline void multiply_codes_block(const Matrix& layout, const Planes (&weights)[W
   add_sums<WEIGHTS, ROWS>(sums, out);
 }
 
+// WEIGHTS rows of codes times ROWS rows of integers, added to `out [ROWS, TILE]`.
+template <Kind KIND, int BLOCK, int WEIGHTS, int ROWS>
+inline void multiply_ints_block(const Matrix& layout, const Planes (&weights)[WEIGHTS], int64_t ahead,
+                                const IntRow* rows, const float* step, float* out) {
+  using V = Vector;
+  V::Floats sums[ROWS][WEIGHTS];
+  V::Ints part[ROWS][WEIGHTS];
+  for (int m = 0; m < ROWS; m++)
+    for (int n = 0; n < WEIGHTS; n++) sums[m][n] = V::zero(), part[m][n] = V::no_ints();
+  const int64_t chunks_a_group = layout.group / V::HALFWORDS;
+  int64_t group = 0;
+
+  for (int64_t k = 0; k < layout.padded; k += BLOCK) {
+    Planes block[WEIGHTS];
+    for (int n = 0; n < WEIGHTS; n++) {
+      block[n] = weights[n].at(KIND, k);
+      Planes next = block[n].at(KIND, ahead);
+      fetch<BLOCK * top_bits(KIND) / 8>(next.top);
+      if constexpr (has_middle(KIND)) fetch<BLOCK / 4>(next.middle);
+      if constexpr (has_low(KIND)) fetch<BLOCK / 2>(next.low);
+    }
+    auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
+      for (int n = 0; n < WEIGHTS; n++) {
+        auto codes = code<KIND, BLOCK, CHUNK>(block[n]);
+        for (int m = 0; m < ROWS; m++) {
+          auto row = V::load((const uint16_t*)rows[m].values + k + CHUNK * V::HALFWORDS);
+          part[m][n] = V::add_products(part[m][n], codes, row);
+        }
+      }
+      if (((CHUNK + 1) & (chunks_a_group - 1)) == 0) {
+        for (int m = 0; m < ROWS; m++)
+          for (int n = 0; n < WEIGHTS; n++) {
+            auto factor = V::fill(step[n] * rows[m].scales[group]);
+            sums[m][n] = V::multiply_add(V::floats(part[m][n]), factor, sums[m][n]);
+            part[m][n] = V::no_ints();
+          }
+        step += TILE, group++;
+      }
+    };
+    [&]<int... CHUNKS>(std::integer_sequence<int, CHUNKS...>) __attribute__((always_inline)) {
+      (chunk.template operator()<CHUNKS>(), ...);
+    }(std::make_integer_sequence<int, BLOCK / V::HALFWORDS>());
+  }
+  add_sums<WEIGHTS, ROWS>(sums, out);
+}
+
+// `count` rows of codes from `first` on, times ROWS rows of integers, to `out [ROWS, TILE]`.
+template <Kind KIND, int BLOCK, int ROWS>
+void multiply_ints(const MatrixView& matrix, int64_t first, int64_t count, const IntRow* rows, const Scratch& scratch,
+                   float* out) {
+  constexpr int WEIGHTS = ROWS < ROW_BLOCK ? 4 : 2;
+  const Matrix& layout = *matrix.layout;
+  for (int m = 0; m < ROWS; m++) {
+    float* to = out + m * TILE;
+    for (int n = 0; n < TILE; n++) to[n] = 0;
+    for (int64_t g = 0; g < layout.padded / layout.group; g++)
+      for (int n = 0; n < TILE; n++) to[n] += rows[m].sums[g] * scratch.offset[g * TILE + n];
+  }
+  for (int64_t n = 0; n < count; n += WEIGHTS) {
+    Planes weights[WEIGHTS];
+    for (int i = 0; i < WEIGHTS; i++)
+      weights[i] = matrix.planes.at(KIND, (first + std::min(n + i, count - 1)) * layout.padded);
+    multiply_ints_block<KIND, BLOCK, WEIGHTS, ROWS>(layout, weights, AHEAD * layout.padded, rows, scratch.step + n,
+                                                    out + n);
+  }
+}
+
 // `count` rows of codes from `first` on, times ROWS activation rows, to `out [ROWS, TILE]`.
 template <Kind KIND, int BLOCK, int ROWS>
 void multiply_codes(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
@@ -250,9 +376,20 @@ inline void multiply_panel(const Weight* panel, int64_t count, int64_t padded, c
 }
 
 template <Kind KIND, int BLOCK>
-void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
-                         int64_t num_rows, Scratch& scratch, float* out) {
+void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Rows& all, int64_t num_rows,
+                         Scratch& scratch, float* out) {
   read_affine(matrix, first, count, scratch);
+  const Element* const* rows = all.elements;
+  if (num_rows <= FEW_ROWS && all.ints) {
+    int64_t m = 0;
+    for (; m + 4 <= num_rows; m += 4)
+      multiply_ints<KIND, BLOCK, 4>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
+    for (; m + 2 <= num_rows; m += 2)
+      multiply_ints<KIND, BLOCK, 2>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
+    for (; m < num_rows; m++)
+      multiply_ints<KIND, BLOCK, 1>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
+    return;
+  }
   if (num_rows <= FEW_ROWS) {
     int64_t m = 0;
     for (; m + 4 <= num_rows; m += 4)
@@ -289,8 +426,8 @@ inline void multiply_dense_tile(const MatrixView& matrix, int64_t first, int64_t
 }
 
 template <Kind KIND>
-void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
-                         int64_t num_rows, Scratch& scratch, float* out) {
+void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Rows& rows, int64_t num_rows,
+                         Scratch& scratch, float* out) {
   switch (matrix.layout->block) {
     case 256: return multiply_coded_tile<KIND, 256>(matrix, first, count, rows, num_rows, scratch, out);
     case 128: return multiply_coded_tile<KIND, 128>(matrix, first, count, rows, num_rows, scratch, out);
@@ -300,8 +437,8 @@ void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count,
 
 // Rows [first, first + count) of a matrix, at most TILE of them, times `num_rows` activation rows of `padded`
 // elements: out [num_rows, TILE], bias included.
-inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
-                          int64_t num_rows, Scratch& scratch, float* out) {
+inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count, const Rows& rows, int64_t num_rows,
+                          Scratch& scratch, float* out) {
   switch (matrix.kind) {
     case TOP2: multiply_coded_tile<TOP2>(matrix, first, count, rows, num_rows, scratch, out); break;
     case TOP4: multiply_coded_tile<TOP4>(matrix, first, count, rows, num_rows, scratch, out); break;
@@ -310,7 +447,7 @@ inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count
     case TOP2_MIDDLE2_LOW4:
       multiply_coded_tile<TOP2_MIDDLE2_LOW4>(matrix, first, count, rows, num_rows, scratch, out);
       break;
-    case DENSE: multiply_dense_tile(matrix, first, count, rows, num_rows, scratch, out); break;
+    case DENSE: multiply_dense_tile(matrix, first, count, rows.elements, num_rows, scratch, out); break;
   }
   if (!matrix.bias) return;
   for (int64_t n = 0; n < count; n++) {

@@ -122,6 +122,7 @@ class Forward {
     numbers.reset(new float[threads * floats]);
     scratches.resize(threads);
     rows_of.resize(threads, std::vector<const Element*>(most_rows));
+    ints_of.resize(threads, std::vector<IntRow>(most_rows));
     for (int64_t i = 0; i < threads; i++) {
       float* at = numbers.get() + i * floats;
       Scratch& scratch = scratches[i];
@@ -158,9 +159,25 @@ class Forward {
     call.lost += std::max(ended - shared.caller_ended, off_core);
   }
 
+  // Whether few rows are multiplied as integers: machines that multiply bfloat16 need not, float32 must not.
+  bool wants_ints() const {
+    const bool few = std::any_of(segments.begin(), segments.end(), [](auto& s) { return s.count <= FEW_ROWS; });
+    return few && sizeof(Element) == 4 && call.dtype != FLOAT32;
+  }
+
   // The input rows as the arithmetic wants them: where they lie, or copied, converted and padded.
   void prepare_rows(const Matrix& matrix, int64_t count) {
     rows_width = matrix.padded;
+    if (matrix.readings[0].kind != DENSE && wants_ints()) {
+      int_rows.reserve(count, matrix.padded, matrix.group);
+      distribute(count, [&](int64_t row, Scratch&) {
+        int_rows.set(row, [&](int64_t k) {
+          const int64_t index = row * matrix.columns + k;
+          return k < matrix.columns ? number((const void*)call.hidden_states, index, Dtype(call.dtype)) : 0;
+        });
+      });
+      if (most_rows <= FEW_ROWS && matrix.readings[1].kind != DENSE) return;
+    }
     if (sizeof(Element) == 2 && matrix.columns == matrix.padded) {
       rows = (const Element*)call.hidden_states;
       return;
@@ -191,7 +208,17 @@ class Forward {
             .transposed = layer.transposed != 0};
   }
 
-  std::vector<const Element*>& rows_for(const Scratch& scratch) { return rows_of[&scratch - scratches.data()]; }
+  // Rows `index(0)`, `index(1)`, ... of `elements`, and of `ints` if it has any.
+  template <typename Index>
+  Rows gather(const Element* elements, int64_t row_width, const IntRows& ints, int64_t count, const Index& index,
+              const Scratch& scratch) {
+    const int64_t thread = &scratch - scratches.data();
+    for (int64_t i = 0; i < count; i++) {
+      if (elements) rows_of[thread][i] = elements + index(i) * row_width;
+      if (ints) ints_of[thread][i] = ints.at(index(i));
+    }
+    return {rows_of[thread].data(), ints ? ints_of[thread].data() : nullptr};
+  }
 
   void project_up() {
     const int64_t columns = call.stage == WHOLE ? layer.down.columns : layer.up.rows;
@@ -200,14 +227,12 @@ class Forward {
     distribute(int64_t(segments.size()) * tiles, [&](int64_t task, Scratch& scratch) {
       const Segment& segment = segments[task / tiles];
       const int64_t first = task % tiles * TILE, count = std::min<int64_t>(TILE, columns - first);
-      auto& inputs = rows_for(scratch);
-      for (int64_t i = 0; i < segment.count; i++)
-        inputs[i] = rows + pairs[segment.first + i] / call.top_k * rows_width;
+      auto token = [&](int64_t i) { return pairs[segment.first + i] / call.top_k; };
+      const Rows inputs = gather(rows, rows_width, int_rows, segment.count, token, scratch);
       const MatrixView up = view(layer.up, segment.expert);
-      multiply_tile(up, first, count, inputs.data(), segment.count, scratch, scratch.first);
+      multiply_tile(up, first, count, inputs, segment.count, scratch, scratch.first);
       if (call.stage == WHOLE) {
-        if (layer.gated)
-          multiply_tile(up, columns + first, count, inputs.data(), segment.count, scratch, scratch.second);
+        if (layer.gated) multiply_tile(up, columns + first, count, inputs, segment.count, scratch, scratch.second);
         keep_hidden(segment, first, count, scratch);
       } else {
         for (int64_t i = 0; i < segment.count; i++)
@@ -229,19 +254,25 @@ class Forward {
 
   void project_down() {
     const int64_t columns = layer.down.rows, tiles = (columns + TILE - 1) / TILE;
+    if (call.stage == WHOLE && layer.down.readings[0].kind != DENSE && wants_ints()) {
+      int_hidden.reserve(int64_t(pairs.size()), inner, layer.down.group);
+      distribute(int64_t(pairs.size()), [&](int64_t row, Scratch&) {
+        int_hidden.set(row, [&](int64_t k) { return A::value(hidden[row * inner + A::place(k)]); });
+      });
+    }
     const auto* weights = (const float*)call.top_k_weights;
     totals.reset(new float[threads * call.num_tokens * TILE]);
     distribute(tiles, [&](int64_t task, Scratch& scratch) {
       const int64_t first = task * TILE, count = std::min<int64_t>(TILE, columns - first);
-      auto& inputs = rows_for(scratch);
       float* total = totals.get() + (&scratch - scratches.data()) * call.num_tokens * TILE;
       std::fill_n(total, call.num_tokens * TILE, 0.0f);
       for (const Segment& segment : segments) {
-        for (int64_t i = 0; i < segment.count; i++)
-          inputs[i] = call.stage == WHOLE ? hidden.get() + (segment.first + i) * inner
-                                          : rows + pairs[segment.first + i] * rows_width;
-        multiply_tile(view(layer.down, segment.expert), first, count, inputs.data(), segment.count, scratch,
-                      scratch.first);
+        auto place = [&](int64_t i) { return segment.first + i; };
+        auto pair = [&](int64_t i) { return pairs[segment.first + i]; };
+        const Rows inputs = call.stage == WHOLE
+                                ? gather(hidden.get(), inner, int_hidden, segment.count, place, scratch)
+                                : gather(rows, rows_width, int_rows, segment.count, pair, scratch);
+        multiply_tile(view(layer.down, segment.expert), first, count, inputs, segment.count, scratch, scratch.first);
         for (int64_t i = 0; i < segment.count; i++) {
           const int64_t pair = pairs[segment.first + i];
           float* to = total + pair / call.top_k * TILE;
@@ -330,6 +361,8 @@ class Forward {
   std::unique_ptr<float[]> numbers, totals;
   std::vector<Scratch> scratches;
   std::vector<std::vector<const Element*>> rows_of;
+  std::vector<std::vector<IntRow>> ints_of;
+  IntRows int_rows, int_hidden;
   const Element* rows = nullptr;
 };
 

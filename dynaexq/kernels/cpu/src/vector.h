@@ -69,6 +69,14 @@ struct Avx512 {
   static Floats even(Halfwords v) { return _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(0xFFFF))); }
   static Floats odd(Halfwords v) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(v, 16)); }
 
+  // Sums of neighboring products of 16-bit integers, added to 32-bit ones.
+  using Ints = __m512i;
+  static Ints no_ints() { return _mm512_setzero_si512(); }
+  static Ints add_products(Ints sums, Halfwords a, Halfwords b) {
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
+  }
+  static Floats floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+
   static Floats zero() { return _mm512_setzero_ps(); }
   static Floats fill(float value) { return _mm512_set1_ps(value); }
   static Floats load(const float* from) { return _mm512_loadu_ps(from); }
@@ -137,6 +145,13 @@ struct Avx2 {
 
   static Floats even(Halfwords v) { return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xFFFF))); }
   static Floats odd(Halfwords v) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(v, 16)); }
+
+  using Ints = __m256i;
+  static Ints no_ints() { return _mm256_setzero_si256(); }
+  static Ints add_products(Ints sums, Halfwords a, Halfwords b) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+  }
+  static Floats floats(Ints v) { return _mm256_cvtepi32_ps(v); }
 
   static Floats zero() { return _mm256_setzero_ps(); }
   static Floats fill(float value) { return _mm256_set1_ps(value); }
