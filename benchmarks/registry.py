@@ -58,6 +58,12 @@ BENCHMARKS = (
     ),
     Benchmark("quality/dense", "quality/dense.py", "KL and bytes of packed dense layers", "dense.json"),
     Benchmark("layers/encode", "layers/encode_speed.py", "weights quantized per second", "encode_speed.json"),
+    Benchmark(
+        "models/whole",
+        "models/whole_model.py",
+        "a model of the 30B's layers beside llama.cpp: decoding, prefill, parts of a token",
+        "whole_model.json",
+    ),
     Benchmark("models/cpu", "models/cpu_model.py", "tokens per second of whole models on a CPU", "cpu_model.json"),
     Benchmark(
         "quality/precision", "quality/precision_table.py", "KL by precision and share upgraded", "precision_table.json"

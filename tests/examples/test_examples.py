@@ -36,7 +36,7 @@ def test_the_example_runs(name):
 
 
 @pytest.mark.skipif(not has_parallel_plans(), reason="needs Transformers 5.21")
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_answer_as_one_process_does(ranks, tmp_path):
     for file in (EXAMPLES / "tiny-moe").glob("*token*.json"):
         shutil.copy(file, tmp_path)

@@ -234,3 +234,10 @@ def test_a_stance_that_may_not_change_does_not(auto_pause: bool, frozen: bool):
             pause._followed, pause._standing = second, first
             pause.review(second, first, frozen)
             assert pause.paused is before
+
+
+def test_coverage_is_the_share_of_mass_on_held_experts():
+    pause = AutoPause(np.ones((1, 4)), Settings())
+    held = np.array([[True, False, False, False]])
+    pause.observe(np.array([[8.0, 16.0, 4.0, 4.0]]), np.array([16]), held, top_k=2)
+    assert pause.verdict(held, frozen=False).coverage == pytest.approx(8 / 32)

@@ -1,6 +1,7 @@
 """One tick, told once: whatever holds the slots, the same windows begin the same moves."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,3 +105,9 @@ def test_where_copies_fail_no_expert_loses_its_upgrade_to_another():
 def test_the_coverage_of_a_window_without_mass_is_none():
     empty = Window(np.zeros(SHAPE), np.zeros(LAYERS, dtype=int), 0, 1, np.ones(SHAPE, dtype=bool))
     assert empty.coverage == 0.0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 128)])
+def test_what_the_table_and_the_counter_take_is_known_beforehand(shape: tuple[int, int]) -> None:
+    memory = DeviceMemory(*shape, 256, SLOT_NBYTES, 0, torch.device("cpu"))
+    assert memory.parts()["workspace"] == DeviceMemory.workspace_bytes(*shape)
