@@ -62,13 +62,21 @@ class DequantizedShard:
     Args:
         shard: the file with the codes.
         others: all files of the checkpoint, by key: the scales may be in another.
+        recent: the last matrix that any of the files has dequantized, as its rows may be read in turn.
     """
 
-    def __init__(self, shard: Shard, others: Mapping[str, Shard], packing: Packing, dtype: torch.dtype):
+    def __init__(
+        self,
+        shard: Shard,
+        others: Mapping[str, Shard],
+        packing: Packing,
+        dtype: torch.dtype,
+        recent: dict[str, Tensor],
+    ):
         self.path, self.close = shard.path, shard.close
         self._shard, self._packing, self._dtype = shard, packing, dtype
         self._pieces: dict[str, tuple[str, dict[str, tuple[Shard, str]]]] = {}
-        self._last: tuple[str, Tensor] | None = None
+        self._recent = recent
         self.entries: dict[str, Entry] = {}
         stems = [key.removesuffix(packing.mark) for key in others if key.endswith(packing.mark)]
         taken = {f"{stem}{piece}" for stem in stems for piece in packing.pieces}
@@ -87,9 +95,12 @@ class DequantizedShard:
             return self._shard.read(name, first, last)
         if len(self.entries[name].shape) > 2:  # every piece has its part for each row of a stack
             return self._unpacked(name, first, last)
-        if self._last is None or self._last[0] != name:  # rows of the same one come next
-            self._last = name, self._unpacked(name, 0, None)
-        return self._last[1][first:last]
+        weight = self._recent.get(name)
+        if weight is None:
+            weight = self._unpacked(name, 0, None)
+            self._recent.clear()
+            self._recent[name] = weight
+        return weight[first:last]
 
     def _add(self, stem: str, pieces: dict[str, tuple[Shard, str]]) -> None:
         try:
@@ -133,8 +144,8 @@ def open_checkpoint(directory: Path, config: Any, variant: str | None = None) ->
     if packing is None:
         return shards
     others = {key: shard for shard in shards for key in shard.entries}
-    dtype = config.dtype or torch.bfloat16
-    return [DequantizedShard(shard, others, packing, dtype) for shard in shards]
+    dtype, recent = config.dtype or torch.bfloat16, dict[str, Tensor]()
+    return [DequantizedShard(shard, others, packing, dtype, recent) for shard in shards]
 
 
 def _fp8(config: Mapping[str, Any]) -> Packing:
