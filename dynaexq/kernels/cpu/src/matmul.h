@@ -278,7 +278,7 @@ inline void multiply_ints_block(const Matrix& layout, const Planes (&weights)[WE
 template <Kind KIND, int BLOCK, int ROWS>
 void multiply_ints(const MatrixView& matrix, int64_t first, int64_t count, const IntRow* rows, const Scratch& scratch,
                    float* out) {
-  constexpr int WEIGHTS = ROWS < ROW_BLOCK ? 4 : 2;
+  constexpr int WEIGHTS = 4;
   const Matrix& layout = *matrix.layout;
   for (int m = 0; m < ROWS; m++) {
     float* to = out + m * TILE;
@@ -381,9 +381,7 @@ void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count,
   read_affine(matrix, first, count, scratch);
   const Element* const* rows = all.elements;
   if (num_rows <= FEW_ROWS && all.ints) {
-    int64_t m = 0;
-    for (; m + 4 <= num_rows; m += 4)
-      multiply_ints<KIND, BLOCK, 4>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
+    int64_t m = 0;  // four at once need more registers than AVX2 has, and are no faster
     for (; m + 2 <= num_rows; m += 2)
       multiply_ints<KIND, BLOCK, 2>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
     for (; m < num_rows; m++)
