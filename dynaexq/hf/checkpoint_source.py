@@ -8,7 +8,7 @@ dimension first, so a few experts are converted as well as all of them.
 import copy
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -115,15 +115,22 @@ def parameter_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
 
     What is made of several tensors, or of a part of one, is not among them.
     """
+    names = model.state_dict()
+    return {key: name for key, name, pattern, _ in _renamed(model, keys) if pattern is None and name in names}
+
+
+def _renamed(model: Any, keys: Iterable[str]) -> Iterator[tuple[str, str, str | None, WeightConverter | None]]:
+    """Each key of a checkpoint, what it is of in `model`, and the pattern and the converter that it goes through."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    names, found = model.state_dict(), {}
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    names = model.state_dict()
     for key in keys:
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-        if pattern is None and (name in names or key in names):
-            found[key] = name if name in names else key
-    return found
+        if name not in names and key in names:
+            name, pattern = key, None
+        yield key, name, pattern, converter_of.get(pattern)
 
 
 class _Skeleton:
@@ -296,23 +303,17 @@ class CheckpointSource:
         return _Skeleton(self._model(), {recipe.name: recipe.skeleton for recipe in recipes}, num_experts)
 
     def _find_tensors(self, model: Any) -> None:
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        names = model.state_dict()
         recipes = {recipe.name: recipe for _, layer in self._layers for recipe in layer}
-        keys = sorted(
-            ((key, shard) for shard in self._shards for key in shard.entries), key=lambda k: dot_natural_key(k[0])
+        places = sorted(
+            ((key, shard) for shard in self._shards for key in shard.entries),
+            key=lambda place: dot_natural_key(place[0]),
         )
-        for key, shard in keys:
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-            if name not in names and key in names:
-                name, pattern = key, None
+        renamed = _renamed(model, (key for key, _ in places))
+        for (_, shard), (key, name, pattern, converter) in zip(places, renamed, strict=True):
             if name in recipes:
                 recipe = recipes[name]
                 recipe.tensors[pattern or key].append((shard, key))
-                recipe.converter = converter_of.get(pattern)
+                recipe.converter = converter
 
 
 def _shape_only(entry: Entry, first: int, last: int | None) -> Tensor:

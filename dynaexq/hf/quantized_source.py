@@ -200,11 +200,7 @@ def _gptq(config: Mapping[str, Any]) -> Packing:
     def unpack(pieces: Pieces, _: str) -> Tensor:
         codes = _codes(pieces[".qweight"].T, bits).T  # [columns, rows]
         zeros = _codes(pieces[".qzeros"], bits) + added
-        scales = pieces[".scales"].float()
-        group = pieces.get(".g_idx")
-        if group is None:
-            group = torch.arange(len(codes)) // (len(codes) // len(scales))
-        return ((codes - zeros[group]) * scales[group]).T
+        return _scaled(codes, zeros, pieces[".scales"], pieces.get(".g_idx"))
 
     return Packing(".qweight", (".qweight", ".qzeros", ".scales", ".g_idx"), ".weight", shape, unpack)
 
@@ -220,9 +216,7 @@ def _awq(config: Mapping[str, Any]) -> Packing:
 
     def unpack(pieces: Pieces, _: str) -> Tensor:
         codes, zeros = (_awq_codes(pieces[name]) for name in (".qweight", ".qzeros"))
-        scales = pieces[".scales"].float()
-        group = torch.arange(len(codes)) // (len(codes) // len(scales))
-        return ((codes - zeros[group]) * scales[group]).T
+        return _scaled(codes, zeros, pieces[".scales"])
 
     return Packing(".qweight", (".qweight", ".qzeros", ".scales"), ".weight", shape, unpack)
 
@@ -230,6 +224,13 @@ def _awq(config: Mapping[str, Any]) -> Packing:
 def _awq_codes(words: Tensor) -> Tensor:
     nibbles = _codes(words, 4).view(len(words), -1, 8)
     return torch.empty_like(nibbles).index_copy_(-1, torch.tensor(AWQ_ORDER), nibbles).flatten(1)
+
+
+def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, group: Tensor | None = None) -> Tensor:
+    """The weight `[rows, columns]` of codes `[columns, rows]`; the group of each column, if they are not in order."""
+    if group is None:
+        group = torch.arange(len(codes)) // (len(codes) // len(scales))
+    return ((codes - zeros[group]) * scales.float()[group]).T
 
 
 def _codes(words: Tensor, bits: int) -> Tensor:
