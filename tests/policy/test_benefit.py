@@ -12,7 +12,7 @@ from shifting import AMPLE, EVENING, MORNING, patched, run, upgraded
 
 from dynaexq.policy import Average, Stance, Verdict, is_worth_it, lift
 from dynaexq.policy.auto_pause import LEAST_PATIENCE, AutoPause
-from dynaexq.policy.benefit import CHANCE_ERRORS, PAUSE_BELOW, RESUME_ABOVE
+from dynaexq.policy.benefit import CHANCE_ERRORS, PAUSE_BELOW, RESUME_ABOVE, STANDARD_ERRORS
 from dynaexq.settings import Settings
 
 PATIENCE, WINDOW = 400, 8
@@ -70,17 +70,19 @@ def test_what_chance_explains_ends_no_pause():
     assert changes(history([0.3] * 50, variance=1e3)) == []
 
 
-@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.0, 0.99)), min_size=1, max_size=30))
-def test_an_average_is_the_weighted_mean_and_its_doubt_never_below_that_of_chance(windows):
-    average, weights = Average(), []
-    for value, keep in windows:
-        average = average.add(value, keep, variance=4.0)
-        weights = [weight * keep for weight in weights] + [1 - keep]
-    values = [value for value, _ in windows]
+@given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0.0, 0.99), st.floats(0.0, 4.0)), min_size=1, max_size=30))
+def test_an_average_is_the_weighted_mean_and_its_doubt_that_of_the_windows_or_of_chance(windows):
+    average, weights = Average(), np.zeros(0)
+    for value, keep, variance in windows:
+        average = average.add(value, keep, variance)
+        weights = np.append(weights * keep, 1 - keep)
+    values, _, variances = np.array(windows).T
     assert average.mean == pytest.approx(np.average(values, weights=weights), abs=1e-9)
-    chance = 2 * np.sqrt(np.square(weights).sum()) / np.sum(weights)
-    assert average.doubt >= CHANCE_ERRORS * chance * (1 - 1e-9)
-    assert chance <= 2 + 1e-9
+    spread = np.average((values - average.mean) ** 2, weights=weights)
+    shown = np.sqrt(spread * np.square(weights).sum()) / weights.sum()
+    chance = np.sqrt((np.square(weights) * variances).sum()) / weights.sum()
+    expected = max(STANDARD_ERRORS * shown, CHANCE_ERRORS * chance)
+    assert average.doubt == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_an_empty_average_claims_nothing():

@@ -111,3 +111,22 @@ def test_the_coverage_of_a_window_without_mass_is_none():
 def test_what_the_table_and_the_counter_take_is_known_beforehand(shape: tuple[int, int]) -> None:
     memory = DeviceMemory(*shape, 256, SLOT_NBYTES, 0, torch.device("cpu"))
     assert memory.parts()["workspace"] == DeviceMemory.workspace_bytes(*shape)
+
+
+def test_a_slot_whose_last_reader_has_ended_is_given_away_by_the_next_tick():
+    options = {"policy": "topn", "auto_pause": False, "hysteresis": 0.0, "alpha": 0.0}
+    slots, control = pipeline(1), loop(options, seed=0)
+
+    def see(expert: int) -> None:
+        mass = np.zeros(SHAPE)
+        mass[0, expert] = 1e6
+        control.step(Window(mass, np.full(LAYERS, 1000), 1, 1, slots.upgraded), slots)
+
+    see(0)
+    assert slots.upgraded[0, 0]
+    with slots.pool.fence.reading():
+        for _ in range(3):
+            see(1)
+        assert not slots.upgraded.any(), "the slot is still being read"
+    see(1)
+    assert slots.upgraded[0, 1]

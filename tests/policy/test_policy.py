@@ -4,6 +4,7 @@ L layers, E experts per layer, R rows that compete by themselves. Scores are who
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -354,21 +355,30 @@ def test_a_refused_plan_says_what_it_needs_and_which_ladder_would_fit():
     )
 
 
+def fastest(action: Callable[[], object]) -> float:
+    """Seconds; of many runs the fastest, as a shared machine may pause at any of them."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(30))
+
+
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize(("num_experts", "milliseconds"), [(128, 1.0), (512, 5.0)])
-def test_a_decision_over_48_layers_takes_milliseconds(num_experts, milliseconds, allocation):
+@pytest.mark.parametrize("num_experts", [128, 512])
+def test_a_decision_over_48_layers_costs_no_more_than_sorting_the_scores_a_few_times(num_experts, allocation):
+    """`benchmarks/policy/policy_speed.py` has the milliseconds; a slow machine sorts slowly, too."""
     score = np.random.default_rng(0).gamma(0.5, size=(48, num_experts))
     slots = slots_per_row(allocation, score.size // 5, 48)
     upgraded = top_n(score.reshape(len(slots), -1), np.zeros((len(slots), score.size // len(slots)), bool), slots, 0.0)
     drifted = score * np.random.default_rng(1).uniform(0.5, 1.5, score.shape)
     case = Situation(drifted, upgraded.reshape(score.shape), slots, hysteresis=0.1, max_promotions=64)
-    fastest = np.inf
-    for _ in range(30):  # the fastest of many: a shared machine may pause at any of them
-        start = time.perf_counter()
-        moves = case.moves()
-        fastest = min(fastest, time.perf_counter() - start)
-    assert sum(move.promote for move in moves) == 64
-    assert fastest * 1e3 < milliseconds
+    deciding = fastest(case.moves)
+    sorting = fastest(lambda: np.argsort(-drifted, axis=None, kind="stable"))
+    assert sum(move.promote for move in case.moves()) == 64
+    assert deciding < 10 * sorting
 
 
 @pytest.mark.parametrize(("slot_nbytes", "promotions"), [(0, 64 * 2**20), (2**20, 64), (64 * 2**20, 1), (2**30, 1)])

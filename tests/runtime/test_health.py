@@ -98,7 +98,9 @@ def test_one_expert_whose_bytes_are_gone_keeps_nobody_else_from_its_upgrade(monk
     assert "these bytes are gone" in health.why
 
 
-def test_a_tick_that_fails_does_not_stop_the_forward_and_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tick_that_fails_does_not_stop_the_forward_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = patched()
     device = model.dynaexq.devices[0]
     step = device.control.step
@@ -108,6 +110,7 @@ def test_a_tick_that_fails_does_not_stop_the_forward_and_is_tried_again(monkeypa
 
     monkeypatch.setattr(device.control, "step", failing)
     run(model, 10)
+    assert "standing still" in caplog.text, "the log says so, though nothing has asked"
     health = model.dynaexq.health()
     assert health.state == "standing still"
     assert 1 < health.failed_ticks < 6, "after growing pauses"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import dynaexq
 import dynaexq.runtime.experts
-from dynaexq.errors import SettingsError, StoreError
+from dynaexq.errors import ClosedError, SettingsError, StoreError
 from dynaexq.memory import RamStore
 from dynaexq.types import BITS
 
@@ -432,3 +432,18 @@ def test_a_share_of_the_link_limits_as_well(monkeypatch: pytest.MonkeyPatch) -> 
     clock.now += 1.0
     run(model)
     assert model.dynaexq.stats()["bytes_copied"] - start == 3 * slot
+
+
+def test_a_closed_device_refuses_whatever_would_need_its_memory() -> None:
+    runtime = patched().dynaexq
+    device, budget = runtime.devices[0], runtime.plan.budget
+    runtime.close()
+    hotness = np.zeros(device.memory.table.kinds().shape)
+    calls = (device.tick, device.drain, device.thaw, lambda: device.slots_within(budget))
+    for call in (*calls, lambda: device.warm_start(hotness)):
+        with pytest.raises(ClosedError):
+            call()
+
+
+def test_the_report_says_which_threads_the_kernel_takes() -> None:
+    assert "kernel threads" in str(patched().dynaexq.report())
