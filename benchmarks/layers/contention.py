@@ -27,7 +27,7 @@ from rich.table import Table
 from dynaexq.kernels import ExpertLayer, Upgrades
 from dynaexq.kernels.cpu import expert_mlp, native
 from dynaexq.kernels.cpu.team import Team
-from dynaexq.quantization import ExpertCodec
+from dynaexq.quantization import IN_STRIPS, ExpertCodec
 from dynaexq.types import ExpertShape
 
 SHAPE = ExpertShape(hidden_size=2048, intermediate_size=768, up_rows=1536, has_bias=False, transposed=False)
@@ -46,7 +46,7 @@ class AllThreads(Team):
 
 def make_layer() -> ExpertLayer:
     """A layer of int4 experts of random bytes."""
-    codec = ExpertCodec(SHAPE, torch.bfloat16, ("int4",))
+    codec = ExpertCodec(SHAPE, torch.bfloat16, ("int4",), arrangement=IN_STRIPS)
     base = torch.randint(0, 255, (EXPERTS, codec.base.nbytes), dtype=torch.uint8)
     gate = lambda rows: torch.nn.functional.silu(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1]  # noqa: E731
     return ExpertLayer(codec, base, gate, activation_name="silu")

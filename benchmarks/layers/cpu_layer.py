@@ -34,7 +34,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from dynaexq.kernels import ExpertLayer, Upgrades, cpu, reference
 from dynaexq.memory import allocate_bytes
-from dynaexq.quantization import ExpertCodec
+from dynaexq.quantization import IN_STRIPS, ExpertCodec
 from dynaexq.types import ExpertShape
 
 UPGRADED_SHARE = 0.2
@@ -77,7 +77,7 @@ class Packed:
 
     def __init__(self, model: Model, tiers: tuple[str, ...]):
         gated = ExpertShape(model.hidden_size, model.intermediate_size, 2 * model.intermediate_size, False, False)
-        self.codec = codec = ExpertCodec(gated, torch.bfloat16, tiers)
+        self.codec = codec = ExpertCodec(gated, torch.bfloat16, tiers, arrangement=IN_STRIPS)
         base = self._random(model.experts_here, codec.base.nbytes)
         for name, part in codec.base_layout.view(base).items():
             if name.endswith(".meta"):

@@ -19,7 +19,7 @@ from dynaexq.settings import OPTION_NAMES, RENAMED, Options, Settings, resolve, 
 
 logger = logging.getLogger(__name__)
 
-OF_THE_MACHINE = {"device", "host_copy", "calibration"}
+OF_THE_MACHINE = {"device", "host_copy", "calibration", "activations"}
 """Options that say nothing about a model, and are not kept with it."""
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

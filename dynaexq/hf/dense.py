@@ -44,7 +44,10 @@ def quantized_linears(
     """Quantized twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone."""
     if settings.dense in OWN:
         codecs = _format(settings).codecs(model, layers)
-        return {path: packed_twin(path, model.get_submodule(path), codec, device) for path, codec in codecs.items()}
+        return {
+            path: packed_twin(path, model.get_submodule(path), codec, device, settings.activations)
+            for path, codec in codecs.items()
+        }
     return {path: _quantized(linear, str(settings.dense), device) for path, linear in _linears(model)}
 
 
@@ -82,7 +85,7 @@ def dense_codecs(model: Any, layers: Sequence[SparseLayer], settings: Settings) 
 
 
 def _format(settings: Settings) -> DenseFormat:
-    return DenseFormat(str(settings.dense), settings.group_size, settings.quantizer)
+    return DenseFormat(str(settings.dense), settings.group_size, settings.quantizer, settings.activations)
 
 
 def _quantized_nbytes(linear: nn.Linear, dense: str) -> int:

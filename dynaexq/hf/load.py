@@ -103,7 +103,7 @@ class CheckpointLoad:
         parts = []
         for device, planned in plan_together(specs, self.settings, held).items():
             layers = [self.layers[row] for row in rows[device]]
-            codec = make_codec(layers[0], planned.tiers, self.settings)
+            codec = make_codec(layers[0], planned.tiers, self.settings, device=device)
             loader = self._experts.loader(rows[device], rank * num_experts, num_experts)
             part = DeviceRuntime(self.model, planned, codec, self.settings, device, loader, self._experts.base)
             self._patch.connect(part, layers)

@@ -134,7 +134,9 @@ class ModelPatch:
             activation = WeakMethod(experts._apply_gate) if experts.has_gate else experts.act_fn
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
             base = runtime.stored.base[index]
-            constant = ExpertLayer(runtime.codec, base, activation, post_norm, activation_name(experts))
+            constant = ExpertLayer(
+                runtime.codec, base, activation, post_norm, activation_name(experts), runtime.settings.activations
+            )
             self._undo_steps.callback(_disconnect, layer)
             experts.connect(constant, runtime.ports(index), tuple(layer.parameters))
             self._homes[layer.name] = runtime, index

@@ -28,6 +28,7 @@ class DenseFormat:
     tier: str
     group_size: int
     method: str
+    activations: str = "auto"
 
     def codecs(self, model: Any, layers: Sequence[SparseLayer]) -> dict[str, LinearCodec]:
         """What packs each linear layer, by path.
@@ -61,11 +62,13 @@ def _packed_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple
             yield path, module
 
 
-def packed_twin(path: str, linear: nn.Linear, codec: LinearCodec, device: torch.device) -> PackedLinear:
+def packed_twin(
+    path: str, linear: nn.Linear, codec: LinearCodec, device: torch.device, activations: str
+) -> PackedLinear:
     """`linear` packed, on `device`; a QuantizationError names its `path` if no code represents it."""
     bias = None if linear.bias is None else linear.bias.detach().to(device)
     block = packed_weight(path, linear.weight.detach().to(device), codec)
-    return PackedLinear(codec, block, bias).train(linear.training)
+    return PackedLinear(codec, block, bias, activations).train(linear.training)
 
 
 def packed_weight(path: str, weight: Tensor, codec: LinearCodec) -> Tensor:
@@ -103,14 +106,15 @@ class PackedDense(HfQuantizer):
         for path, codec in self._codecs.items() if self.pre_quantized else ():
             linear = model.get_submodule(path)
             with torch.device("meta"):
-                room = PackedLinear(codec, bias=linear.bias)
+                room = PackedLinear(codec, bias=linear.bias, activations=self.quantization_config.activations)
             model.set_submodule(path, room.train(linear.training))
             untie(model, path)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for path, codec in () if self.pre_quantized else self._codecs.items():
             linear = model.get_submodule(path)
-            model.set_submodule(path, packed_twin(path, linear, codec, linear.weight.device))
+            activations = self.quantization_config.activations
+            model.set_submodule(path, packed_twin(path, linear, codec, linear.weight.device, activations))
             untie(model, path)
         return model
 

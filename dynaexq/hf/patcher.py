@@ -91,7 +91,7 @@ def patch(
     twins = quantized_linears(model, layers, settings, target) if settings.dense else {}
     moments = moments_for(settings, layers)
     plan = make_plan(inspect_model(model, layers, settings), settings, target, held_bytes(model, target))
-    codec = make_codec(layers[0], plan.tiers, settings)
+    codec = make_codec(layers[0], plan.tiers, settings, device=target)
     loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, moments))
     return _commit(ModelPatch(model, layers, wrapper), loaded, source, twins, config)
 

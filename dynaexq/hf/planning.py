@@ -20,6 +20,7 @@ from dynaexq.hf.dense import bytes_saved
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.kv_cache_size import Context, context_bytes
 from dynaexq.hf.meta_model import meta_twin
+from dynaexq.kernels import arrangement_on
 from dynaexq.memory import DeviceMemory
 from dynaexq.memory.tensor_bytes import weight_bytes
 from dynaexq.planning.budget import (
@@ -31,7 +32,7 @@ from dynaexq.planning.budget import (
     tier_choices,
     weights_budget,
 )
-from dynaexq.quantization import ExpertCodec, offered, tier_sizes
+from dynaexq.quantization import ROW_BY_ROW, ExpertCodec, offered, tier_sizes
 from dynaexq.settings import Settings
 from dynaexq.types import MemoryPlan
 
@@ -183,9 +184,22 @@ def _choices(settings: Settings, stored: Tiers | None) -> tuple[Tiers, ...]:
     return (settings.tiers,)
 
 
-def make_codec(layer: SparseLayer, tiers: Tiers, settings: Settings, dtype: torch.dtype | None = None) -> ExpertCodec:
-    """The codec of the experts of `layer` at `tiers`, with 16-bit parts in `dtype` instead of the layer's own."""
-    return ExpertCodec(layer.shape(), dtype or layer.dtype, tiers, settings.group_size, settings.quantizer)
+def make_codec(
+    layer: SparseLayer,
+    tiers: Tiers,
+    settings: Settings,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> ExpertCodec:
+    """The codec of the experts of `layer` at `tiers`.
+
+    Args:
+        dtype: of 16-bit parts, instead of the layer's own.
+        device: where they are to be multiplied; None for files.
+    """
+    dtype = dtype or layer.dtype
+    arrangement = ROW_BY_ROW if device is None else arrangement_on(device, dtype)
+    return ExpertCodec(layer.shape(), dtype, tiers, settings.group_size, settings.quantizer, arrangement)
 
 
 def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.device | None = None) -> int:

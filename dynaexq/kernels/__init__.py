@@ -4,6 +4,7 @@ from dynaexq.kernels.custom_op import experts as experts_operator
 from dynaexq.kernels.custom_op import linear as linear_operator
 from dynaexq.kernels.custom_op import register_layer, register_matrix
 from dynaexq.kernels.dispatch import (
+    arrangement_on,
     counts_routing,
     exchange_for,
     expert_gradients,
@@ -20,6 +21,7 @@ __all__ = [
     "LinearLayer",
     "PlainExchange",
     "Upgrades",
+    "arrangement_on",
     "counts_routing",
     "exchange_for",
     "expert_gradients",

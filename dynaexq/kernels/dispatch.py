@@ -13,6 +13,7 @@ from dynaexq.kernels import reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import LinearLayer
 from dynaexq.memory.graph_sync import PlainExchange
+from dynaexq.quantization import Arrangement
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class Backend(Protocol):
         upgrades: Upgrades,
     ) -> tuple[Tensor, Tensor]:
         """See `gradients.expert_gradients`."""
+
+    def arrangement(self, dtype: torch.dtype) -> Arrangement:
+        """See `arrangement_on`."""
 
     def counts_routing(self, hidden_states: Tensor, layer: ExpertLayer) -> bool:
         """Whether `expert_mlp` takes `counts` for these rows."""
@@ -100,6 +104,11 @@ def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
 def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
     """The gradient `[N, columns]` of the rows, from that of the product `[N, matrix rows]`, in its dtype."""
     return _backend(grad.device, grad.dtype, layer.codec.dtype).linear_gradient(grad, layer)
+
+
+def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:
+    """How the codes of a model of `dtype` should lie that is multiplied on `device`."""
+    return _backend(device, dtype, dtype).arrangement(dtype)
 
 
 def exchange_for(device: torch.device, dtype: torch.dtype) -> PlainExchange | None:

@@ -47,6 +47,7 @@ class ExpertLayer:
         post_norm: applied to an expert's output before its routing weight, or None.
         activation_name: `silu`, `gelu`, `gelu_tanh`, `relu` or `relu2` where `activation` is exactly that, of the
             first half of the rows times the second where there is a gate; else None. Kernels may fuse it.
+        activations: what rows may be rounded to where they meet codes; see `settings.Options`.
         prepared: what kernels keep for this layer. It may lead back to the layer; a table outside would keep it alive.
     """
 
@@ -55,6 +56,7 @@ class ExpertLayer:
     activation: Callable[[Tensor], Tensor]
     post_norm: Callable[[Tensor], Tensor] | None = None
     activation_name: str | None = None
+    activations: str = "auto"
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property

@@ -16,11 +16,13 @@ class LinearLayer:
 
     Attributes:
         block: uint8 `[codec.nbytes]`.
+        activations: what the rows may be rounded to; see `settings.Options`.
         prepared: what kernels keep for this layer.
     """
 
     codec: LinearCodec
     block: Tensor
+    activations: str = "auto"
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def check(self, rows: Tensor, columns: int) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.gradients import expert_gradients
 from dynaexq.kernels.linear_layer import linear, linear_gradient
+from dynaexq.quantization import ROW_BY_ROW, Arrangement
 
-__all__ = ["counts_routing", "expert_gradients", "expert_mlp", "linear", "linear_gradient"]
+__all__ = ["arrangement", "counts_routing", "expert_gradients", "expert_mlp", "linear", "linear_gradient"]
 
 
 def expert_mlp(
@@ -49,3 +50,8 @@ def expert_mlp(
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
     """False: the caller counts."""
     return False
+
+
+def arrangement(dtype: torch.dtype) -> Arrangement:
+    """As in files: any does."""
+    return ROW_BY_ROW

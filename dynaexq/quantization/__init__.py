@@ -1,5 +1,6 @@
 """What the bits mean: number formats, packing, and the quantizer. No device logic and no kernel lives here."""
 
+from dynaexq.quantization.arrangement import IN_STRIPS, ROW_BY_ROW, Arrangement
 from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout, tier_sizes
 from dynaexq.quantization.layout import BlockLayout
 from dynaexq.quantization.linear_codec import LinearCodec
@@ -9,7 +10,10 @@ from dynaexq.quantization.tier_conversion import convert, offered, pieces, rebas
 
 __all__ = [
     "BLOCK",
+    "IN_STRIPS",
     "LARGEST_WEIGHT",
+    "ROW_BY_ROW",
+    "Arrangement",
     "BlockLayout",
     "Encoded",
     "ExpertCodec",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynaexq.quantization.arrangement import ROW_BY_ROW, Arrangement
 from dynaexq.quantization.layout import BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import ExpertInputs
 from dynaexq.quantization.plane_codec import (
@@ -143,13 +144,20 @@ class ExpertCodec(PlaneCodec):
         dtype: the model's floating dtype: of 16-bit blocks and of biases.
         group_size: weights that share a scale; the largest of 128, 64, 32 up to it that divides K is taken.
         method: `"als"` or `"rtn"`.
+        arrangement: how planes and scales lie; see `PlaneCodec`.
     """
 
     def __init__(
-        self, shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], group_size: int = 64, method: str = "als"
+        self,
+        shape: ExpertShape,
+        dtype: torch.dtype,
+        tiers: tuple[str, ...],
+        group_size: int = 64,
+        method: str = "als",
+        arrangement: Arrangement = ROW_BY_ROW,
     ):
         layout = tier_layout(shape, dtype, tiers, group_size)
-        super().__init__(layout.matrices, tiers, layout.planes, layout.refine_planes, method)
+        super().__init__(layout.matrices, tiers, layout.planes, layout.refine_planes, method, arrangement)
         self.shape, self.dtype = shape, dtype
         self.base_layout, self.upgrade_layout = layout.base, layout.upgrade
         self.base, self.upgrade = layout.sizes()

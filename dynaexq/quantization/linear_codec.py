@@ -1,10 +1,12 @@
 """One matrix as bytes, at one precision: a dense layer. See `codec` for experts."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
+from dynaexq.quantization.arrangement import ROW_BY_ROW, Arrangement
 from dynaexq.quantization.layout import BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import Inputs
 from dynaexq.quantization.plane_codec import BASE_PLANES, PlaneCodec, code_arrays
@@ -21,10 +23,17 @@ class LinearCodec(PlaneCodec):
     """
 
     def __init__(
-        self, rows: int, columns: int, dtype: torch.dtype, tier: str, group_size: int = 64, method: str = "als"
+        self,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        tier: str,
+        group_size: int = 64,
+        method: str = "als",
+        arrangement: Arrangement = ROW_BY_ROW,
     ):
         matrix = MatrixLayout.of(rows, columns, group_size)
-        super().__init__({WEIGHT: matrix}, (tier,), BASE_PLANES[tier], (), method)
+        super().__init__({WEIGHT: matrix}, (tier,), BASE_PLANES[tier], (), method, arrangement)
         self.dtype, self.matrix = dtype, matrix
         self.layout = BlockLayout(code_arrays(WEIGHT, matrix, self.planes))
 
@@ -42,6 +51,12 @@ class LinearCodec(PlaneCodec):
         used = inputs if self.tiers != ("int8",) else None
         errors = self.encode_matrix(WEIGHT, weight[None], used, self.layout.view(block), {})
         return block[0], float(errors[0, 0])
+
+    def arranged(self, arrangement: Arrangement) -> "LinearCodec":
+        """The same codec for blocks in another arrangement."""
+        twin = copy(self)
+        twin.arrangement = arrangement
+        return twin
 
     def decode(self, block: Tensor, dtype: torch.dtype) -> Tensor:
         """The matrix `[rows, columns]` in `dtype`."""

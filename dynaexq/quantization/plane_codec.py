@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
-from dynaexq.quantization.layout import MatrixLayout
+from dynaexq.quantization.arrangement import IN_STRIPS, ROW_BY_ROW, Arrangement
+from dynaexq.quantization.layout import BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import Inputs
 from dynaexq.quantization.quantize import Code, dequantize, dequantize_at, quantize
 from dynaexq.types import BITS
@@ -54,6 +54,7 @@ class PlaneCodec:
         matrices: how each is cut up, by name.
         planes, refine_planes: of the base's code, and those that an upgrade adds to it.
         method: `"als"` or `"rtn"`.
+        arrangement: how planes and scales lie in the blocks that it writes and reads.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class PlaneCodec:
         planes: tuple[Plane, ...],
         refine_planes: tuple[Plane, ...],
         method: str,
+        arrangement: Arrangement = ROW_BY_ROW,
     ):
-        self.matrices, self.tiers, self.method = matrices, tiers, method
+        self.matrices, self.tiers, self.method, self.arrangement = matrices, tiers, method, arrangement
         self.planes, self.refine_planes = planes, refine_planes
 
     @property
@@ -87,28 +89,56 @@ class PlaneCodec:
     ) -> np.ndarray:
         """Code the rows of `matrix [n, N, K]` into their parts, a slice at a time; returns errors `[n, tiers]`."""
         per_row = len(matrix) * self.matrices[name].padded
-        step = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row) if inputs is None else matrix.shape[1]
+        at_once = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row // IN_STRIPS.HEIGHT) * IN_STRIPS.HEIGHT
+        step = at_once if inputs is None else matrix.shape[1]
         squares = []
         for first in range(0, matrix.shape[1], step):
             rows = slice(first, first + step)
             code = self._quantize(name, matrix[:, rows], inputs)
             squares.append(self._squares(name, matrix[:, rows], code))
-            base_parts[f"{name}.meta"][:, :, rows].copy_(torch.stack([code.scale, code.minimum], -1).transpose(1, 2))
+            meta = torch.stack([code.scale, code.minimum], -1).transpose(1, 2)
+            self.arrangement.write_meta(base_parts[f"{name}.meta"], rows, meta)
             self._write_planes(base_parts, name, code, self.planes, rows)
             self._write_planes(upgrade_parts, name, code, self.refine_planes, rows)
         *errors, norm = torch.cat(squares, 1).double().sum(1).unbind(-1)
         return (torch.stack(errors, 1) / norm.clamp_min(1e-30)[:, None]).cpu().numpy()
+
+    def arrange(self, layout: BlockLayout, blocks: Tensor) -> None:
+        """Give what lies row by row in uint8 `blocks [n, nbytes]` this codec's own arrangement, in place."""
+        self._rearrange(layout, blocks, ROW_BY_ROW, self.arrangement)
+
+    def arranged_by_rows(self, layout: BlockLayout, blocks: Tensor) -> Tensor:
+        """The blocks as files have them; a copy, unless they lie like that already."""
+        if self.arrangement is ROW_BY_ROW:
+            return blocks
+        by_rows = blocks.clone()
+        self._rearrange(layout, by_rows, self.arrangement, ROW_BY_ROW)
+        return by_rows
+
+    def _rearrange(self, layout: BlockLayout, blocks: Tensor, now: Arrangement, wanted: Arrangement) -> None:
+        if now is wanted:
+            return
+        for block in blocks.split(1):  # one by one: what is in between is larger than they are
+            parts = layout.view(block)
+            for name, matrix in self.matrices.items():
+                for plane in self.planes + self.refine_planes:
+                    part = parts.get(f"{name}.{plane.name}")
+                    if part is not None:
+                        wanted.take_plane(part, plane.bits, matrix.block, now)
+                if f"{name}.meta" in parts:
+                    wanted.take_meta(parts[f"{name}.meta"], now)
 
     def read_code(
         self, parts: Mapping[str, Tensor], name: str, planes: tuple[Plane, ...], bits: int, dtype: torch.dtype
     ) -> Tensor:
         """Weights `[n, N, K]` in `dtype`, from the `planes` of their codes of so many bits."""
         layout = self.matrices[name]
-        values = reduce(
-            torch.bitwise_or,
-            (unpack_plane(parts[f"{name}.{plane.name}"], plane.bits, layout.block) << plane.shift for plane in planes),
+        codes = (
+            self.arrangement.read_plane(parts[f"{name}.{plane.name}"], plane.bits, layout.block) << plane.shift
+            for plane in planes
         )
-        scale, minimum = parts[f"{name}.meta"].transpose(1, 2).unbind(-1)
+        values = reduce(torch.bitwise_or, codes)
+        scale, minimum = self.arrangement.read_meta(parts[f"{name}.meta"]).transpose(1, 2).unbind(-1)
         return dequantize(values, scale, minimum, bits)[..., : layout.columns].to(dtype)
 
     def _quantize(self, name: str, matrix: Tensor, inputs: Sequence[Inputs] | None) -> Code:
@@ -139,4 +169,5 @@ class PlaneCodec:
     ) -> None:
         for plane in planes:
             bits = (code.values >> plane.shift) & (2**plane.bits - 1)
-            parts[f"{name}.{plane.name}"][:, rows].copy_(pack_plane(bits, plane.bits, self.matrices[name].block))
+            part = parts[f"{name}.{plane.name}"]
+            self.arrangement.write_plane(part, rows, bits, plane.bits, self.matrices[name].block)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynaexq.errors import PatchError
-from dynaexq.kernels import LinearLayer, linear, linear_gradient, linear_operator, register_matrix
-from dynaexq.quantization import LinearCodec
+from dynaexq.kernels import LinearLayer, arrangement_on, linear, linear_gradient, linear_operator, register_matrix
+from dynaexq.quantization import ROW_BY_ROW, Arrangement, LinearCodec
 from dynaexq.runtime.experts import in_function_transform
 from dynaexq.runtime.state_guard import PackedWeight
 
@@ -17,20 +17,27 @@ class PackedLinear(nn.Linear):
     """`rows [..., in_features] -> [..., out_features]`, in the dtype of the rows.
 
     The parameter is `packed`, uint8 `[codec.nbytes]`, and `weight` only says what it stands for. Neither that nor the
-    bias is trained.
+    bias is trained. Where it is multiplied the codes lie as the device wants them, and in a `state_dict` as in files.
 
     Args:
+        activations: what rows may be rounded to; see `settings.Options`.
         packed: left out, there is room on the meta device, for a checkpoint to fill.
     """
 
-    def __init__(self, codec: LinearCodec, packed: Tensor | None = None, bias: Tensor | None = None):
+    def __init__(
+        self,
+        codec: LinearCodec,
+        packed: Tensor | None = None,
+        bias: Tensor | None = None,
+        activations: str = "auto",
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = codec.matrix.columns, codec.matrix.rows
         if packed is None:
             packed = torch.empty(codec.nbytes, dtype=torch.uint8, device="meta")
         self.packed = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self.codec = codec
+        self.codec, self.activations = codec, activations
         self._layer: LinearLayer | None = None
         self._handle = register_matrix(self)
         self._is_hf_initialized = True  # nothing here could be drawn at random
@@ -78,8 +85,31 @@ class PackedLinear(nn.Linear):
         """The layer where the packed weight is now: a model may be moved, and a checkpoint read into it."""
         layer = self._layer
         if layer is None or layer.block.data_ptr() != self.packed.data_ptr():
-            self._layer = layer = LinearLayer(self.codec, self.packed.detach())
+            self._arrange(arrangement_on(self.packed.device, self.codec.dtype))
+            self._layer = layer = LinearLayer(self.codec, self.packed.detach(), self.activations)
         return layer
+
+    def _arrange(self, arrangement: Arrangement) -> None:
+        """Give the packed weight an arrangement, in memory of its own: the old may be a file's, or another's."""
+        if self.codec.arrangement is not arrangement:
+            block = self.codec.arranged_by_rows(self.codec.layout, self.packed.data[None]).clone()
+            codec = self.codec.arranged(arrangement)
+            codec.arrange(codec.layout, block)
+            self.packed.data, self.codec = block[0], codec
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        self._arrange(ROW_BY_ROW)  # devices differ in what they want
+        return super()._apply(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codec.arrangement is not ROW_BY_ROW:
+            by_rows = self.codec.arranged_by_rows(self.codec.layout, self.packed.data[None])[0]
+            destination[f"{prefix}packed"] = nn.Parameter(by_rows, requires_grad=False) if keep_vars else by_rows
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._arrange(ROW_BY_ROW)
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

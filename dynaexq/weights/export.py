@@ -47,7 +47,7 @@ class StoredExperts:
         return isinstance(self._store, SourceStore)
 
     def packed(self, layer: int) -> Iterator[PackedExpert]:
-        """One layer's experts in turn.
+        """One layer's experts in turn, as files have them.
 
         Raises:
             ClosedError: the store was closed.
@@ -60,7 +60,9 @@ class StoredExperts:
             if upgrade.numel():
                 self._store.read_into(self._index(layer, expert), upgrade[0])
             errors = self.errors[layer, expert][None]
-            yield PackedExpert(block[None].cpu(), upgrade if upgrade.numel() else None, errors)
+            base = self.codec.arranged_by_rows(self.codec.base_layout, block[None].cpu())
+            planes = self.codec.arranged_by_rows(self.codec.upgrade_layout, upgrade) if upgrade.numel() else None
+            yield PackedExpert(base, planes, errors)
 
     def source(self, layer: int) -> ExpertWeights | None:
         """One layer's experts in the model's own dtype, bit for bit as given; None where no tier keeps them."""

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dynaexq.checkpoint import PackedReader, PackedShape, PackedStore
 from dynaexq.memory import HostStore, RamStore, allocate_bytes
-from dynaexq.quantization import BlockLayout, ExpertCodec, convert, pieces, rebase, tier_layout
+from dynaexq.quantization import ROW_BY_ROW, BlockLayout, ExpertCodec, convert, pieces, rebase, tier_layout
 from dynaexq.settings import Settings
 from dynaexq.types import BITS
 from dynaexq.weights.sources import LoadResult
@@ -69,6 +69,26 @@ class ConvertedStore:
         return None
 
 
+class ArrangedStore:
+    """Upgrades of another store, which has them as files do, in the arrangement of `codec`; see `HostStore`."""
+
+    nbytes = 0
+
+    def __init__(self, store: HostStore, codec: ExpertCodec):
+        self._store, self._codec = store, codec
+        self.close = store.close
+
+    def write(self, first: int, blocks: Tensor) -> None:
+        self._store.write(first, self._codec.arranged_by_rows(self._codec.upgrade_layout, blocks))
+
+    def read_into(self, index: int, out: Tensor) -> None:
+        self._store.read_into(index, out)
+        self._codec.arrange(self._codec.upgrade_layout, out[None, : self._codec.upgrade_layout.nbytes])
+
+    def page_locked(self, index: int) -> Tensor | None:
+        return None
+
+
 class PackedCheckpoint:
     """A packed checkpoint; see `sources.ExpertCheckpoint`.
 
@@ -120,6 +140,11 @@ class PackedLoader:
         return LoadResult(errors, self._open_store(codec, settings))
 
     def _place_layer(self, codec: ExpertCodec, layer: int, base: Tensor) -> None:
+        self._read_layer(codec, layer, base)
+        codec.arrange(codec.base_layout, base)
+
+    def _read_layer(self, codec: ExpertCodec, layer: int, base: Tensor) -> None:
+        """Fill `base [E, nbytes]` as files have it."""
         if self._prefetched is not None:
             self._prefetched.wait(layer)
             return
@@ -158,6 +183,8 @@ class PackedLoader:
         store: HostStore = PackedStore(self.reader, pieces(self.stored, as_stored))
         if as_stored.parts != codec.upgrade_layout.parts:
             store = ConvertedStore(store, as_stored, codec.upgrade_layout)
+        if codec.arrangement is not ROW_BY_ROW and codec.refine_planes:
+            store = ArrangedStore(store, codec)
         if settings.host_copy in ("auto", "disk") or not slot_nbytes:
             return store
         count = self.reader.shape.num_experts * len(self.reader.shape.layers)

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, SHAPES, Case, case, distinct_choices, named
+from kernel_cases import EXPERTS, GATED, SHAPES, Case, case_by_rows, distinct_choices, named
 from numerics import assert_close
 from regimes import each_regime
 from torch.nn import functional as F
@@ -59,7 +59,7 @@ def compare(name: str, got: Case) -> None:
 
 
 def test_the_door_leads_to_triton():
-    got = on_gpu(case(("int4",), torch.bfloat16))
+    got = on_gpu(case_by_rows(("int4",), torch.bfloat16))
     assert dispatch.triton_runs(DEVICE, torch.bfloat16, torch.bfloat16)
     assert dispatch.counts_routing(got.hidden_states, got.layer)
     assert not dispatch.counts_routing(got.hidden_states.float(), got.layer)
@@ -70,21 +70,21 @@ def test_the_door_leads_to_triton():
 @each_regime
 @pytest.mark.parametrize("shape", [GATED, WIDE], ids=["narrow", "wide"])
 def test_every_ladder_in_every_tile(tiers, dtype, regime, shape):
-    compare(f"{tiers} {dtype} {regime}", case(tiers, dtype, shape, distinct_choices(37, 3)))
+    compare(f"{tiers} {dtype} {regime}", case_by_rows(tiers, dtype, shape, distinct_choices(37, 3)))
 
 
 @pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4", "fp16"), ("fp16",)], ids="+".join)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @each_regime
 def test_every_kind_of_expert(tiers, shape, regime):
-    compare(f"{tiers} {shape} {regime}", case(tiers, torch.float16, shape))
+    compare(f"{tiers} {shape} {regime}", case_by_rows(tiers, torch.float16, shape))
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("tiers", [("int2", "int8"), ("int2", "int4")], ids="+".join)
 @each_regime
 def test_every_group_size(tiers, group_size, regime):
-    compare(f"{tiers} {group_size}", case(tiers, torch.float16, WIDE, group_size=group_size))
+    compare(f"{tiers} {group_size}", case_by_rows(tiers, torch.float16, WIDE, group_size=group_size))
 
 
 @pytest.mark.parametrize(
@@ -99,17 +99,17 @@ def test_every_group_size(tiers, group_size, regime):
     ],
 )
 def test_any_routing(top_k_index):
-    compare("routing", case(("int4", "fp16"), torch.float16, GATED, top_k_index))
+    compare("routing", case_by_rows(("int4", "fp16"), torch.float16, GATED, top_k_index))
 
 
 def test_the_norm_behind_an_expert():
     norm = partial(F.rms_norm, normalized_shape=(GATED.hidden_size,))
-    compare("post norm", case(("int4", "int8"), torch.float16, post_norm=norm))
+    compare("post norm", case_by_rows(("int4", "int8"), torch.float16, post_norm=norm))
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 900])
 def test_the_host_never_waits(tokens):
-    got = on_gpu(case(("int2", "int4"), torch.bfloat16, WIDE, distinct_choices(tokens, 3)))
+    got = on_gpu(case_by_rows(("int2", "int4"), torch.bfloat16, WIDE, distinct_choices(tokens, 3)))
     got.run(dispatch.expert_mlp)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -121,7 +121,7 @@ def test_the_host_never_waits(tokens):
 
 @pytest.mark.parametrize("tokens", [1, 40, 900])
 def test_the_same_bits_every_time(tokens):
-    got = on_gpu(case(("int2", "int4"), torch.bfloat16, WIDE, distinct_choices(tokens, 3)))
+    got = on_gpu(case_by_rows(("int2", "int4"), torch.bfloat16, WIDE, distinct_choices(tokens, 3)))
     first = got.run(dispatch.expert_mlp)
     assert all(torch.equal(first, got.run(dispatch.expert_mlp)) for _ in range(5))
 
@@ -130,7 +130,7 @@ def test_the_same_bits_every_time(tokens):
 @pytest.mark.parametrize("tiers", [("int2", "int4"), ("int4", "fp16")], ids="+".join)
 def test_a_captured_graph_follows_the_table(tokens, tiers):
     """Replayed, it equals an eager run; after a publication between two replays, an eager run at the new precision."""
-    got = on_gpu(case(tiers, torch.bfloat16, WIDE, distinct_choices(tokens, 3)))
+    got = on_gpu(case_by_rows(tiers, torch.bfloat16, WIDE, distinct_choices(tokens, 3)))
     table = got.upgrades.entries
     published = table.clone()
     output = torch.empty_like(got.hidden_states)
@@ -161,7 +161,7 @@ def test_a_captured_graph_follows_the_table(tokens, tiers):
 
 def test_other_inputs_in_a_captured_graph():
     """The number of blocks differs from one replay to the next; the grid does not."""
-    got = on_gpu(case(("int2", "int4"), torch.bfloat16, WIDE, distinct_choices(24, 3)))
+    got = on_gpu(case_by_rows(("int2", "int4"), torch.bfloat16, WIDE, distinct_choices(24, 3)))
     output = got.run(dispatch.expert_mlp)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -178,7 +178,7 @@ def test_routing_is_counted_to_the_last_unit():
     ids, weights = torch.randint(-1, EXPERTS + 2, (900, 3)), torch.rand(900, 3)
     expected = RoutingCounter(1, EXPERTS, torch.device("cpu"))
     expected.observe(0, ids, weights)
-    got = on_gpu(replace(case(("int4",), torch.bfloat16, GATED, ids), top_k_weights=weights))
+    got = on_gpu(replace(case_by_rows(("int4",), torch.bfloat16, GATED, ids), top_k_weights=weights))
     counts = torch.zeros(EXPERTS + 2, dtype=torch.int64, device=DEVICE)
     got.run(partial(dispatch.expert_mlp, counts=counts))
     assert torch.equal(counts.cpu(), expected.row(0, 1))

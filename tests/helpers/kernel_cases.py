@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from dynaexq.kernels import ExpertLayer, Upgrades
 from dynaexq.memory import allocate_bytes
-from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.quantization import IN_STRIPS, ROW_BY_ROW, Arrangement, ExpertCodec, ExpertWeights
 from dynaexq.types import ExpertShape
 
 EXPERTS = 8
@@ -70,6 +71,8 @@ def case(
     post_norm: Callable[[Tensor], Tensor] | None = None,
     activation_name: str | None = None,
     group_size: int = 64,
+    arrangement: Arrangement = IN_STRIPS,
+    activations: str = "int16",
 ) -> Case:
     """Random experts at `tiers`, those in UPGRADED with their upgrade, and random rows for `top_k_index`."""
     index = distinct_choices(21, 3) if top_k_index is None else top_k_index
@@ -77,16 +80,20 @@ def case(
     up = torch.randn(EXPERTS, *(shape.up_rows, shape.hidden_size)[::flip]) * 0.2
     down = torch.randn(EXPERTS, *(shape.hidden_size, shape.intermediate_size)[::flip]) * 0.2
     biases = (torch.randn(EXPERTS, shape.up_rows), torch.randn(EXPERTS, shape.hidden_size)) if shape.has_bias else ()
-    codec = ExpertCodec(shape, dtype, tiers, group_size)
+    codec = ExpertCodec(shape, dtype, tiers, group_size, arrangement=arrangement)
     encoded = codec.encode(ExpertWeights(*(part.to(dtype) for part in (up, down, *biases))))
     activation = silu_gate if shape.up_rows == 2 * shape.intermediate_size else squared_relu
     return Case(
         torch.randn(len(index), shape.hidden_size).to(dtype),
         index,
         torch.rand(index.shape).to(dtype),
-        ExpertLayer(codec, encoded.base, activation, post_norm, activation_name),
+        ExpertLayer(codec, encoded.base, activation, post_norm, activation_name, activations),
         published(codec, encoded.upgrade),
     )
+
+
+case_by_rows = partial(case, arrangement=ROW_BY_ROW)
+"""As files and GPUs have them."""
 
 
 def published(codec: ExpertCodec, blocks: Tensor | None) -> Upgrades:

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, SHAPES, TOLERANCE, Case, case, distinct_choices, naive
+from kernel_cases import EXPERTS, GATED, SHAPES, TOLERANCE, Case, case, case_by_rows, distinct_choices, naive
 from numerics import assert_close
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,6 +38,16 @@ def test_the_cpu_paths_follow_the_reference_with_some_experts_upgraded_and_some_
     got = case(tiers, dtype)
     allowed = 0 if tiers == ("fp16",) else TOLERANCE[dtype]
     assert_close(f"{tiers} {dtype}", got.run(reference.expert_mlp), got.run(kernel.expert_mlp), allowed)
+
+
+@each_pair
+def test_either_arrangement_means_the_same_to_torch(tiers):
+    torch.manual_seed(7)
+    in_strips = case(tiers)
+    torch.manual_seed(7)
+    by_rows = case_by_rows(tiers)
+    for multiply in (reference.expert_mlp, torch_path.expert_mlp):
+        assert torch.equal(in_strips.run(multiply), by_rows.run(multiply))
 
 
 @pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4", "fp16"), ("fp16",)], ids="+".join)

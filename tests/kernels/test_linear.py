@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dynaexq.errors import InputError
 from dynaexq.kernels import LinearLayer, cpu, linear, linear_gradient, linear_layer
 from dynaexq.kernels.cpu import build, native
-from dynaexq.quantization import LinearCodec
+from dynaexq.quantization import IN_STRIPS, ROW_BY_ROW, Arrangement, LinearCodec
 from dynaexq.runtime.linear import PackedLinear
 
 SHAPES = [(96, 256), (72, 200), (300, 64), (64, 704)]  # no tile divides the rows, no block the columns
@@ -21,11 +21,18 @@ each_format = pytest.mark.parametrize("tier", ["int4", "int8"])
 each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 
 
-def packed(rows: int, columns: int, tier: str, dtype: torch.dtype = torch.float32) -> tuple[LinearLayer, Tensor]:
+def packed(
+    rows: int,
+    columns: int,
+    tier: str,
+    dtype: torch.dtype = torch.float32,
+    arrangement: Arrangement = IN_STRIPS,
+    activations: str = "int16",
+) -> tuple[LinearLayer, Tensor]:
     torch.manual_seed(rows)
     weight = torch.randn(rows, columns) / columns**0.5
-    codec = LinearCodec(rows, columns, dtype, tier)
-    return LinearLayer(codec, codec.encode(weight)[0]), weight
+    codec = LinearCodec(rows, columns, dtype, tier, arrangement=arrangement)
+    return LinearLayer(codec, codec.encode(weight)[0], activations), weight
 
 
 @each_format
@@ -46,12 +53,53 @@ def test_a_matrix_comes_back_to_within_its_steps(shape: tuple[int, int], tier: s
 def test_the_product_follows_the_decoded_matrix(num_rows: int, dtype: torch.dtype, tier: str) -> None:
     for shape in SHAPES:
         layer, _ = packed(*shape, tier, dtype)
+        by_rows, _ = packed(*shape, tier, dtype, ROW_BY_ROW)
         rows = torch.randn(num_rows, shape[1]).to(dtype)
-        expected = F.linear(rows.float(), layer.codec.decode(layer.block, torch.float32)).to(dtype)
-        for multiply in (linear, linear_layer.linear):
-            output = multiply(rows, layer)
+        weight = layer.codec.decode(layer.block, torch.float32)
+        assert torch.equal(weight, by_rows.codec.decode(by_rows.block, torch.float32))
+        expected = F.linear(rows.float(), weight).to(dtype)
+        for output in (linear(rows, layer), linear(rows, by_rows), linear_layer.linear(rows, layer)):
             assert (output.dtype, output.shape) == (dtype, (num_rows, shape[0]))
             assert_close(f"{shape} {num_rows}", expected, output, TOLERANCE[dtype])
+
+
+def rounded(rows: Tensor, group: int, largest: int) -> Tensor:
+    """Rows as the kernel rounds them, group by group."""
+    groups = F.pad(rows.float(), (0, -rows.shape[1] % 64)).unflatten(1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True) / largest
+    return ((groups / scale).round() * scale).flatten(1)[:, : rows.shape[1]]
+
+
+@each_format
+@pytest.mark.parametrize(("activations", "of"), [("int8", 127), ("int16", 32767), ("auto", None)])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 17, 40])
+def test_rows_are_rounded_as_was_asked(num_rows: int, activations: str, of: int | None, tier: str) -> None:
+    for shape in SHAPES:
+        layer, _ = packed(*shape, tier, torch.float16, activations=activations)
+        rows = torch.randn(num_rows, shape[1]).half() * 10 ** torch.randn(1, shape[1]).half()
+        largest = of or {"int4": 127, "int8": 32767}[tier]
+        weight = layer.codec.decode(layer.block, torch.float32)
+        expected = F.linear(rounded(rows, layer.codec.matrix.group_size, largest), weight)
+        assert_close(f"{shape} {num_rows}", expected, linear(rows, layer).float(), 1e-3)
+
+
+def test_rows_that_are_not_finite_do_not_come_out_finite() -> None:
+    for activations in ("int8", "int16"):
+        layer, _ = packed(96, 256, "int4", torch.float16, activations=activations)
+        for value in (float("nan"), float("inf")):
+            rows = torch.ones(3, 256).half()
+            rows[1, 200] = value
+            output = linear(rows, layer)
+            assert not output[1].isfinite().any()
+            assert output[[0, 2]].isfinite().all()
+
+
+def test_a_row_has_the_same_product_whatever_stands_beside_it() -> None:
+    layer, _ = packed(96, 256, "int4", torch.bfloat16, activations="int8")
+    rows = torch.randn(40, 256).bfloat16()
+    together = linear(rows, layer)
+    for some in (slice(3, 4), slice(5, 7), slice(0, 21)):
+        assert torch.equal(linear(rows[some], layer), together[some])
 
 
 @each_format

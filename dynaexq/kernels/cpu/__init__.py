@@ -13,6 +13,7 @@ from dynaexq.kernels.cpu.build import load
 from dynaexq.kernels.cpu.native import DTYPES, NativeLayer, NativeLinear
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import LinearLayer
+from dynaexq.quantization import IN_STRIPS, ROW_BY_ROW, Arrangement
 
 
 def expert_mlp(
@@ -66,8 +67,16 @@ def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
 def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
     if not layer.codec.planes or layer.post_norm is not None or dtype not in DTYPES:
         return None
+    if layer.codec.arrangement is not IN_STRIPS:
+        return None
     kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
     return None if kernel is None else NativeLayer(layer, dtype, kernel)
+
+
+def arrangement(dtype: torch.dtype) -> Arrangement:
+    """In strips, for the native kernel, where there is one for models of `dtype`."""
+    takes = dtype in DTYPES and load(all_bfloat16=dtype == torch.bfloat16) is not None
+    return IN_STRIPS if takes else ROW_BY_ROW
 
 
 def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
@@ -84,7 +93,8 @@ def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
 
 def _native_linear(layer: LinearLayer, dtype: torch.dtype) -> NativeLinear | None:
     if dtype not in layer.prepared:
-        kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16) if dtype in DTYPES else None
-        layer.prepared[dtype] = kernel and NativeLinear(layer.codec, layer.block, dtype, kernel)
+        takes = dtype in DTYPES and layer.codec.arrangement is IN_STRIPS
+        kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16) if takes else None
+        layer.prepared[dtype] = kernel and NativeLinear(layer.codec, layer.block, dtype, kernel, layer.activations)
     native: NativeLinear | None = layer.prepared[dtype]
     return native

@@ -47,9 +47,12 @@ AVX512 = InstructionSet(
     (*AVX2.features, "avx512f", "avx512bw", "avx512dq", "avx512vl"),
     (*AVX2.flags, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 )
-AVX512_BF16 = InstructionSet("avx512bf16", (*AVX512.features, "avx512_bf16"), (*AVX512.flags, "-mavx512bf16"))
+AVX512_VNNI = InstructionSet("avx512vnni", (*AVX512.features, "avx512_vnni"), (*AVX512.flags, "-mavx512vnni"))
+AVX512_BF16 = InstructionSet(
+    "avx512bf16", (*AVX512_VNNI.features, "avx512_bf16"), (*AVX512_VNNI.flags, "-mavx512bf16")
+)
 
-INSTRUCTION_SETS = (AVX512_BF16, AVX512, AVX2)
+INSTRUCTION_SETS = (AVX512_BF16, AVX512_VNNI, AVX512, AVX2)
 """The best first."""
 
 
@@ -111,7 +114,7 @@ def compiled(target: InstructionSet, all_bfloat16: bool, extra_flags: tuple[str,
         Unavailable: no compiler, or it failed, or the cache cannot be written.
     """
     if target is AVX512_BF16 and not all_bfloat16:
-        target = AVX512
+        target = AVX512_VNNI
     define = ("-DDYNAEXQ_BFLOAT16",) if target is AVX512_BF16 else ()
     flags = (*FLAGS, *target.flags, *define, *extra_flags)
     compiler = find_compiler()

@@ -32,6 +32,9 @@ KINDS = {
 ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "low4": 2}
 GROUP = 64  # of a matrix that has none
 WHOLE, UP_ONLY, DOWN_ONLY, DOWN_BACK, UP_BACK = range(5)
+INT8, INT16, FLOATS = range(3)
+PRECISIONS = {"auto": (INT8, INT16), "int8": (INT8, INT8), "int16": (INT16, INT16)}
+"""What rows are rounded to where they meet codes of at most four bits, and of eight."""
 
 
 def _fields(*names: str) -> list[tuple[str, type]]:
@@ -50,7 +53,7 @@ class _Reading(ctypes.Structure):
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [*_fields("rows", "columns", "padded", "block", "group"), ("readings", _Reading * 2)]
+    _fields_ = [*_fields("rows", "columns", "padded", "group"), ("readings", _Reading * 2)]
 
 
 class _Layer(ctypes.Structure):
@@ -64,9 +67,14 @@ class _Layer(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = _fields(
         *("hidden_states", "top_k_index", "top_k_weights", "entries", "output"),
-        *("num_tokens", "top_k", "dtype", "stage", "num_threads", "parallel"),
+        *("num_tokens", "top_k", "dtype", "stage", "num_threads", "parallel", "precision", "deep_precision"),
         *("counts", "unit", "largest", "took", "lost"),
     )
+
+
+def precisions(activations: str, dtype: torch.dtype) -> tuple[int, int]:
+    """As in `PRECISIONS`; rows of float32 stay what they are."""
+    return (FLOATS, FLOATS) if dtype == torch.float32 else PRECISIONS[activations]
 
 
 class NativeLayer:
@@ -81,6 +89,7 @@ class NativeLayer:
         self._activation, self._base = layer.activation, layer.base
         self._fused = layer.activation_name in ACTIVATIONS
         self._shape, self._num_experts = layer.codec.shape, layer.num_experts
+        self._precisions = precisions(layer.activations, dtype)
         self._down_bias = layer.codec.base_layout.view(layer.base).get("down.bias")
         self._description = _describe(layer)
 
@@ -162,6 +171,7 @@ class NativeLayer:
             stage,
             team.size,
             threads.parallel(),
+            *self._precisions,
             0 if counts is None else counts.data_ptr(),
             MASS_UNIT,
             LARGEST_MASS,
@@ -175,10 +185,13 @@ class NativeLinear:
     Args:
         codec: None where `block` is the matrix itself, `[rows, columns]` in the dtype of the rows.
         block: of the codec, or the matrix.
+        activations: what rows are rounded to where they meet codes; see `settings.Options`.
     """
 
-    def __init__(self, codec: LinearCodec | None, block: Tensor, dtype: torch.dtype, kernel: Kernel):
-        self._kernel, self._dtype = kernel, dtype
+    def __init__(
+        self, codec: LinearCodec | None, block: Tensor, dtype: torch.dtype, kernel: Kernel, activations: str = "auto"
+    ):
+        self._kernel, self._precisions = kernel, precisions(activations, dtype)
         self._entry = (ctypes.c_int64 * 1)()
         layout = codec.matrix if codec else MatrixLayout.of(block.shape[0], block.shape[1], GROUP)
         if codec is None:
@@ -214,6 +227,8 @@ class NativeLinear:
             stage=stage,
             num_threads=team.size,
             parallel=threads.parallel(),
+            precision=self._precisions[0],
+            deep_precision=self._precisions[1],
         )
         _run(self._kernel, self._description, call)
 
@@ -254,7 +269,7 @@ def _matrix_of(layer: ExpertLayer, name: str) -> _Matrix:
 
 def _matrix(layout: MatrixLayout, base: _Reading, upgraded: _Reading) -> _Matrix:
     readings = (_Reading * 2)(base, upgraded)
-    return _Matrix(layout.rows, layout.columns, layout.padded, layout.block, layout.group_size, readings)
+    return _Matrix(layout.rows, layout.columns, layout.padded, layout.group_size, readings)
 
 
 def _reading(name: str, planes: list[str], base: BlockLayout | None, upgrade: BlockLayout | None = None) -> _Reading:

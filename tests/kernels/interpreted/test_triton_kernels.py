@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, SHAPES, case, distinct_choices, naive, named
+from kernel_cases import EXPERTS, GATED, SHAPES, case_by_rows, distinct_choices, naive, named
 from numerics import assert_close
 from regimes import each_regime
 from tiny import logits, prompt, tiny_qwen3_moe
@@ -53,20 +53,20 @@ def compare(name: str, got) -> None:
 @each_pair
 @pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
 def test_every_ladder_for_few_and_for_many_pairs(tiers, regime):
-    compare(f"{tiers} {regime}", case(tiers, torch.float16, GATED, distinct_choices(3, 2)))
+    compare(f"{tiers} {regime}", case_by_rows(tiers, torch.float16, GATED, distinct_choices(3, 2)))
 
 
 @pytest.mark.parametrize("tiers", MOST_PLANES, ids="+".join)
 def test_ladders_in_blocks_of_256_and_128_codes(tiers):
     """And for a single token or two, whose tiles are the smallest."""
-    compare(f"{tiers}", case(tiers, torch.float16, WIDE, distinct_choices(2, 2)))
+    compare(f"{tiers}", case_by_rows(tiers, torch.float16, WIDE, distinct_choices(2, 2)))
 
 
 @pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4", "fp16")], ids="+".join)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
 def test_every_kind_of_expert(tiers, shape, regime):
-    compare(f"{tiers} {shape} {regime}", case(tiers, torch.float16, shape, distinct_choices(3, 2)))
+    compare(f"{tiers} {shape} {regime}", case_by_rows(tiers, torch.float16, shape, distinct_choices(3, 2)))
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_every_kind_of_expert(tiers, shape, regime):
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_every_group_size(tiers, group_size, regime):
     """Half a slice of codes is a group of 32; half a tile of gate and up is less than a group of 128."""
-    got = case(tiers, torch.float16, WIDE, distinct_choices(1, 3), group_size=group_size)
+    got = case_by_rows(tiers, torch.float16, WIDE, distinct_choices(1, 3), group_size=group_size)
     compare(f"{tiers} {group_size} {regime}", got)
 
 
 @pytest.mark.parametrize("tiers", [("int2", "int4"), ("int4", "int8"), ("fp16",)], ids="+".join)
 @each_regime
 def test_bfloat16(tiers, regime):
-    compare(f"{tiers} {regime}", case(tiers, torch.bfloat16, GATED, distinct_choices(3, 2)))
+    compare(f"{tiers} {regime}", case_by_rows(tiers, torch.bfloat16, GATED, distinct_choices(3, 2)))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_bfloat16(tiers, regime):
 @pytest.mark.parametrize("counted", [True, False], ids=["counted", "sorted"])
 def test_any_routing(top_k_index, counted, monkeypatch):
     monkeypatch.setattr(routing, "COUNTED_PAIRS", 2048 if counted else 0)
-    compare("routing", case(("int4", "fp16"), torch.float16, GATED, top_k_index))
+    compare("routing", case_by_rows(("int4", "fp16"), torch.float16, GATED, top_k_index))
 
 
 @pytest.mark.parametrize(
@@ -117,25 +117,25 @@ def test_any_routing(top_k_index, counted, monkeypatch):
 )
 @pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
 def test_only_silu_with_a_gate_is_computed_in_the_kernel(shape, activation, name, regime):
-    got = case(("int2", "int4"), torch.float16, shape, distinct_choices(3, 2))
+    got = case_by_rows(("int2", "int4"), torch.float16, shape, distinct_choices(3, 2))
     got = replace(got, layer=replace(got.layer, activation=activation, activation_name=name))
     assert_close(f"{name}", got.run(reference.expert_mlp), got.run(expert_mlp), TOLERANCE[torch.float16])
 
 
 def test_views_that_are_not_contiguous():
-    got = case(("int4",), torch.float16, GATED, distinct_choices(2, 3).T.contiguous().T)
+    got = case_by_rows(("int4",), torch.float16, GATED, distinct_choices(2, 3).T.contiguous().T)
     assert not got.top_k_index.is_contiguous()
     compare("strides", got)
 
 
 def test_the_norm_behind_an_expert_comes_before_its_routing_weight():
     norm = partial(F.rms_norm, normalized_shape=(GATED.hidden_size,))
-    got = case(("int4",), torch.float16, GATED, distinct_choices(2, 2), post_norm=norm)
+    got = case_by_rows(("int4",), torch.float16, GATED, distinct_choices(2, 2), post_norm=norm)
     assert_close("post norm", naive(got).half(), got.run(expert_mlp), TOLERANCE[torch.float16])
 
 
 def test_the_same_bits_every_time():
-    got = named(case(("int2", "int4"), torch.float16, GATED, distinct_choices(5, 3)))
+    got = named(case_by_rows(("int2", "int4"), torch.float16, GATED, distinct_choices(5, 3)))
     assert torch.equal(got.run(expert_mlp), got.run(expert_mlp))
 
 
@@ -204,7 +204,7 @@ def test_routing_is_counted_to_the_last_unit(dtype):
 
 
 def test_a_forward_counts_its_routing_where_it_is_asked_to():
-    got = named(case(("int4",), torch.float16, GATED, torch.tensor([[0, EXPERTS], [-1, 3]])))
+    got = named(case_by_rows(("int4",), torch.float16, GATED, torch.tensor([[0, EXPERTS], [-1, 3]])))
     counter = RoutingCounter(1, EXPERTS, torch.device("cpu"))
     counter.observe(0, got.top_k_index, got.top_k_weights)
     counts = torch.zeros(EXPERTS + 2, dtype=torch.int64)
@@ -214,7 +214,7 @@ def test_a_forward_counts_its_routing_where_it_is_asked_to():
 
 def test_no_tokens_count_nothing():
     counts = torch.zeros(EXPERTS + 2, dtype=torch.int64)
-    got = case(("int4",), torch.float16, GATED, torch.empty(0, 2, dtype=torch.int64))
+    got = case_by_rows(("int4",), torch.float16, GATED, torch.empty(0, 2, dtype=torch.int64))
     got.run(partial(expert_mlp, counts=counts))
     assert not counts.any()
 
@@ -223,14 +223,15 @@ def test_a_patched_model_with_all_of_its_upgrades_and_with_none(monkeypatch):
     """Through table, fence, operator and counter."""
     ids = prompt(batch=1, length=2)
     model = tiny_qwen3_moe(torch.float16)
+    monkeypatch.setattr(dispatch, "_backend", lambda *_: kernels.triton)
     runtime = dynaexq.patch(model, hbm_budget="1GB", device="cpu", tiers=("int2", "int4"))
     for budget in ("1GB", runtime.memory()["total"] - runtime.memory()["upgrade"]):
         runtime.set_budget(budget)
+        monkeypatch.setattr(dispatch, "_backend", lambda *_: kernels.reference)
         expected, before = logits(model, ids), runtime.routed_mass()
         monkeypatch.setattr(dispatch, "_backend", lambda *_: kernels.triton)
         assert_close(f"logits within {budget}", expected, logits(model, ids), 5 * TOLERANCE[torch.float16])
         assert (runtime.routed_mass() - before).sum() == pytest.approx(ids.numel() * len(before), rel=1e-3)
-        monkeypatch.undo()
 
 
 @pytest.mark.slow
@@ -239,7 +240,7 @@ def test_a_patched_model_with_all_of_its_upgrades_and_with_none(monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), WIDE], ids=[*SHAPES, "wide"])
 def test_everything_at_once(tiers, regime, dtype, shape):
-    compare(f"{tiers} {regime} {dtype} {shape}", case(tiers, dtype, shape, distinct_choices(11, 3)))
+    compare(f"{tiers} {regime} {dtype} {shape}", case_by_rows(tiers, dtype, shape, distinct_choices(11, 3)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (2, 128)], ids=str)

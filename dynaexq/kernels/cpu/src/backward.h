@@ -1,42 +1,75 @@
 // What flows back through a few columns of one matrix of one expert: its rows, each times a factor, added up.
 //
-// A row is decoded once and added to the sums of all activation rows that were routed to the expert. All is float32,
-// whatever the arithmetic of the way forward; sums lie in the places of `Float32`, even columns before odd ones.
+// A strip is decoded once and added to the sums of all activation rows that were routed to the expert. All is float32,
+// whatever the arithmetic of the way forward.
 #pragma once
 
 #include "matmul.h"
 
 namespace dynaexq {
 
-constexpr int SPAN = 256;  // columns in one task, or fewer where a block of codes is smaller
+constexpr int SPAN = 64;  // columns in one task
 
-// sums[m] [BLOCK] += factors[m][row] * weights[row][first : first + BLOCK], over all rows.
-template <Kind KIND, int BLOCK>
+// sums[m] [SPAN] += the sum over `count` rows n of factors[m][n] * weights[n], for ROWS activation rows.
+template <int ROWS>
+inline void add_products(const float (*weights)[SPAN], int64_t count, const float* const* factors,
+                         float* const* sums) {
+  constexpr int VECTORS = V::FLOATS / 4, WIDTH = VECTORS * V::FLOATS;
+  for (int k = 0; k < SPAN; k += WIDTH) {
+    V::Floats totals[ROWS][VECTORS];
+    for (int m = 0; m < ROWS; m++)
+      for (int i = 0; i < VECTORS; i++) totals[m][i] = V::load(sums[m] + k + i * V::FLOATS);
+    for (int64_t n = 0; n < count; n++)
+      for (int m = 0; m < ROWS; m++) {
+        const auto factor = V::fill(factors[m][n]);
+        for (int i = 0; i < VECTORS; i++)
+          totals[m][i] = V::multiply_add(V::load(weights[n] + k + i * V::FLOATS), factor, totals[m][i]);
+      }
+    for (int m = 0; m < ROWS; m++)
+      for (int i = 0; i < VECTORS; i++) V::store(sums[m] + k + i * V::FLOATS, totals[m][i]);
+  }
+}
+
+// The same for all activation rows, from row `row` of the matrix on.
+inline void add_products(const float (*weights)[SPAN], int64_t row, int64_t count, const float* const* factors,
+                         float* const* sums, int64_t num_sums) {
+  for (int64_t m = 0; m < num_sums; m += 4) {
+    const float* of_rows[4];
+    for (int i = 0; i < 4; i++) of_rows[i] = factors[std::min(m + i, num_sums - 1)] + row;
+    if (num_sums - m >= 4) add_products<4>(weights, count, of_rows, sums + m);
+    else
+      for (int i = 0; i < num_sums - m; i++) add_products<1>(weights, count, of_rows + i, sums + m + i);
+  }
+}
+
+// Columns [first, first + SPAN) of a strip of codes, as weights.
+template <Kind KIND>
+void decode_strip(const Strip& strip, int64_t first, float (*weights)[SPAN]) {
+  const Meaning meaning(depth(KIND));
+  uint8_t bytes[STRIP][SPAN];
+  for (int k = 0; k < SPAN; k += UNIT)
+    for (int word = 0; word < STRIP; word += V::FLOATS) {
+      Codes codes;
+      load_codes<KIND>(strip.planes, (first + k) / UNIT, word, codes);
+      V::store_rows(codes, bytes[word] + k, SPAN);
+    }
+  for (int n = 0; n < STRIP; n++)
+    for (int k = 0; k < SPAN; k += V::FLOATS) {
+      const uint16_t* meta = strip.meta + (first + k) / UNIT / strip.units_a_group * 2 * STRIP + n;
+      const float scale = _cvtsh_ss(meta[0]), minimum = _cvtsh_ss(meta[STRIP]);
+      const auto step = V::fill(scale * meaning.unit), offset = V::fill(std::fma(scale, meaning.center, minimum));
+      V::store(weights[n] + k, V::multiply_add(V::floats(bytes[n] + k), step, offset));
+    }
+}
+
+// sums[m] [SPAN] += factors[m][row] * weights[row][first : first + SPAN], over all rows.
+template <Kind KIND>
 void add_coded_rows(const MatrixView& matrix, int64_t first, const float* const* factors, float* const* sums,
                     int64_t num_sums, Scratch& scratch) {
-  using V = Vector;
-  const Matrix& layout = *matrix.layout;
-  for (int64_t tile = 0; tile < layout.rows; tile += TILE) {
-    const int64_t count = std::min<int64_t>(TILE, layout.rows - tile);
-    read_affine(matrix, tile, count, scratch);
-    for (int64_t n = 0; n < count; n++) {
-      const Planes block = matrix.planes.at(KIND, (tile + n) * layout.padded + first);
-      auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
-        const int64_t group = (first + CHUNK * V::HALFWORDS) / layout.group * TILE + n;
-        auto step = V::fill(scratch.step[group]), offset = V::fill(scratch.offset[group]);
-        auto codes = code<KIND, BLOCK, CHUNK>(block);
-        auto even = V::multiply_add(V::even(codes), step, offset), odd = V::multiply_add(V::odd(codes), step, offset);
-        for (int64_t m = 0; m < num_sums; m++) {
-          float* to = sums[m] + CHUNK * V::HALFWORDS;
-          auto factor = V::fill(factors[m][tile + n]);
-          V::store(to, V::multiply_add(even, factor, V::load(to)));
-          V::store(to + V::FLOATS, V::multiply_add(odd, factor, V::load(to + V::FLOATS)));
-        }
-      };
-      [&]<int... CHUNKS>(std::integer_sequence<int, CHUNKS...>) __attribute__((always_inline)) {
-        (chunk.template operator()<CHUNKS>(), ...);
-      }(std::make_integer_sequence<int, BLOCK / V::HALFWORDS>());
-    }
+  for (int64_t row = 0; row < matrix.layout->rows; row += STRIP) {
+    float weights[STRIP][SPAN];
+    decode_strip<KIND>(strip_at<KIND>(matrix, row, scratch), first, weights);
+    add_products(weights, row, std::min<int64_t>(STRIP, matrix.layout->rows - row), factors, sums, num_sums);
   }
 }
 
@@ -45,28 +78,17 @@ inline void add_dense_rows(const MatrixView& matrix, int64_t first, int64_t coun
                            float* const* sums, int64_t num_sums) {
   const Matrix& layout = *matrix.layout;
   for (int64_t row = 0; row < layout.rows; row++) {
-    float weights[SPAN];
+    float weights[1][SPAN] = {};
     for (int64_t k = 0; k < count; k++) {
       const int64_t column = first + k;
       const int64_t index = matrix.transposed ? column * layout.rows + row : row * layout.columns + column;
-      weights[k] = number(matrix.dense, index, matrix.dtype);
+      weights[0][k] = number(matrix.dense, index, matrix.dtype);
     }
-    for (int64_t m = 0; m < num_sums; m++)
-      for (int64_t k = 0; k < count; k++) sums[m][Float32::place(k)] += factors[m][row] * weights[k];
+    add_products(weights, row, 1, factors, sums, num_sums);
   }
 }
 
-template <Kind KIND>
-void add_coded_rows(const MatrixView& matrix, int64_t first, const float* const* factors, float* const* sums,
-                    int64_t num_sums, Scratch& scratch) {
-  switch (matrix.layout->block) {
-    case 256: return add_coded_rows<KIND, 256>(matrix, first, factors, sums, num_sums, scratch);
-    case 128: return add_coded_rows<KIND, 128>(matrix, first, factors, sums, num_sums, scratch);
-    case 64: return add_coded_rows<KIND, 64>(matrix, first, factors, sums, num_sums, scratch);
-  }
-}
-
-// One block of columns of any matrix; see above.
+// SPAN columns of any matrix; see above.
 inline void add_rows(const MatrixView& matrix, int64_t first, const float* const* factors, float* const* sums,
                      int64_t num_sums, Scratch& scratch) {
   const Matrix& layout = *matrix.layout;
@@ -77,7 +99,7 @@ inline void add_rows(const MatrixView& matrix, int64_t first, const float* const
     case TOP4_LOW4: return add_coded_rows<TOP4_LOW4>(matrix, first, factors, sums, num_sums, scratch);
     case TOP2_MIDDLE2_LOW4: return add_coded_rows<TOP2_MIDDLE2_LOW4>(matrix, first, factors, sums, num_sums, scratch);
     case DENSE:
-      const int64_t count = std::min<int64_t>(layout.block, layout.columns - first);
+      const int64_t count = std::min<int64_t>(SPAN, layout.columns - first);
       return add_dense_rows(matrix, first, count, factors, sums, num_sums);
   }
 }

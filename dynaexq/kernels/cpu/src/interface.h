@@ -7,7 +7,10 @@ namespace dynaexq {
 
 enum Dtype : int64_t { BFLOAT16, FLOAT16, FLOAT32 };
 
-// Which planes make up a code (see formats/codec.py); DENSE is a plain matrix of the layer's dtype.
+// What activation rows are rounded to where they meet codes.
+enum Precision : int64_t { INT8, INT16, FLOATS };
+
+// Which planes make up a code (see quantization/codec.py); DENSE is a plain matrix of the layer's dtype.
 enum Kind : int64_t { TOP2, TOP4, TOP2_MIDDLE2, TOP4_LOW4, TOP2_MIDDLE2_LOW4, DENSE };
 
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
@@ -28,9 +31,10 @@ struct Reading {
   Part planes[3], meta, bias;
 };
 
-// See formats/layout.MatrixLayout. `readings[1]` is how an expert is read that has its upgrade.
+// See quantization/layout.MatrixLayout; codes and what they mean lie in strips (quantization/strips.py). `readings[1]`
+// is how an expert is read that has its upgrade.
 struct Matrix {
-  int64_t rows, columns, padded, block, group;
+  int64_t rows, columns, padded, group;
   Reading readings[2];
 };
 
@@ -45,6 +49,9 @@ struct Layer {
 struct Call {
   int64_t hidden_states, top_k_index, top_k_weights, entries, output;
   int64_t num_tokens, top_k, dtype, stage, num_threads, parallel;
+
+  // What rows are rounded to where they meet codes of at most four bits, and of eight.
+  int64_t precisions[2];
 
   // int64 [num_experts + 2]: routing mass of each expert, of foreign ids, and tokens, all to be added to; or 0.
   // A weight counts as that many units, `largest` at most.

@@ -1,160 +1,194 @@
 // A few rows of one matrix of one expert, times the activation rows that were routed to it.
 //
-// Few rows: codes are multiplied as they are unpacked, group by group, and scaled afterwards, so that a weight costs
-// about one instruction (`multiply_codes`); by 16-bit integers where the machine has no products of bfloat16 and the
-// rows came in 16 bit (`multiply_ints`). Many rows: weights are decoded once to a small panel that stays in cache
-// and multiplied from there (`multiply_panel`), as are matrices that were never coded.
+// Codes: a strip of rows at a time, a row of it in each lane, so that nothing crosses lanes and a group is scaled once
+// for all of them (`multiply_strip`). For many activation rows the codes are put together once, to bytes that stay in
+// cache. Every product is added up in the same order however many rows there are. Matrices that were never coded are
+// multiplied in panels (`multiply_panel`).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <utility>
 
-#include "codes.h"
+#include "rows.h"
 
 namespace dynaexq {
 
 using A = Arithmetic;
 using Element = A::Element;
 
-constexpr int TILE = 64;      // rows of a matrix in one task
-constexpr int PANEL = 16;     // of which so many are decoded at a time
-constexpr int FEW_ROWS = 8;   // activation rows up to which decoding once does not pay
-constexpr int ROW_BLOCK = 4;  // activation rows that share a decoded weight
-constexpr int AHEAD = 16;     // rows of a matrix to fetch ahead, into the second cache: the first has too few misses
-                              // in flight to keep up with the memory
+constexpr int TILE = 64;       // rows of a matrix in one task
+constexpr int PANEL = 16;      // of a matrix that was never coded: rows that are copied at a time, where they must be
+constexpr int MANY_ROWS = 16;  // activation rows above which codes are put together once
+constexpr int64_t AHEAD = 4096;  // bytes of a plane that are fetched beforehand
 
-// One matrix of one expert, found in the expert's bytes.
+// One matrix of one expert, its planes found.
 struct MatrixView {
   const Matrix* layout;
   Kind kind;
-  Planes planes;         // row 0
+  Planes planes;         // of all rows
   const void* dense;     // [rows, columns], or [columns, rows] where transposed
-  const uint16_t* meta;  // float16 [num_groups, rows, 2]: scale, minimum
+  const uint16_t* meta;  // float16, of each strip [num_groups, 2, rows of the strip]: scales, minima
   const void* bias;      // [rows], or null
   Dtype dtype;
   bool transposed;
 };
 
-// An activation row as 16-bit integers, in the order of columns: each group is `scales[group]` times its values, which
-// add up to `sums[group]`. Rows of bfloat16 or float16 lose nothing that counts.
-struct IntRow {
-  const int16_t* values;  // [padded]
-  const float *scales, *sums;
-};
-
-// The activation rows of one expert; as integers, too, where `ints` is not null.
-struct Rows {
-  const Element* const* elements;
-  const IntRow* ints;
+// The activation rows of one expert; null where it is not read like that.
+struct Inputs {
+  const Row* coded;  // for products with codes, of so much precision
+  Precision precision;
+  const Element* const* elements;  // for products with 16-bit weights
 };
 
 // Room for one task of one thread.
 struct Scratch {
-  Element* panel;         // [PANEL, padded]
-  float *step, *offset;   // [num_groups, TILE]
-  float* sums;            // [ROW_BLOCK, num_groups]
-  float *first, *second;  // [rows, TILE]: results
+  Element* panel;             // [PANEL, padded]
+  uint32_t *bytes, *widened;  // [padded / 4, STRIP]: codes put together; the planes of a strip of fewer rows
+  uint16_t* meta;             // [num_groups, 2, STRIP]: of such a strip
+  float *first, *second;      // [rows, TILE]: results
+  float* strip;               // [rows, TILE]: those of a strip of which some are not wanted
 };
 
-// Many rows as integers, in memory of their own.
-class IntRows {
- public:
-  // Room for `count` rows of `padded` values.
-  void reserve(int64_t count, int64_t padded, int64_t group) {
-    this->padded = padded, this->group = group;
-    values.reset(new int16_t[count * padded]);
-    factors.reset(new float[2 * count * groups()]);
-  }
-
-  // Row `index`, of which `value(column)` gives the numbers.
-  template <typename Value>
-  void set(int64_t index, const Value& value) {
-    int16_t* to = values.get() + index * padded;
-    float* scales = factors.get() + 2 * index * groups();
-    for (int64_t g = 0; g < groups(); g++) {
-      float numbers[MOST_GROUP], largest = 0;
-      for (int64_t k = 0; k < group; k++) {
-        numbers[k] = value(g * group + k);
-        largest = std::max(largest, std::abs(numbers[k]));
-      }
-      const float scale = largest / 32767, inverse = largest > 0 ? 32767 / largest : 0;
-      int32_t sum = 0;
-      for (int64_t k = 0; k < group; k++) sum += to[g * group + k] = int16_t(std::lrint(numbers[k] * inverse));
-      scales[g] = scale, scales[groups() + g] = scale * float(sum);
-    }
-  }
-
-  IntRow at(int64_t index) const {
-    const float* scales = factors.get() + 2 * index * groups();
-    return {values.get() + index * padded, scales, scales + groups()};
-  }
-
-  explicit operator bool() const { return values != nullptr; }
-
- private:
-  static constexpr int MOST_GROUP = 128;
-  int64_t groups() const { return padded / group; }
-
-  int64_t padded = 0, group = 1;
-  std::unique_ptr<int16_t[]> values;
-  std::unique_ptr<float[]> factors;
+// STRIP rows of a matrix; where it ends before, the last of them are of no matter.
+struct Strip {
+  Planes planes;
+  const uint16_t* meta;  // float16 [num_groups, 2, STRIP]
+  int64_t groups, units_a_group;
 };
 
-inline float number(const void* from, int64_t index, Dtype dtype) {
-  if (dtype == FLOAT32) return ((const float*)from)[index];
-  uint16_t bits = ((const uint16_t*)from)[index];
-  return dtype == BFLOAT16 ? from_bfloat16(bits) : _cvtsh_ss(bits);
+// `lines` times `width` words, each line to the beginning of one of STRIP words.
+template <typename Word>
+inline const Word* widen(const Word* from, int64_t lines, int64_t width, Word* to) {
+  for (int64_t i = 0; i < lines; i++)
+    for (int64_t k = 0; k < STRIP; k++) to[i * STRIP + k] = k < width ? from[i * width + k] : Word(0);
+  return to;
 }
 
-// weight = step * code + offset, for `rows` rows from `first` on.
-inline void read_affine(const MatrixView& matrix, int64_t first, int64_t rows, Scratch& scratch) {
+// The strip that begins at row `first`, a multiple of STRIP.
+template <Kind KIND>
+inline Strip strip_at(const MatrixView& matrix, int64_t first, Scratch& scratch) {
   const Matrix& layout = *matrix.layout;
-  const int bits = depth(matrix.kind);
-  const float unit = std::ldexp(1.0f, 4 - bits), center = (std::ldexp(1.0f, 8 - bits) - 1) / 32;
-  for (int64_t group = 0; group < layout.padded / layout.group; group++) {
-    const uint16_t* pairs = matrix.meta + (group * layout.rows + first) * 2;
-    float *step = scratch.step + group * TILE, *offset = scratch.offset + group * TILE;
-    int64_t row = 0;
-    for (; row + A::FLOATS <= rows; row += A::FLOATS) {
-      A::Floats scale, minimum;
-      A::load_pairs(pairs + 2 * row, scale, minimum);
-      A::store(step + row, A::multiply_add(scale, A::fill(unit), A::zero()));
-      A::store(offset + row, A::multiply_add(scale, A::fill(center), minimum));
+  const int64_t groups = layout.padded / layout.group, height = std::min<int64_t>(STRIP, layout.rows - first);
+  Planes planes = matrix.planes.at(KIND, first * layout.padded);
+  const uint16_t* meta = matrix.meta + first * groups * 2;
+  if (height < STRIP) {
+    const int64_t lines = layout.padded / 32;  // for each bit of a plane
+    uint32_t* room = scratch.widened;
+    planes.top = widen(planes.top, lines * top_bits(KIND), height, room);
+    room += lines * top_bits(KIND) * STRIP;
+    if constexpr (has_middle(KIND)) planes.middle = widen(planes.middle, lines * 2, height, room);
+    room += has_middle(KIND) ? lines * 2 * STRIP : 0;
+    if constexpr (has_low(KIND)) planes.low = widen(planes.low, lines * 4, height, room);
+    meta = widen(meta, groups * 2, height, scratch.meta);
+  }
+  return {planes, meta, groups, layout.group / UNIT};
+}
+
+// What a code of so many bits stands for: weight = scale * unit * (code - middle) + (scale * center + minimum).
+struct Meaning {
+  float unit, center;
+  explicit Meaning(int bits, float middle = 0)
+      : unit(std::ldexp(1.0f, 4 - bits)), center((std::ldexp(1.0f, 8 - bits) - 1) / 32 + unit * middle) {}
+};
+
+// Bring what is needed AHEAD bytes later into the second cache: one unit of codes.
+template <Kind KIND>
+inline void fetch_codes(Planes strip, int64_t unit) {
+  auto fetch = [&](const uint32_t* plane, int bits) {
+    const char* from = (const char*)(plane + unit * STRIP * bits / 2) + AHEAD;
+    for (int line = 0; line < 2 * STRIP * bits; line += 64) _mm_prefetch(from + line, _MM_HINT_T1);
+  };
+  fetch(strip.top, top_bits(KIND));
+  if constexpr (has_middle(KIND)) fetch(strip.middle, 2);
+  if constexpr (has_low(KIND)) fetch(strip.low, 4);
+}
+
+// A strip of codes times ROWS activation rows: out [ROWS, TILE], of which STRIP are written. `bits` of a code.
+template <Kind KIND, int DEPTH, typename Of, int ROWS>
+void multiply_strip(const Strip& strip, const Row* rows, float* out) {
+  constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // sums that need not wait for one another
+  const Meaning meaning(DEPTH, Of::middle(DEPTH));
+  for (int word = 0; word < STRIP; word += V::FLOATS) {
+    V::Floats totals[ROWS];
+    for (auto& total : totals) total = V::zero();
+    for (int64_t group = 0; group < strip.groups; group++) {
+      typename Of::Sums parts[ROWS][CHAINS];
+      for (auto& of_row : parts)
+        for (auto& part : of_row) part = Of::zero();
+      for (int64_t u = 0; u < strip.units_a_group; u++) {
+        const int64_t unit = group * strip.units_a_group + u;
+        Codes codes;
+        load_codes<KIND>(strip.planes, unit, word, codes);
+        if constexpr (ROWS <= 2 && KIND != BYTES) fetch_codes<KIND>(strip.planes, unit);
+        for (int i = 0; i < 4; i++)
+          for (int m = 0; m < ROWS; m++) {
+            auto& part = parts[m][i % CHAINS];
+            const auto* numbers = (const typename Of::Number*)rows[m].numbers + unit * UNIT + 4 * i;
+            part = Of::template dot<DEPTH>(part, codes[i], numbers);
+          }
+      }
+      const uint16_t* meta = strip.meta + group * 2 * STRIP + word;
+      const auto scale = V::load_float16(meta), minimum = V::load_float16(meta + STRIP);
+      const auto step = V::multiply(scale, V::fill(meaning.unit));
+      const auto offset = V::multiply_add(scale, V::fill(meaning.center), minimum);
+      for (int m = 0; m < ROWS; m++) {
+        for (int i = 1; i < CHAINS; i++) parts[m][0] = V::add(parts[m][0], parts[m][i]);
+        const auto factor = V::multiply(step, V::fill(rows[m].scales[group]));
+        totals[m] = V::multiply_add(offset, V::fill(rows[m].sums[group]), totals[m]);
+        totals[m] = V::multiply_add(Of::floats(parts[m][0]), factor, totals[m]);
+      }
     }
-    for (; row < rows; row++) {
-      float scale = _cvtsh_ss(pairs[2 * row]);
-      step[row] = scale * unit;
-      offset[row] = std::fma(scale, center, _cvtsh_ss(pairs[2 * row + 1]));
-    }
+    for (int m = 0; m < ROWS; m++) V::store(out + m * TILE + word, totals[m]);
   }
 }
 
-// Sum of each group of a row, in float32.
-inline void sum_groups(const Element* row, int64_t padded, int64_t group, float* sums) {
-  for (int64_t first = 0; first < padded; first += group) {
-    float lanes[A::FLOATS] = {};
-    for (int64_t k = first; k < first + group; k += A::FLOATS)
-      for (int i = 0; i < A::FLOATS; i++) lanes[i] += A::value(row[k + i]);
-    float sum = 0;
-    for (float lane : lanes) sum += lane;
-    *sums++ = sum;
+template <Kind KIND, int DEPTH, typename Of>
+void multiply_strip(const Strip& strip, const Row* rows, int64_t num_rows, float* out) {
+  constexpr int MOST = V::FLOATS / 2;  // as many as registers hold
+  int64_t m = 0;
+  for (; m + MOST <= num_rows; m += MOST) multiply_strip<KIND, DEPTH, Of, MOST>(strip, rows + m, out + m * TILE);
+  if constexpr (MOST > 4)
+    for (; m + 4 <= num_rows; m += 4) multiply_strip<KIND, DEPTH, Of, 4>(strip, rows + m, out + m * TILE);
+  for (; m + 2 <= num_rows; m += 2) multiply_strip<KIND, DEPTH, Of, 2>(strip, rows + m, out + m * TILE);
+  for (; m < num_rows; m++) multiply_strip<KIND, DEPTH, Of, 1>(strip, rows + m, out + m * TILE);
+}
+
+template <Kind KIND, int DEPTH>
+void multiply_strip(const Strip& strip, const Inputs& inputs, int64_t num_rows, float* out) {
+  switch (inputs.precision) {
+    case INT8: return multiply_strip<KIND, DEPTH, Int8>(strip, inputs.coded, num_rows, out);
+    case INT16: return multiply_strip<KIND, DEPTH, Int16>(strip, inputs.coded, num_rows, out);
+    case FLOATS: return multiply_strip<KIND, DEPTH, Plain>(strip, inputs.coded, num_rows, out);
   }
 }
 
-// What does not depend on single codes: offsets, and the excess that the arithmetic added to them.
-template <int ROWS>
-inline void start_codes(const Matrix& layout, float excess, const Element* const* rows, const Scratch& scratch,
-                        float* out) {
-  const int64_t groups = layout.padded / layout.group;
-  for (int m = 0; m < ROWS; m++) {
-    sum_groups(rows[m], layout.padded, layout.group, scratch.sums);
-    float* to = out + m * TILE;
-    for (int n = 0; n < TILE; n++) to[n] = 0;
-    for (int64_t g = 0; g < groups; g++)
-      for (int n = 0; n < TILE; n++)
-        to[n] += scratch.sums[g] * (scratch.offset[g * TILE + n] - excess * scratch.step[g * TILE + n]);
+// The codes of a strip, put together.
+template <Kind KIND>
+Strip joined(const Strip& strip, uint32_t* bytes) {
+  for (int64_t unit = 0; unit < strip.groups * strip.units_a_group; unit++)
+    for (int word = 0; word < STRIP; word += V::FLOATS) {
+      Codes codes;
+      load_codes<KIND>(strip.planes, unit, word, codes);
+      for (int i = 0; i < 4; i++) V::store(bytes + (unit * 4 + i) * STRIP + word, codes[i]);
+    }
+  return {{bytes, nullptr, nullptr}, strip.meta, strip.groups, strip.units_a_group};
+}
+
+// Rows [first, first + count) of codes, wherever strips begin.
+template <Kind KIND>
+void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Inputs& inputs,
+                         int64_t num_rows, Scratch& scratch, float* out) {
+  for (int64_t begin = first / STRIP * STRIP; begin < first + count; begin += STRIP) {
+    const int64_t skipped = std::max<int64_t>(0, first - begin), to = begin + skipped - first;
+    const int64_t wanted = std::min<int64_t>(STRIP - skipped, count - to);
+    const Strip strip = strip_at<KIND>(matrix, begin, scratch);
+    float* results = wanted == STRIP ? out + to : scratch.strip;
+    if (num_rows > MANY_ROWS)
+      multiply_strip<BYTES, depth(KIND)>(joined<KIND>(strip, scratch.bytes), inputs, num_rows, results);
+    else multiply_strip<KIND, depth(KIND)>(strip, inputs, num_rows, results);
+    if (wanted == STRIP) continue;
+    for (int64_t m = 0; m < num_rows; m++) std::copy_n(results + m * TILE + skipped, wanted, out + m * TILE + to);
   }
 }
 
@@ -162,173 +196,6 @@ inline void start_codes(const Matrix& layout, float excess, const Element* const
 template <int NBYTES>
 inline void fetch(const void* from) {
   for (int line = 0; line < NBYTES; line += 64) _mm_prefetch((const char*)from + line, _MM_HINT_T1);
-}
-
-template <int WEIGHTS, int ROWS>
-inline void add_sums(const A::Floats (&sums)[ROWS][WEIGHTS], float* out) {
-  if constexpr (WEIGHTS == 4) {
-    for (int m = 0; m < ROWS; m++) {
-      const auto& s = sums[m];
-      float* to = out + m * TILE;
-      _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), A::sums(s[0], s[1], s[2], s[3])));
-    }
-  } else {
-    for (int m = 0; m < ROWS; m += 2) {
-      float four[4];
-      _mm_storeu_ps(four, A::sums(sums[m][0], sums[m][1], sums[m + 1][0], sums[m + 1][1]));
-      for (int i = 0; i < 4; i++) out[(m + i / 2) * TILE + i % 2] += four[i];
-    }
-  }
-}
-
-// WEIGHTS rows of codes times ROWS activation rows, added to `out [ROWS, TILE]`.
-template <Kind KIND, int BLOCK, int WEIGHTS, int ROWS>
-inline void multiply_codes_block(const Matrix& layout, const Planes (&weights)[WEIGHTS], int64_t ahead,
-                                 const Element* const* rows, const float* step, float* out) {
-  A::Floats sums[ROWS][WEIGHTS], part[ROWS][WEIGHTS];
-  for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < WEIGHTS; n++) sums[m][n] = part[m][n] = A::zero();
-  const int64_t chunks_a_group = layout.group / A::HALFWORDS;
-  const uint16_t high_magic = has_low(KIND) ? A::HIGH_MAGIC : A::LOW_MAGIC;
-
-  for (int64_t k = 0; k < layout.padded; k += BLOCK) {
-    Planes block[WEIGHTS];
-    for (int n = 0; n < WEIGHTS; n++) {
-      block[n] = weights[n].at(KIND, k);
-      Planes next = block[n].at(KIND, ahead);
-      fetch<BLOCK * top_bits(KIND) / 8>(next.top);
-      if constexpr (has_middle(KIND)) fetch<BLOCK / 4>(next.middle);
-      if constexpr (has_low(KIND)) fetch<BLOCK / 2>(next.low);
-    }
-    auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
-      A::Operand row[ROWS];
-      for (int m = 0; m < ROWS; m++) row[m] = A::operand(rows[m] + k + CHUNK * A::HALFWORDS);
-      for (int n = 0; n < WEIGHTS; n++) {
-        auto high = high_digit<KIND, BLOCK, CHUNK>(block[n], high_magic);
-        if constexpr (has_low(KIND)) {
-          auto low = low_digit<KIND, BLOCK, CHUNK>(block[n], A::LOW_MAGIC);
-          for (int m = 0; m < ROWS; m++) part[m][n] = A::dot_digits(part[m][n], high, low, row[m]);
-        } else {
-          for (int m = 0; m < ROWS; m++) part[m][n] = A::dot_code<depth(KIND)>(part[m][n], high, row[m]);
-        }
-      }
-      if (((CHUNK + 1) & (chunks_a_group - 1)) == 0) {
-        for (int n = 0; n < WEIGHTS; n++)
-          for (int m = 0; m < ROWS; m++) {
-            sums[m][n] = A::multiply_add(part[m][n], A::fill(step[n]), sums[m][n]);
-            part[m][n] = A::zero();
-          }
-        step += TILE;
-      }
-    };
-    [&]<int... CHUNKS>(std::integer_sequence<int, CHUNKS...>) __attribute__((always_inline)) {
-      (chunk.template operator()<CHUNKS>(), ...);
-    }(std::make_integer_sequence<int, BLOCK / A::HALFWORDS>());
-  }
-  add_sums<WEIGHTS, ROWS>(sums, out);
-}
-
-// WEIGHTS rows of codes times ROWS rows of integers, added to `out [ROWS, TILE]`.
-template <Kind KIND, int BLOCK, int WEIGHTS, int ROWS>
-inline void multiply_ints_block(const Matrix& layout, const Planes (&weights)[WEIGHTS], int64_t ahead,
-                                const IntRow* rows, const float* step, float* out) {
-  using V = Vector;
-  V::Floats sums[ROWS][WEIGHTS];
-  V::Ints part[ROWS][WEIGHTS];
-  for (int m = 0; m < ROWS; m++)
-    for (int n = 0; n < WEIGHTS; n++) sums[m][n] = V::zero(), part[m][n] = V::no_ints();
-  const int64_t chunks_a_group = layout.group / V::HALFWORDS;
-  int64_t group = 0;
-
-  for (int64_t k = 0; k < layout.padded; k += BLOCK) {
-    Planes block[WEIGHTS];
-    for (int n = 0; n < WEIGHTS; n++) {
-      block[n] = weights[n].at(KIND, k);
-      Planes next = block[n].at(KIND, ahead);
-      fetch<BLOCK * top_bits(KIND) / 8>(next.top);
-      if constexpr (has_middle(KIND)) fetch<BLOCK / 4>(next.middle);
-      if constexpr (has_low(KIND)) fetch<BLOCK / 2>(next.low);
-    }
-    auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
-      for (int n = 0; n < WEIGHTS; n++) {
-        auto codes = code<KIND, BLOCK, CHUNK>(block[n]);
-        for (int m = 0; m < ROWS; m++) {
-          auto row = V::load((const uint16_t*)rows[m].values + k + CHUNK * V::HALFWORDS);
-          part[m][n] = V::add_products(part[m][n], codes, row);
-        }
-      }
-      if (((CHUNK + 1) & (chunks_a_group - 1)) == 0) {
-        for (int m = 0; m < ROWS; m++)
-          for (int n = 0; n < WEIGHTS; n++) {
-            auto factor = V::fill(step[n] * rows[m].scales[group]);
-            sums[m][n] = V::multiply_add(V::floats(part[m][n]), factor, sums[m][n]);
-            part[m][n] = V::no_ints();
-          }
-        step += TILE, group++;
-      }
-    };
-    [&]<int... CHUNKS>(std::integer_sequence<int, CHUNKS...>) __attribute__((always_inline)) {
-      (chunk.template operator()<CHUNKS>(), ...);
-    }(std::make_integer_sequence<int, BLOCK / V::HALFWORDS>());
-  }
-  add_sums<WEIGHTS, ROWS>(sums, out);
-}
-
-// `count` rows of codes from `first` on, times ROWS rows of integers, to `out [ROWS, TILE]`.
-template <Kind KIND, int BLOCK, int ROWS>
-void multiply_ints(const MatrixView& matrix, int64_t first, int64_t count, const IntRow* rows, const Scratch& scratch,
-                   float* out) {
-  constexpr int WEIGHTS = 4;
-  const Matrix& layout = *matrix.layout;
-  for (int m = 0; m < ROWS; m++) {
-    float* to = out + m * TILE;
-    for (int n = 0; n < TILE; n++) to[n] = 0;
-    for (int64_t g = 0; g < layout.padded / layout.group; g++)
-      for (int n = 0; n < TILE; n++) to[n] += rows[m].sums[g] * scratch.offset[g * TILE + n];
-  }
-  for (int64_t n = 0; n < count; n += WEIGHTS) {
-    Planes weights[WEIGHTS];
-    for (int i = 0; i < WEIGHTS; i++)
-      weights[i] = matrix.planes.at(KIND, (first + std::min(n + i, count - 1)) * layout.padded);
-    multiply_ints_block<KIND, BLOCK, WEIGHTS, ROWS>(layout, weights, AHEAD * layout.padded, rows, scratch.step + n,
-                                                    out + n);
-  }
-}
-
-// `count` rows of codes from `first` on, times ROWS activation rows, to `out [ROWS, TILE]`.
-template <Kind KIND, int BLOCK, int ROWS>
-void multiply_codes(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
-                    Scratch& scratch, float* out) {
-  constexpr int WEIGHTS = ROWS < ROW_BLOCK ? 4 : 2;  // as many sums as registers hold
-  const Matrix& layout = *matrix.layout;
-  start_codes<ROWS>(layout, A::excess(depth(KIND)), rows, scratch, out);
-  for (int64_t n = 0; n < count; n += WEIGHTS) {
-    Planes weights[WEIGHTS];
-    for (int i = 0; i < WEIGHTS; i++)
-      weights[i] = matrix.planes.at(KIND, (first + std::min(n + i, count - 1)) * layout.padded);
-    multiply_codes_block<KIND, BLOCK, WEIGHTS, ROWS>(layout, weights, AHEAD * layout.padded, rows, scratch.step + n,
-                                                     out + n);
-  }
-}
-
-// Row `row` of a tile that begins at `first`, decoded to `to [padded]`.
-template <Kind KIND, int BLOCK>
-void decode_row(const MatrixView& matrix, int64_t first, int64_t row, const Scratch& scratch, Element* to) {
-  const Matrix& layout = *matrix.layout;
-  const Planes planes = matrix.planes.at(KIND, (first + row) * layout.padded);
-  for (int64_t k = 0; k < layout.padded; k += BLOCK) {
-    const Planes block = planes.at(KIND, k);
-    auto chunk = [&]<int CHUNK>() __attribute__((always_inline)) {
-      const int64_t column = k + CHUNK * A::HALFWORDS, group = column / layout.group * TILE + row;
-      auto step = A::fill(scratch.step[group]), offset = A::fill(scratch.offset[group]);
-      auto codes = code<KIND, BLOCK, CHUNK>(block);
-      A::store_operand(to + column, A::multiply_add(A::even(codes), step, offset),
-                       A::multiply_add(A::odd(codes), step, offset));
-    };
-    [&]<int... CHUNKS>(std::integer_sequence<int, CHUNKS...>) __attribute__((always_inline)) {
-      (chunk.template operator()<CHUNKS>(), ...);
-    }(std::make_integer_sequence<int, BLOCK / A::HALFWORDS>());
-  }
 }
 
 // Row `row` of a matrix that was never coded, to `to [padded]`.
@@ -354,7 +221,7 @@ void multiply_panel(const Weight* panel, int64_t count, int64_t padded, const El
       A::Operand weight[4];
       for (int i = 0; i < 4; i++) {
         weight[i] = A::operand(weights[i] + k);
-        if (ROWS == 1) fetch<64>(weights[i] + k + AHEAD * padded);
+        if (ROWS == 1) fetch<64>(weights[i] + k + 4 * padded);
       }
       for (int m = 0; m < ROWS; m++) {
         A::Operand row = A::operand(rows[m] + k);
@@ -375,37 +242,6 @@ inline void multiply_panel(const Weight* panel, int64_t count, int64_t padded, c
   for (; m < num_rows; m++) multiply_panel<1>(panel, count, padded, rows + m, out + m * TILE);
 }
 
-template <Kind KIND, int BLOCK>
-void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Rows& all, int64_t num_rows,
-                         Scratch& scratch, float* out) {
-  read_affine(matrix, first, count, scratch);
-  const Element* const* rows = all.elements;
-  if (num_rows <= FEW_ROWS && all.ints) {
-    int64_t m = 0;  // four at once need more registers than AVX2 has, and are no faster
-    for (; m + 2 <= num_rows; m += 2)
-      multiply_ints<KIND, BLOCK, 2>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
-    for (; m < num_rows; m++)
-      multiply_ints<KIND, BLOCK, 1>(matrix, first, count, all.ints + m, scratch, out + m * TILE);
-    return;
-  }
-  if (num_rows <= FEW_ROWS) {
-    int64_t m = 0;
-    for (; m + 4 <= num_rows; m += 4)
-      multiply_codes<KIND, BLOCK, 4>(matrix, first, count, rows + m, scratch, out + m * TILE);
-    for (; m + 2 <= num_rows; m += 2)
-      multiply_codes<KIND, BLOCK, 2>(matrix, first, count, rows + m, scratch, out + m * TILE);
-    for (; m < num_rows; m++) multiply_codes<KIND, BLOCK, 1>(matrix, first, count, rows + m, scratch, out + m * TILE);
-    return;
-  }
-  const int64_t padded = matrix.layout->padded;
-  for (int64_t n = 0; n < count; n += PANEL) {
-    const int64_t height = std::min<int64_t>(PANEL, count - n);
-    for (int64_t i = 0; i < height; i++)
-      decode_row<KIND, BLOCK>(matrix, first, n + i, scratch, scratch.panel + i * padded);
-    multiply_panel(scratch.panel, height, padded, rows, num_rows, out + n);
-  }
-}
-
 inline void multiply_dense_tile(const MatrixView& matrix, int64_t first, int64_t count, const Element* const* rows,
                                 int64_t num_rows, Scratch& scratch, float* out) {
   const Matrix& layout = *matrix.layout;
@@ -423,29 +259,19 @@ inline void multiply_dense_tile(const MatrixView& matrix, int64_t first, int64_t
   }
 }
 
-template <Kind KIND>
-void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count, const Rows& rows, int64_t num_rows,
-                         Scratch& scratch, float* out) {
-  switch (matrix.layout->block) {
-    case 256: return multiply_coded_tile<KIND, 256>(matrix, first, count, rows, num_rows, scratch, out);
-    case 128: return multiply_coded_tile<KIND, 128>(matrix, first, count, rows, num_rows, scratch, out);
-    case 64: return multiply_coded_tile<KIND, 64>(matrix, first, count, rows, num_rows, scratch, out);
-  }
-}
-
 // Rows [first, first + count) of a matrix, at most TILE of them, times `num_rows` activation rows of `padded`
 // elements: out [num_rows, TILE], bias included.
-inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count, const Rows& rows, int64_t num_rows,
-                          Scratch& scratch, float* out) {
+inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count, const Inputs& inputs,
+                          int64_t num_rows, Scratch& scratch, float* out) {
   switch (matrix.kind) {
-    case TOP2: multiply_coded_tile<TOP2>(matrix, first, count, rows, num_rows, scratch, out); break;
-    case TOP4: multiply_coded_tile<TOP4>(matrix, first, count, rows, num_rows, scratch, out); break;
-    case TOP2_MIDDLE2: multiply_coded_tile<TOP2_MIDDLE2>(matrix, first, count, rows, num_rows, scratch, out); break;
-    case TOP4_LOW4: multiply_coded_tile<TOP4_LOW4>(matrix, first, count, rows, num_rows, scratch, out); break;
+    case TOP2: multiply_coded_tile<TOP2>(matrix, first, count, inputs, num_rows, scratch, out); break;
+    case TOP4: multiply_coded_tile<TOP4>(matrix, first, count, inputs, num_rows, scratch, out); break;
+    case TOP2_MIDDLE2: multiply_coded_tile<TOP2_MIDDLE2>(matrix, first, count, inputs, num_rows, scratch, out); break;
+    case TOP4_LOW4: multiply_coded_tile<TOP4_LOW4>(matrix, first, count, inputs, num_rows, scratch, out); break;
     case TOP2_MIDDLE2_LOW4:
-      multiply_coded_tile<TOP2_MIDDLE2_LOW4>(matrix, first, count, rows, num_rows, scratch, out);
+      multiply_coded_tile<TOP2_MIDDLE2_LOW4>(matrix, first, count, inputs, num_rows, scratch, out);
       break;
-    case DENSE: multiply_dense_tile(matrix, first, count, rows.elements, num_rows, scratch, out); break;
+    case DENSE: multiply_dense_tile(matrix, first, count, inputs.elements, num_rows, scratch, out); break;
   }
   if (!matrix.bias) return;
   for (int64_t n = 0; n < count; n++) {

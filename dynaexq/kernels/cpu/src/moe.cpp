@@ -117,21 +117,25 @@ class Forward {
     const int64_t work = int64_t(pairs.size()) * layer.up.padded * layer.up.rows;
     threads = call.parallel ? std::clamp<int64_t>(work / WORTH_A_THREAD, 1, call.num_threads) : 1;
     const int64_t groups = std::max(layer.up.padded / layer.up.group, layer.down.padded / layer.down.group);
-    const int64_t floats = 2 * groups * TILE + ROW_BLOCK * groups + 2 * most_rows * TILE;
+    const int64_t words = STRIP * width / 4, halves = 2 * groups * STRIP, floats = most_rows * TILE;
     panels.reset(new Element[threads * PANEL * width]);
-    numbers.reset(new float[threads * floats]);
+    strips.reset(new uint32_t[threads * 2 * words]);
+    metas.reset(new uint16_t[threads * halves]);
+    results.reset(new float[threads * 3 * floats]);
     scratches.resize(threads);
-    rows_of.resize(threads, std::vector<const Element*>(most_rows));
-    ints_of.resize(threads, std::vector<IntRow>(most_rows));
     for (int64_t i = 0; i < threads; i++) {
-      float* at = numbers.get() + i * floats;
-      Scratch& scratch = scratches[i];
-      scratch.panel = panels.get() + i * PANEL * width;
-      scratch.step = at, scratch.offset = at += groups * TILE;
-      scratch.sums = at += groups * TILE;
-      scratch.first = at += ROW_BLOCK * groups;
-      scratch.second = at + most_rows * TILE;
+      uint32_t* strip = strips.get() + i * 2 * words;
+      float* result = results.get() + i * 3 * floats;
+      scratches[i] = {.panel = panels.get() + i * PANEL * width,
+                      .bytes = strip,
+                      .widened = strip + words,
+                      .meta = metas.get() + i * halves,
+                      .first = result,
+                      .second = result + floats,
+                      .strip = result + 2 * floats};
     }
+    elements_of.resize(threads, std::vector<const Element*>(most_rows));
+    rows_of.resize(threads, std::vector<Row>(most_rows));
   }
 
   // Run tasks 0 .. count - 1, each on the first thread that is free.
@@ -159,37 +163,57 @@ class Forward {
     call.lost += std::max(ended - shared.caller_ended, off_core);
   }
 
-  // Whether few rows are multiplied as integers: machines that multiply bfloat16 need not, float32 must not.
-  bool wants_ints() const {
-    const bool few = std::any_of(segments.begin(), segments.end(), [](auto& s) { return s.count <= FEW_ROWS; });
-    return few && sizeof(Element) == 4 && call.dtype != FLOAT32;
+  // Whether any expert of this call reads `matrix` in a way that is `wanted`.
+  template <typename Wanted>
+  bool any_reads(const Matrix& matrix, const Wanted& wanted) const {
+    return std::any_of(segments.begin(), segments.end(), [&](const Segment& segment) {
+      const int64_t entry = ((const int64_t*)call.entries)[segment.expert];
+      return wanted(Kind(matrix.readings[(entry & 0xFF) != 0].kind));
+    });
   }
 
-  // The input rows as the arithmetic wants them: where they lie, or copied, converted and padded.
-  void prepare_rows(const Matrix& matrix, int64_t count) {
-    rows_width = matrix.padded;
-    if (matrix.readings[0].kind != DENSE && wants_ints()) {
-      int_rows.reserve(count, matrix.padded, matrix.group);
-      distribute(count, [&](int64_t row, Scratch&) {
-        int_rows.set(row, [&](int64_t k) {
-          const int64_t index = row * matrix.columns + k;
-          return k < matrix.columns ? number((const void*)call.hidden_states, index, Dtype(call.dtype)) : 0;
-        });
-      });
-      if (most_rows <= FEW_ROWS && matrix.readings[1].kind != DENSE) return;
+  // `count` rows as products with `matrix` want them; `read(row, to)` gives the `matrix.padded` floats of one.
+  template <typename Read>
+  void prepare(const Matrix& matrix, int64_t count, const Read& read) {
+    const bool dense = !elements && any_reads(matrix, [](Kind kind) { return kind == DENSE; });
+    for (int deep = 0; deep < 2; deep++) {
+      coded[deep] = {};
+      if (any_reads(matrix, [&](Kind kind) { return kind != DENSE && is_deep(kind) == deep; }))
+        coded[deep].reserve(Precision(call.precisions[deep]), count, matrix.padded, matrix.group);
     }
-    if (sizeof(Element) == 2 && matrix.columns == matrix.padded) {
-      rows = (const Element*)call.hidden_states;
-      return;
-    }
-    prepared.reset(new Element[count * matrix.padded]());
-    distribute(count, [&](int64_t row, Scratch&) {
-      for (int64_t k = 0; k < matrix.columns; k++)
-        prepared[row * matrix.padded + A::place(k)] =
-            A::element(number((const void*)call.hidden_states, row * matrix.columns + k, Dtype(call.dtype)));
+    if (dense) prepared.reset(new Element[count * matrix.padded]);
+    if (!coded[0] && !coded[1] && !dense) return;
+    floats_of.resize(threads, std::vector<float>(width));
+    distribute(count, [&](int64_t row, Scratch& scratch) {
+      float* values = floats_of[thread_of(scratch)].data();
+      read(row, values);
+      for (auto& rows : coded)
+        if (rows) rows.set(row, values);
+      if (dense)
+        for (int64_t k = 0; k < matrix.padded; k++)
+          prepared[row * matrix.padded + A::place(k)] = A::element(values[k]);
     });
-    rows = prepared.get();
+    if (dense) elements = prepared.get();
   }
+
+  // The rows that came in.
+  void prepare_rows(const Matrix& matrix, int64_t count) {
+    const auto dtype = Dtype(call.dtype);
+    if (sizeof(Element) == 2 && matrix.columns == matrix.padded) elements = (const Element*)call.hidden_states;
+    prepare(matrix, count, [&](int64_t row, float* to) {
+      read_numbers((const void*)call.hidden_states, row * matrix.columns, matrix.columns, dtype, to);
+      std::fill(to + matrix.columns, to + matrix.padded, 0.0f);
+    });
+  }
+
+  // The rows between the two matrices.
+  void prepare_hidden() {
+    elements = nullptr;
+    prepare(layer.down, int64_t(pairs.size()),
+            [&](int64_t row, float* to) { std::copy_n(hidden.get() + row * inner, inner, to); });
+  }
+
+  int64_t thread_of(const Scratch& scratch) const { return &scratch - scratches.data(); }
 
   MatrixView view(const Matrix& matrix, int64_t expert) const {
     const int64_t entry = ((const int64_t*)call.entries)[expert];
@@ -200,7 +224,7 @@ class Forward {
     for (int i = 0; i < 3; i++) planes[i] = find(reading.planes[i], base, upgrade);
     return {.layout = &matrix,
             .kind = Kind(reading.kind),
-            .planes = {(const uint16_t*)planes[0], (const uint16_t*)planes[1], (const uint16_t*)planes[2]},
+            .planes = {(const uint32_t*)planes[0], (const uint32_t*)planes[1], (const uint32_t*)planes[2]},
             .dense = planes[0],
             .meta = (const uint16_t*)find(reading.meta, base, upgrade),
             .bias = find(reading.bias, base, upgrade),
@@ -208,28 +232,29 @@ class Forward {
             .transposed = layer.transposed != 0};
   }
 
-  // Rows `index(0)`, `index(1)`, ... of `elements`, and of `ints` if it has any.
+  // Rows `index(0)`, `index(1)`, ... of those that were prepared for `matrix`.
   template <typename Index>
-  Rows gather(const Element* elements, int64_t row_width, const IntRows& ints, int64_t count, const Index& index,
-              const Scratch& scratch) {
-    const int64_t thread = &scratch - scratches.data();
+  Inputs gather(const MatrixView& matrix, int64_t count, const Index& index, const Scratch& scratch) {
+    auto& rows = rows_of[thread_of(scratch)];
+    auto& pointers = elements_of[thread_of(scratch)];
+    const bool deep = is_deep(matrix.kind);
     for (int64_t i = 0; i < count; i++) {
-      if (elements) rows_of[thread][i] = elements + index(i) * row_width;
-      if (ints) ints_of[thread][i] = ints.at(index(i));
+      if (coded[deep]) rows[i] = coded[deep].at(index(i));
+      if (elements) pointers[i] = elements + index(i) * matrix.layout->padded;
     }
-    return {rows_of[thread].data(), ints ? ints_of[thread].data() : nullptr};
+    return {rows.data(), Precision(call.precisions[deep]), pointers.data()};
   }
 
   void project_up() {
     const int64_t columns = call.stage == WHOLE ? layer.down.columns : layer.up.rows;
     const int64_t tiles = (columns + TILE - 1) / TILE;
-    if (call.stage == WHOLE) hidden.reset(new Element[pairs.size() * inner]());
+    if (call.stage == WHOLE) hidden.reset(new float[pairs.size() * inner]());
     distribute(int64_t(segments.size()) * tiles, [&](int64_t task, Scratch& scratch) {
       const Segment& segment = segments[task / tiles];
       const int64_t first = task % tiles * TILE, count = std::min<int64_t>(TILE, columns - first);
       auto token = [&](int64_t i) { return pairs[segment.first + i] / call.top_k; };
-      const Rows inputs = gather(rows, rows_width, int_rows, segment.count, token, scratch);
       const MatrixView up = view(layer.up, segment.expert);
+      const Inputs inputs = gather(up, segment.count, token, scratch);
       multiply_tile(up, first, count, inputs, segment.count, scratch, scratch.first);
       if (call.stage == WHOLE) {
         if (layer.gated) multiply_tile(up, columns + first, count, inputs, segment.count, scratch, scratch.second);
@@ -247,32 +272,24 @@ class Forward {
     for (int64_t i = 0; i < segment.count; i++) {
       float* values = scratch.first + i * TILE;
       activate(layer.activation, values, layer.gated ? scratch.second + i * TILE : nullptr, count);
-      Element* to = hidden.get() + (segment.first + i) * inner;
-      for (int64_t n = 0; n < count; n++) to[A::place(first + n)] = A::element(values[n]);
+      std::copy_n(values, count, hidden.get() + (segment.first + i) * inner + first);
     }
   }
 
   void project_down() {
     const int64_t columns = layer.down.rows, tiles = (columns + TILE - 1) / TILE;
-    if (call.stage == WHOLE && layer.down.readings[0].kind != DENSE && wants_ints()) {
-      int_hidden.reserve(int64_t(pairs.size()), inner, layer.down.group);
-      distribute(int64_t(pairs.size()), [&](int64_t row, Scratch&) {
-        int_hidden.set(row, [&](int64_t k) { return A::value(hidden[row * inner + A::place(k)]); });
-      });
-    }
+    if (call.stage == WHOLE) prepare_hidden();
     const auto* weights = (const float*)call.top_k_weights;
     totals.reset(new float[threads * call.num_tokens * TILE]);
     distribute(tiles, [&](int64_t task, Scratch& scratch) {
       const int64_t first = task * TILE, count = std::min<int64_t>(TILE, columns - first);
-      float* total = totals.get() + (&scratch - scratches.data()) * call.num_tokens * TILE;
+      float* total = totals.get() + thread_of(scratch) * call.num_tokens * TILE;
       std::fill_n(total, call.num_tokens * TILE, 0.0f);
       for (const Segment& segment : segments) {
-        auto place = [&](int64_t i) { return segment.first + i; };
-        auto pair = [&](int64_t i) { return pairs[segment.first + i]; };
-        const Rows inputs = call.stage == WHOLE
-                                ? gather(hidden.get(), inner, int_hidden, segment.count, place, scratch)
-                                : gather(rows, rows_width, int_rows, segment.count, pair, scratch);
-        multiply_tile(view(layer.down, segment.expert), first, count, inputs, segment.count, scratch, scratch.first);
+        auto row = [&](int64_t i) { return call.stage == WHOLE ? segment.first + i : pairs[segment.first + i]; };
+        const MatrixView down = view(layer.down, segment.expert);
+        const Inputs inputs = gather(down, segment.count, row, scratch);
+        multiply_tile(down, first, count, inputs, segment.count, scratch, scratch.first);
         for (int64_t i = 0; i < segment.count; i++) {
           const int64_t pair = pairs[segment.first + i];
           float* to = total + pair / call.top_k * TILE;
@@ -288,13 +305,13 @@ class Forward {
   // A choice's share of a gradient `[tokens, down.rows]`, on the other side of the second matrix.
   void back_through_down() {
     const Matrix& matrix = layer.down;
-    const int64_t blocks = matrix.padded / matrix.block;
+    const int64_t blocks = matrix.padded / SPAN;
     const auto* gradient = (const float*)call.hidden_states;
     totals.reset(new float[threads * most_rows * SPAN]);
     distribute(int64_t(segments.size()) * blocks, [&](int64_t task, Scratch& scratch) {
       const Segment& segment = segments[task / blocks];
-      const int64_t first = task % blocks * matrix.block;
-      float* total = totals.get() + (&scratch - scratches.data()) * most_rows * SPAN;
+      const int64_t first = task % blocks * SPAN;
+      float* total = totals.get() + thread_of(scratch) * most_rows * SPAN;
       std::vector<const float*> factors(segment.count);
       std::vector<float*> sums(segment.count);
       std::fill_n(total, segment.count * SPAN, 0.0f);
@@ -312,9 +329,9 @@ class Forward {
     const Matrix& matrix = layer.up;
     const auto* gradient = (const float*)call.hidden_states;
     totals.reset(new float[threads * call.num_tokens * SPAN]);
-    distribute(matrix.padded / matrix.block, [&](int64_t task, Scratch& scratch) {
-      const int64_t first = task * matrix.block;
-      float* total = totals.get() + (&scratch - scratches.data()) * call.num_tokens * SPAN;
+    distribute(matrix.padded / SPAN, [&](int64_t task, Scratch& scratch) {
+      const int64_t first = task * SPAN;
+      float* total = totals.get() + thread_of(scratch) * call.num_tokens * SPAN;
       std::vector<const float*> factors(most_rows);
       std::vector<float*> sums(most_rows);
       std::fill_n(total, call.num_tokens * SPAN, 0.0f);
@@ -332,9 +349,8 @@ class Forward {
 
   // Row `row` of the output, from column `first` on.
   void write_block(const Matrix& matrix, int64_t row, int64_t first, const float* sums) const {
-    float* to = (float*)call.output + row * matrix.columns + first;
-    const int64_t count = std::min<int64_t>(matrix.block, matrix.columns - first);
-    for (int64_t k = 0; k < count; k++) to[k] = sums[Float32::place(k)];
+    const int64_t count = std::clamp<int64_t>(matrix.columns - first, 0, SPAN);
+    std::copy_n(sums, count, (float*)call.output + row * matrix.columns + first);
   }
 
   int64_t output_elements() const {
@@ -354,16 +370,19 @@ class Forward {
   const Layer& layer;
   Call& call;
   const int64_t inner, width;  // elements of a hidden row; of the widest row
-  int64_t most_rows = 0, threads = 1, rows_width = 0;
+  int64_t most_rows = 0, threads = 1;
   std::vector<int64_t> pairs;
   std::vector<Segment> segments;
-  std::unique_ptr<Element[]> panels, prepared, hidden;
-  std::unique_ptr<float[]> numbers, totals;
+  std::unique_ptr<Element[]> panels, prepared;
+  std::unique_ptr<uint32_t[]> strips;
+  std::unique_ptr<uint16_t[]> metas;
+  std::unique_ptr<float[]> results, hidden, totals;
   std::vector<Scratch> scratches;
-  std::vector<std::vector<const Element*>> rows_of;
-  std::vector<std::vector<IntRow>> ints_of;
-  IntRows int_rows, int_hidden;
-  const Element* rows = nullptr;
+  std::vector<std::vector<float>> floats_of;
+  std::vector<std::vector<const Element*>> elements_of;
+  std::vector<std::vector<Row>> rows_of;
+  Rows coded[2];  // as in `Call.precisions`
+  const Element* elements = nullptr;
 };
 
 }  // namespace

@@ -1,0 +1,117 @@
+"""How planes and scales lie in memory: row by row, as in files and on a GPU, or in strips, for the native CPU kernel.
+
+Either takes the same bytes in the same places, part by part. It knows neither experts nor tiers. Shapes: n experts, N
+rows, K columns, W words of a row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
+
+
+class Arrangement(ABC):
+    """One way. Rows that are written together begin at a multiple of 16."""
+
+    @abstractmethod
+    def write_plane(self, part: Tensor, rows: slice, codes: Tensor, bits: int, block: int) -> None:
+        """Put uint8 `codes [n, rows, K]` below `2**bits` into a plane, int32 `[n, N, W]`."""
+
+    @abstractmethod
+    def read_plane(self, part: Tensor, bits: int, block: int) -> Tensor:
+        """The codes of a plane, int16 `[n, N, K]`."""
+
+    @abstractmethod
+    def write_meta(self, part: Tensor, rows: slice, meta: Tensor) -> None:
+        """Put scales and minima, `[n, groups, rows, 2]`, into the part of all rows, float16 `[n, groups, N, 2]`."""
+
+    @abstractmethod
+    def read_meta(self, part: Tensor) -> Tensor:
+        """The scales and minima of such a part, `[n, groups, N, 2]`."""
+
+    def take_plane(self, part: Tensor, bits: int, block: int, now: "Arrangement") -> None:
+        """Arrange a plane that lies as `now` has it, in place."""
+        self.write_plane(part, slice(None), now.read_plane(part, bits, block).to(torch.uint8), bits, block)
+
+    def take_meta(self, part: Tensor, now: "Arrangement") -> None:
+        """Arrange scales and minima that lie as `now` has them, in place."""
+        self.write_meta(part, slice(None), now.read_meta(part).clone())
+
+
+class RowByRow(Arrangement):
+    """Each row by itself, as `bitplanes` has it; scales and minima side by side."""
+
+    def write_plane(self, part: Tensor, rows: slice, codes: Tensor, bits: int, block: int) -> None:
+        part[:, rows].copy_(pack_plane(codes, bits, block))
+
+    def read_plane(self, part: Tensor, bits: int, block: int) -> Tensor:
+        return unpack_plane(part, bits, block)
+
+    def write_meta(self, part: Tensor, rows: slice, meta: Tensor) -> None:
+        part[:, :, rows].copy_(meta)
+
+    def read_meta(self, part: Tensor) -> Tensor:
+        return part
+
+
+class InStrips(Arrangement):
+    """16 rows side by side, so that a vector register has a row in each lane.
+
+    A word of a plane has the codes of one row in 8 neighboring columns (4 bits) or 16 (2 bits): byte j has that of
+    column j in its lowest bits, then that of column 4 + j, and so on. The words of the rows of a strip follow one
+    another, column by column. Of scales and minima, each strip has, group by group, the scales of its rows and then
+    their minima. The last strip has the rows that are left. A strip takes the bytes that its rows would take alone.
+    """
+
+    HEIGHT = 16
+
+    def write_plane(self, part: Tensor, rows: slice, codes: Tensor, bits: int, block: int) -> None:
+        count, height, _ = codes.shape
+        fours = codes.contiguous().view(torch.int32).view(count, height, -1, 8 // bits)  # [n, rows, W, fields]
+        words = fours[..., 0].clone()
+        for field in range(1, 8 // bits):
+            words |= fours[..., field] << (bits * field)
+        self._write(part[:, rows], words)
+
+    def read_plane(self, part: Tensor, bits: int, block: int) -> Tensor:
+        words, mask = self._read(part), 0x01010101 * (2**bits - 1)
+        fours = torch.stack([(words >> (bits * field)) & mask for field in range(8 // bits)], -1)
+        return fours.view(torch.uint8).view(*part.shape[:2], -1).to(torch.int16)
+
+    def write_meta(self, part: Tensor, rows: slice, meta: Tensor) -> None:
+        self._write(self._by_rows(part)[:, rows], meta.transpose(1, 2).flatten(2))
+
+    def read_meta(self, part: Tensor) -> Tensor:
+        return self._read(self._by_rows(part)).unflatten(2, (-1, 2)).transpose(1, 2)
+
+    @staticmethod
+    def _by_rows(part: Tensor) -> Tensor:
+        return part.view(len(part), part.shape[2], -1)
+
+    def _write(self, to: Tensor, rows: Tensor) -> None:
+        """Put `rows [n, N, W]` into `to` of the same shape, strip by strip."""
+        for run, height in self._runs(to.shape[1]):
+            strips = rows[:, run].unflatten(1, (-1, height)).transpose(2, 3)
+            to[:, run].unflatten(1, (-1, height)).copy_(strips.reshape(*strips.shape[:2], height, -1))
+
+    def _read(self, part: Tensor) -> Tensor:
+        """What `_write` was given."""
+        strips = [
+            part[:, run].reshape(len(part), -1, part.shape[2], height).transpose(2, 3).flatten(1, 2)
+            for run, height in self._runs(part.shape[1])
+        ]
+        return torch.cat(strips, 1)
+
+    def _runs(self, rows: int) -> Iterator[tuple[slice, int]]:
+        """The rows of whole strips and those that are left, each with the height of its strips."""
+        whole = rows // self.HEIGHT * self.HEIGHT
+        if whole:
+            yield slice(0, whole), self.HEIGHT
+        if rows > whole:
+            yield slice(whole, rows), rows - whole
+
+
+ROW_BY_ROW, IN_STRIPS = RowByRow(), InStrips()
