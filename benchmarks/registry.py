@@ -57,6 +57,9 @@ BENCHMARKS = (
         "layers/contention", "layers/contention.py", "one layer beside a program that uses a core", "contention.json"
     ),
     Benchmark("quality/dense", "quality/dense.py", "KL and bytes of packed dense layers", "dense.json"),
+    Benchmark(
+        "quality/activations", "quality/activations.py", "KL of rounded activations on a CPU", "activations.json"
+    ),
     Benchmark("layers/encode", "layers/encode_speed.py", "weights quantized per second", "encode_speed.json"),
     Benchmark(
         "models/whole",

@@ -87,8 +87,8 @@ class Options:
         dense: None leaves the dense linear layers as they are; `"int8"` and `"int4"` pack them as experts are packed,
             the head of the model as well; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
         activations: what rows are rounded to where they meet codes on a CPU, group by group: `"int8"`, `"int16"`,
-            which loses nothing that counts and takes up to twice the time, or `"auto"`: int8 for codes of 2 and 4 bits,
-            int16 for those of 8. A GPU leaves them as they are, and so does a model in float32.
+            which loses nothing that counts and takes up to twice the time, or `"auto"`: int16 for 8-bit codes, else
+            int8. A GPU leaves them as they are, and so does a model in float32.
         policy: `"topn"`, `"threshold"`, `"frozen"`, or a callable `(score, upgraded, slots) -> wanted` over
             `[num_layers, num_experts]` arrays (see `policy.selection`).
         allocation: `"global"` lets layers compete for upgrade slots, `"per_layer"` gives each the same number.
