@@ -26,7 +26,7 @@ def top_n(score: np.ndarray, upgraded: np.ndarray, slots: np.ndarray, hysteresis
     left = slots[:, None] - better.sum(1, keepdims=True)  # how many of those that tie for the last slot get one
     incumbents = _first_of_each(tied & upgraded, left)
     newcomers = _first_of_each(tied & ~upgraded, left - incumbents.sum(1, keepdims=True))
-    return (better | incumbents | newcomers) & (slots[:, None] > 0)
+    return better | incumbents | newcomers
 
 
 def _first_of_each(marked: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -75,6 +75,7 @@ def test_a_shard_that_was_written_by_position_is_one_for_the_library(arrays: lis
             for first in reversed(range(len(tensor) if tensor.ndim else 1)):
                 writer.write(name, first, tensor[first : first + 1] if tensor.ndim else tensor)
         writer.close()
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, "tensors begin at a multiple of eight"
         with safe_open(path, "pt") as theirs:
             assert set(theirs.keys()) == set(content)
             for name, tensor in content.items():
@@ -98,6 +99,8 @@ BAD_FILES = {
     "a list": ((2).to_bytes(8, "little") + b"[]" + bytes(8), "header cannot be read"),
     "an unknown dtype": (_header({"dtype": "F4"}), "header cannot be read .*'F4'"),
     "a lie about the size": (_header({"shape": [3]}), "lies about the size of w"),
+    "a size that no file has": (_header({"shape": [2**40, 2**40]}), "more elements than the file has bytes"),
+    "one dimension too many": (_header({"shape": [1] * 65}), "at most 64 dimensions"),
     "a negative size": (_header({"shape": [-2, -1]}), "header cannot be read"),
     "a place inside the header": (_header({"data_offsets": [-8, 0]}), "header cannot be read"),
     "more than the file holds": (_header({"shape": [4], "data_offsets": [0, 16]}), "was truncated: w ends at byte"),
@@ -282,6 +285,21 @@ def test_only_files_of_the_old_checkpoint_are_replaced(tmp_path: Path) -> None:
     assert not (target / "b.safetensors").exists()
     assert len(list(target.iterdir())) == len(foreign) + 4
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_shard_whose_name_is_taken_arrives_under_another_and_directories_with_their_files(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    write_checkpoint(target, "old", "a.safetensors")
+    with replaced(target) as staging:
+        (staging / "a.safetensors").write_text("new")
+        (staging / INDEX).write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+        (staging / "deep" / "er").mkdir(parents=True)
+        for name in ("one", "two"):
+            (staging / "deep" / "er" / name).write_text(name)
+    (shard,) = json.loads((target / INDEX).read_text())["weight_map"].values()
+    assert shard != "a.safetensors"
+    assert read_checkpoint(target) == {"new"}
+    assert {path.read_text() for path in (target / "deep" / "er").iterdir()} == {"one", "two"}
 
 
 def test_a_writer_that_dies_in_the_middle_leaves_one_checkpoint_and_the_next_tidies_up(tmp_path: Path) -> None:

@@ -219,3 +219,10 @@ def test_a_checkpoint_is_not_packed_with_what_bitsandbytes_does_when_it_is_loade
     with pytest.raises(SettingsError, match="and dense='bnb-4bit' was asked for; leave it out here"):
         quantize_checkpoint(source, tmp_path / "out", dynaexq.DynaExqConfig(tiers=("int4",), dense="bnb-4bit"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_layer_says_its_sizes_and_its_precision() -> None:
+    model = tiny.tiny_qwen3_moe()
+    dynaexq.patch(model, "1GiB", tiers=("int4",), dense="int4", device="cpu")
+    assert repr(model.model.layers[0].self_attn.q_proj).endswith(", int4)")
+    assert repr(model.lm_head).endswith(", int8)")

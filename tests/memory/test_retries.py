@@ -106,6 +106,16 @@ def test_a_probe_in_flight_is_the_only_one() -> None:
     assert pipeline.allowance == 0
 
 
+def test_mending_tells_the_device_again_what_is_published() -> None:
+    pipeline = new_pipeline(EagerCopier())
+    pipeline.submit(Transition(0, 1, promote=True))
+    pipeline.settle()
+    pipeline.table._published = pipeline.table.entries.numpy().copy()  # as where a GPU has words of its own
+    pipeline.table.entries.zero_()
+    pipeline.mend()
+    assert pipeline.table.entries.numpy().tolist() == pipeline.table._published.tolist()
+
+
 def test_mending_waits_for_a_copier_only_where_a_flight_has_no_copy_yet() -> None:
     class Waiting(EagerCopier):
         waits = 0

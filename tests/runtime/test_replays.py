@@ -158,6 +158,7 @@ def test_the_thread_begins_with_the_first_capture_and_ends_with_the_runtime() ->
         tiny.logits(model)
         tiny.logits(model)
     assert len(pollers()) == 1
+    assert pollers()[0].daemon, "a process that forgets to close ends all the same"
     model.dynaexq.close()
     assert not pollers()
     with replaying():
@@ -400,3 +401,10 @@ def test_host_words_begin_at_zero_and_lie_apart() -> None:
     PlainExchange().fetch(words.words, entries)
     PlainExchange().report(words.words, torch.zeros(2, 5), steps=0)
     assert (words.steps, words.seen) == (1, 1)
+
+
+def test_a_look_says_how_many_forwards_there_were() -> None:
+    model = patched()
+    for _ in range(3):
+        tiny.logits(model)
+    assert model.dynaexq.devices[0]._look() == 3

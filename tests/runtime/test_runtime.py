@@ -447,3 +447,30 @@ def test_a_closed_device_refuses_whatever_would_need_its_memory() -> None:
 
 def test_the_report_says_which_threads_the_kernel_takes() -> None:
     assert "kernel threads" in str(patched().dynaexq.report())
+
+
+def test_a_larger_budget_is_filled_before_it_returns() -> None:
+    runtime = patched().dynaexq
+    for slots in (0, 3):
+        parts = runtime.memory()
+        runtime.set_budget(parts["total"] - parts["upgrade"] + slots * runtime.plan.upgrade.nbytes)
+        assert runtime.stats()["upgraded"] == slots
+
+
+def test_no_store_is_left_open_where_no_copier_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def none(*_: object, **__: object) -> None:
+        raise StoreError("no copier")
+
+    monkeypatch.setattr(RamStore, "close", lambda store: closed.append(store))
+    monkeypatch.setattr("dynaexq.runtime.device_runtime.copier_for", none)
+    with pytest.raises(StoreError, match="no copier"):
+        patched()
+    assert len(closed) == 1
+
+
+def test_a_pipeline_has_counted_nothing_before_anything_moves() -> None:
+    pipeline = patched(policy="frozen").dynaexq.devices[0].pipeline
+    fresh = type(pipeline.counts)()
+    assert set(vars(fresh).values()) == {0}

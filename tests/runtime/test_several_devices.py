@@ -130,6 +130,8 @@ def test_freeze_thaw_drain_and_close_reach_every_device(two: Any) -> None:
     runtime.thaw()
     assert not any(part.frozen for part in runtime.devices)
     runtime.drain()
+    runtime.devices[0].ticks += 7
+    assert runtime.stats()["ticks"] == runtime.devices[0].ticks
     with runtime:
         pass
     with pytest.raises(ClosedError):
