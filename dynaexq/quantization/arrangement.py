@@ -6,6 +6,8 @@ rows, K columns, W words of a row.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from torch import Tensor
 from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
 
 
+@dataclass(frozen=True)
 class Arrangement(ABC):
-    """One way. Rows that are written together begin at a multiple of 16."""
+    """One way; two of one kind are equal. Rows that are written together begin at a multiple of 16."""
 
     @abstractmethod
     def write_plane(self, part: Tensor, rows: slice, codes: Tensor, bits: int, block: int) -> None:
@@ -32,15 +35,24 @@ class Arrangement(ABC):
     def read_meta(self, part: Tensor) -> Tensor:
         """The scales and minima of such a part, `[n, groups, N, 2]`."""
 
-    def take_plane(self, part: Tensor, bits: int, block: int, now: "Arrangement") -> None:
-        """Arrange a plane that lies as `now` has it, in place."""
-        self.write_plane(part, slice(None), now.read_plane(part, bits, block).to(torch.uint8), bits, block)
+    @abstractmethod
+    def take_plane(self, part: Tensor, bits: int, block: int) -> None:
+        """Arrange a plane, int32 `[n, N, W]`, that lies row by row, in place."""
 
-    def take_meta(self, part: Tensor, now: "Arrangement") -> None:
-        """Arrange scales and minima that lie as `now` has them, in place."""
-        self.write_meta(part, slice(None), now.read_meta(part).clone())
+    @abstractmethod
+    def give_plane(self, part: Tensor, bits: int, block: int) -> None:
+        """Undo `take_plane`."""
+
+    @abstractmethod
+    def take_meta(self, part: Tensor) -> None:
+        """Arrange scales and minima, `[n, groups, N, 2]`, that lie row by row, in place."""
+
+    @abstractmethod
+    def give_meta(self, part: Tensor) -> None:
+        """Undo `take_meta`."""
 
 
+@dataclass(frozen=True)
 class RowByRow(Arrangement):
     """Each row by itself, as `bitplanes` has it; scales and minima side by side."""
 
@@ -56,7 +68,20 @@ class RowByRow(Arrangement):
     def read_meta(self, part: Tensor) -> Tensor:
         return part
 
+    def take_plane(self, part: Tensor, bits: int, block: int) -> None:
+        pass
 
+    def give_plane(self, part: Tensor, bits: int, block: int) -> None:
+        pass
+
+    def take_meta(self, part: Tensor) -> None:
+        pass
+
+    def give_meta(self, part: Tensor) -> None:
+        pass
+
+
+@dataclass(frozen=True)
 class InStrips(Arrangement):
     """16 rows side by side, so that a vector register has a row in each lane.
 
@@ -66,7 +91,7 @@ class InStrips(Arrangement):
     their minima. The last strip has the rows that are left. A strip takes the bytes that its rows would take alone.
     """
 
-    HEIGHT = 16
+    HEIGHT: ClassVar = 16
 
     def write_plane(self, part: Tensor, rows: slice, codes: Tensor, bits: int, block: int) -> None:
         count, height, _ = codes.shape
@@ -86,6 +111,18 @@ class InStrips(Arrangement):
 
     def read_meta(self, part: Tensor) -> Tensor:
         return self._read(self._by_rows(part)).unflatten(2, (-1, 2)).transpose(1, 2)
+
+    def take_plane(self, part: Tensor, bits: int, block: int) -> None:
+        self.write_plane(part, slice(None), ROW_BY_ROW.read_plane(part, bits, block).to(torch.uint8), bits, block)
+
+    def give_plane(self, part: Tensor, bits: int, block: int) -> None:
+        ROW_BY_ROW.write_plane(part, slice(None), self.read_plane(part, bits, block).to(torch.uint8), bits, block)
+
+    def take_meta(self, part: Tensor) -> None:
+        self.write_meta(part, slice(None), part.clone())
+
+    def give_meta(self, part: Tensor) -> None:
+        part.copy_(self.read_meta(part))
 
     @staticmethod
     def _by_rows(part: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 What is common to experts and to dense layers. It does not know what the matrices are for, nor where their planes lie.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -105,28 +105,32 @@ class PlaneCodec:
 
     def arrange(self, layout: BlockLayout, blocks: Tensor) -> None:
         """Give what lies row by row in uint8 `blocks [n, nbytes]` this codec's own arrangement, in place."""
-        self._rearrange(layout, blocks, ROW_BY_ROW, self.arrangement)
+        if self.arrangement != ROW_BY_ROW:
+            self._rearrange(layout, blocks, self.arrangement.take_plane, self.arrangement.take_meta)
 
     def arranged_by_rows(self, layout: BlockLayout, blocks: Tensor) -> Tensor:
         """The blocks as files have them; a copy, unless they lie like that already."""
-        if self.arrangement is ROW_BY_ROW:
+        if self.arrangement == ROW_BY_ROW:
             return blocks
         by_rows = blocks.clone()
-        self._rearrange(layout, by_rows, self.arrangement, ROW_BY_ROW)
+        self._rearrange(layout, by_rows, self.arrangement.give_plane, self.arrangement.give_meta)
         return by_rows
 
-    def _rearrange(self, layout: BlockLayout, blocks: Tensor, now: Arrangement, wanted: Arrangement) -> None:
-        if now is wanted:
-            return
-        for block in blocks.split(1):  # one by one: what is in between is larger than they are
+    def _rearrange(
+        self,
+        layout: BlockLayout,
+        blocks: Tensor,
+        of_plane: Callable[[Tensor, int, int], None],
+        of_meta: Callable[[Tensor], None],
+    ) -> None:
+        for block in blocks.split(1):  # one by one: what is in between may be larger than they are
             parts = layout.view(block)
             for name, matrix in self.matrices.items():
                 for plane in self.planes + self.refine_planes:
-                    part = parts.get(f"{name}.{plane.name}")
-                    if part is not None:
-                        wanted.take_plane(part, plane.bits, matrix.block, now)
+                    if f"{name}.{plane.name}" in parts:
+                        of_plane(parts[f"{name}.{plane.name}"], plane.bits, matrix.block)
                 if f"{name}.meta" in parts:
-                    wanted.take_meta(parts[f"{name}.meta"], now)
+                    of_meta(parts[f"{name}.meta"])
 
     def read_code(
         self, parts: Mapping[str, Tensor], name: str, planes: tuple[Plane, ...], bits: int, dtype: torch.dtype

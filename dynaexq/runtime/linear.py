@@ -91,7 +91,7 @@ class PackedLinear(nn.Linear):
 
     def _arrange(self, arrangement: Arrangement) -> None:
         """Give the packed weight an arrangement, in memory of its own: the old may be a file's, or another's."""
-        if self.codec.arrangement is not arrangement:
+        if self.codec.arrangement != arrangement:
             block = self.codec.arranged_by_rows(self.codec.layout, self.packed.data[None]).clone()
             codec = self.codec.arranged(arrangement)
             codec.arrange(codec.layout, block)
@@ -103,7 +103,7 @@ class PackedLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.codec.arrangement is not ROW_BY_ROW:
+        if self.codec.arrangement != ROW_BY_ROW:
             by_rows = self.codec.arranged_by_rows(self.codec.layout, self.packed.data[None])[0]
             destination[f"{prefix}packed"] = nn.Parameter(by_rows, requires_grad=False) if keep_vars else by_rows
 

@@ -183,7 +183,7 @@ class PackedLoader:
         store: HostStore = PackedStore(self.reader, pieces(self.stored, as_stored))
         if as_stored.parts != codec.upgrade_layout.parts:
             store = ConvertedStore(store, as_stored, codec.upgrade_layout)
-        if codec.arrangement is not ROW_BY_ROW and codec.refine_planes:
+        if codec.arrangement != ROW_BY_ROW and codec.refine_planes:
             store = ArrangedStore(store, codec)
         if settings.host_copy in ("auto", "disk") or not slot_nbytes:
             return store

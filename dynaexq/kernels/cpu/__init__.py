@@ -11,9 +11,10 @@ from dynaexq.kernels import gradients, linear_layer
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import load
 from dynaexq.kernels.cpu.native import DTYPES, NativeLayer, NativeLinear
+from dynaexq.kernels.cpu.strips import NativeStrips
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import LinearLayer
-from dynaexq.quantization import IN_STRIPS, ROW_BY_ROW, Arrangement
+from dynaexq.quantization import ROW_BY_ROW, Arrangement
 
 
 def expert_mlp(
@@ -67,7 +68,7 @@ def native_layer(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
 def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
     if not layer.codec.planes or layer.post_norm is not None or dtype not in DTYPES:
         return None
-    if layer.codec.arrangement is not IN_STRIPS:
+    if layer.codec.arrangement == ROW_BY_ROW:
         return None
     kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
     return None if kernel is None else NativeLayer(layer, dtype, kernel)
@@ -75,8 +76,9 @@ def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
 
 def arrangement(dtype: torch.dtype) -> Arrangement:
     """In strips, for the native kernel, where there is one for models of `dtype`."""
-    takes = dtype in DTYPES and load(all_bfloat16=dtype == torch.bfloat16) is not None
-    return IN_STRIPS if takes else ROW_BY_ROW
+    all_bfloat16 = dtype == torch.bfloat16
+    takes = dtype in DTYPES and load(all_bfloat16) is not None
+    return NativeStrips(all_bfloat16) if takes else ROW_BY_ROW
 
 
 def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
@@ -93,7 +95,7 @@ def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
 
 def _native_linear(layer: LinearLayer, dtype: torch.dtype) -> NativeLinear | None:
     if dtype not in layer.prepared:
-        takes = dtype in DTYPES and layer.codec.arrangement is IN_STRIPS
+        takes = dtype in DTYPES and layer.codec.arrangement != ROW_BY_ROW
         kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16) if takes else None
         layer.prepared[dtype] = kernel and NativeLinear(layer.codec, layer.block, dtype, kernel, layer.activations)
     native: NativeLinear | None = layer.prepared[dtype]

@@ -82,6 +82,16 @@ def open_kernel(library: Path) -> Kernel:
     return kernel
 
 
+@functools.cache
+def load_rearranging(all_bfloat16: bool) -> Kernel | None:
+    """`dynaexq_rearrange` of the library that `load` finds, or None where that finds none."""
+    if load(all_bfloat16) is None:
+        return None
+    rearrange = ctypes.CDLL(str(compiled(instruction_set(), all_bfloat16))).dynaexq_rearrange
+    rearrange.argtypes = (ctypes.c_void_p,)
+    return rearrange
+
+
 def instruction_set() -> InstructionSet:
     """The best this CPU has, or the one that DYNAEXQ_CPU_KERNEL names."""
     wanted = os.environ.get("DYNAEXQ_CPU_KERNEL", "")

@@ -62,4 +62,9 @@ struct Call {
   int64_t took, lost;
 };
 
+// One plane of a matrix, int32 words [rows, padded * bits / 32], and whether it is to be laid in strips or taken out.
+struct Plane {
+  int64_t words, rows, padded, block, bits, to_strips;
+};
+
 }  // namespace dynaexq

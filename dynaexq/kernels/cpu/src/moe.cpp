@@ -19,6 +19,7 @@
 #include "backward.h"
 #include "interface.h"
 #include "matmul.h"
+#include "rearrange.h"
 
 namespace dynaexq {
 namespace {
@@ -392,6 +393,16 @@ class Forward {
 extern "C" int dynaexq_forward(const dynaexq::Layer* layer, dynaexq::Call* call) {
   try {
     dynaexq::Forward(*layer, *call).run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// 0, or 1 where memory ran out; nothing has been written then.
+extern "C" int dynaexq_rearrange(const dynaexq::Plane* plane) {
+  try {
+    dynaexq::rearrange(*plane);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
