@@ -15,7 +15,7 @@ class Clock:
 
 def contend(team: Team, calls: int = 8) -> None:
     for _ in range(calls):
-        team.observe(0.004, 0.003)
+        team.observe(0.016, 0.012)
 
 
 @pytest.mark.parametrize(("available", "sizes"), [(2, [1]), (16, [12, 9, 7]), (1, [1])])
@@ -23,7 +23,7 @@ def test_a_team_that_waits_most_of_its_time_shrinks(available: int, sizes: list[
     team = Team(lambda: available, Clock())
     assert team.size == available
     for size in sizes:
-        team.observe(0.008, 0.007)
+        team.observe(0.016, 0.014)
         assert team.size == size
     assert ("other programs" in str(team)) == (available > 1)
 
@@ -35,6 +35,14 @@ def test_short_waits_are_no_reason() -> None:
         team.observe(0.01, 0.004)
     assert team.size == 2
     assert str(team) == "2 of 2"
+
+
+def test_one_pause_is_no_program_that_wants_the_core() -> None:
+    team = Team(lambda: 2, Clock())
+    for call in range(1000):
+        pause = 0.006 if call % 100 == 50 else 0.0
+        team.observe(0.0005 + pause, pause)
+        assert team.size == 2
 
 
 def test_all_threads_are_tried_again_after_growing_pauses_and_soon_once_all_is_well() -> None:

@@ -14,10 +14,10 @@ import torch
 SHARE_LOST = 0.5
 """Of the time of recent calls; beyond that the team shrinks."""
 
-SECONDS_LOST = 0.002
-"""In recent calls, at least; threads that begin a little late cost less."""
+SECONDS_LOST = 0.01
+"""In recent calls, at least: one pause of a few milliseconds is no program that wants the core."""
 
-KEEP = 0.8
+KEEP = 0.95
 """What remains of the past with each call."""
 
 PAUSE, LONGEST_PAUSE = 0.25, 16.0
