@@ -16,7 +16,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from streams import Stream, use_one_thread
+from streams import WEIGHTS_ALONE, Stream, use_one_thread
 
 import dynaexq
 from dynaexq.cli.demo import embedded_model
@@ -29,7 +29,7 @@ EXPERTS = ("fp16", "int4")
 def measured(stream: Stream, dense: str | None, tier: str) -> dict[str, Any]:
     """KL and dense bytes of the stream's model with these formats."""
     model = copy.deepcopy(stream.model)
-    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense)
+    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, config=WEIGHTS_ALONE)
     found = [evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]
     return {"kl": float(np.mean(found)), "dense_bytes": runtime.memory()["dense"]}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from streams import Hotness, Stream
+from streams import WEIGHTS_ALONE, Hotness, Stream
 from tqdm import tqdm
 
 import dynaexq
@@ -88,12 +88,13 @@ def bits_a_weight(runtime: dynaexq.Runtime, nbytes: int) -> float:
 def chosen_by_auto(stream: Stream, bits: float) -> tuple[str, ...]:
     """The pair that `tiers="auto"` takes for that many bits per weight of experts."""
     model = copy.deepcopy(stream.model)
-    with dynaexq.patch(model, "1TiB", tiers=("int2",), config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
+    config = dynaexq.DynaExqConfig(quantizer="rtn", **WEIGHTS_ALONE)
+    with dynaexq.patch(model, "1TiB", tiers=("int2",), config=config) as runtime:
         memory, plan = runtime.memory(), runtime.plan
         experts = plan.num_layers * plan.num_experts * runtime.devices[0].codec.shape.num_weights
     budget = memory["total"] - memory["base"] + int(experts * bits / 8)
     model = copy.deepcopy(stream.model)
-    with dynaexq.patch(model, budget, config=dynaexq.DynaExqConfig(quantizer="rtn")) as runtime:
+    with dynaexq.patch(model, budget, config=dynaexq.DynaExqConfig(quantizer="rtn", **WEIGHTS_ALONE)) as runtime:
         return runtime.plan.tiers
 
 

@@ -18,6 +18,9 @@ LENGTH = 128
 CALIBRATION_WINDOWS = 40
 CALIBRATION_SEED = 5
 
+WEIGHTS_ALONE = {"activations": "int16"}
+"""Options under which what is lost is lost by the weights; `activations.py` has what rounding rows costs."""
+
 
 class Phase(NamedTuple):
     """One workload for a while: its windows of token ids, and the 16-bit model's logits for each."""
@@ -119,7 +122,8 @@ class Stream:
     def patched(self, share: float, **options: Any) -> tuple[nn.Module, dynaexq.Runtime]:
         """A copy of the model with room to upgrade `share` of its experts; it decides after every window."""
         model = copy.deepcopy(self.model)
-        runtime = dynaexq.patch(model, "1TiB", config=dynaexq.DynaExqConfig(**{"update_interval": 1} | options))
+        config = dynaexq.DynaExqConfig(**WEIGHTS_ALONE | {"update_interval": 1} | options)
+        runtime = dynaexq.patch(model, "1TiB", config=config)
         leave_slots(runtime, share)
         return model, runtime
 
