@@ -1,5 +1,6 @@
 """A dense layer whose weight is packed in one of our formats; the same calls as `nn.Linear`, constant weights."""
 
+import threading
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from dynaexq.kernels import LinearLayer, arrangement_on, linear, linear_gradient
 from dynaexq.quantization import ROW_BY_ROW, Arrangement, LinearCodec
 from dynaexq.runtime.experts import in_function_transform
 from dynaexq.runtime.state_guard import PackedWeight
+
+_ARRANGING = threading.Lock()
+"""Held while a packed weight and its codec change together; threads of a server may meet a layer at once."""
 
 
 class PackedLinear(nn.Linear):
@@ -46,7 +50,8 @@ class PackedLinear(nn.Linear):
         rows = input.reshape(-1, input.shape[-1])
         compiled = torch.compiler.is_compiling()
         if not compiled and in_function_transform():  # which cannot look into an opaque operator
-            output = F.linear(rows, self.codec.decode(self.packed, rows.dtype))
+            layer = self._current_layer()
+            output = F.linear(rows, layer.codec.decode(layer.block, rows.dtype))
         elif compiled or (rows.requires_grad and torch.is_grad_enabled()):
             output = linear_operator(rows, self._handle)
         else:
@@ -85,8 +90,9 @@ class PackedLinear(nn.Linear):
         """The layer where the packed weight is now: a model may be moved, and a checkpoint read into it."""
         layer = self._layer
         if layer is None or layer.block.data_ptr() != self.packed.data_ptr():
-            self._arrange(arrangement_on(self.packed.device, self.codec.dtype))
-            self._layer = layer = LinearLayer(self.codec, self.packed.detach(), self.activations)
+            with _ARRANGING:
+                self._arrange(arrangement_on(self.packed.device, self.codec.dtype))
+                self._layer = layer = LinearLayer(self.codec, self.packed.detach(), self.activations)
         return layer
 
     def _arrange(self, arrangement: Arrangement) -> None:

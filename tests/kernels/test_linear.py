@@ -1,6 +1,8 @@
 """Packed dense layers: every kernel follows the decoded matrix, forward and backward, and takes no wrong rows."""
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -192,3 +194,26 @@ def test_a_copied_module_has_a_weight_of_its_own() -> None:
 def test_rows_that_do_not_belong_to_the_matrix_are_refused(rows: Tensor, match: str) -> None:
     with pytest.raises(InputError, match=match):
         module()(rows)
+
+
+def test_threads_that_meet_a_layer_at_once_find_it_arranged_once() -> None:
+    for seed in range(5):
+        layer, _ = packed(96, 256, "int4", arrangement=ROW_BY_ROW)
+        module, rows = PackedLinear(layer.codec, layer.block, activations="int16"), torch.randn(3, 256)
+        expected = linear(rows, packed(96, 256, "int4")[0])
+        with ThreadPoolExecutor(8) as threads:
+            outputs = list(threads.map(module, [rows] * 32))
+        for output in outputs:
+            assert_close(f"seed {seed}", expected, output, TOLERANCE[torch.float32])
+
+
+def test_a_copy_a_pickle_and_a_state_dict_of_an_arranged_layer_mean_the_same() -> None:
+    layer, _ = packed(72, 200, "int4", arrangement=ROW_BY_ROW)
+    module, rows = PackedLinear(layer.codec, layer.block, activations="int16"), torch.randn(3, 200)
+    expected = module(rows)
+    assert torch.equal(module.state_dict()["packed"], layer.block), "as files have it"
+    fresh = PackedLinear(layer.codec, torch.zeros_like(layer.block), activations="int16")
+    fresh(rows)
+    fresh.load_state_dict(module.state_dict())
+    for other in (fresh, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.to("cpu"), module.float()):
+        assert torch.equal(other(rows), expected)
