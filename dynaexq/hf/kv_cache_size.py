@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,10 @@ class _Kept(NamedTuple):
     limit: float
 
 
+_TRIALS: WeakKeyDictionary[Any, dict[int, list[dict[Way, _Kept]]]] = WeakKeyDictionary()
+"""Of each model, by batch: a search for a fit asks again and again, and a trial of 48 layers takes a second."""
+
+
 def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: int) -> int:
     """Bytes that `batch` sequences of `context` tokens leave in the cache.
 
@@ -69,8 +74,11 @@ def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: 
     Raises:
         Exception: whatever the model's own code raises that cannot do without data.
     """
-    with _experts_passed_by(layers), torch.no_grad():
-        short, long = (_trial(model, tokens, batch) for tokens in TRIAL_LENGTHS)
+    trials = _TRIALS.setdefault(model, {})
+    if batch not in trials:
+        with _experts_passed_by(layers), torch.no_grad():
+            trials[batch] = [_trial(model, tokens, batch) for tokens in TRIAL_LENGTHS]
+    short, long = trials[batch]
     return sum(_extrapolated(short[way], long[way], context) for way in long)
 
 
