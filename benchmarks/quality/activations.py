@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +17,6 @@ from streams import Stream, use_one_thread
 
 import dynaexq
 from dynaexq.cli.demo import embedded_model
-from dynaexq.evaluate import evaluate
 
 FORMATS = (("int2", None), ("int4", None), ("int8", None), ("int4", "int8"), ("int4", "int4"), ("int8", "int8"))
 """Of experts and of dense layers."""
@@ -30,7 +28,7 @@ def kl(stream: Stream, tier: str, dense: str | None, activations: str) -> float:
     """KL of the stream's model with these formats."""
     model = copy.deepcopy(stream.model)
     dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, config={"activations": activations})
-    return float(np.mean([evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]))
+    return stream.kl(model)
 
 
 def main(

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +19,6 @@ from streams import WEIGHTS_ALONE, Stream, use_one_thread
 
 import dynaexq
 from dynaexq.cli.demo import embedded_model
-from dynaexq.evaluate import evaluate
 
 FORMATS = (None, "int8", "int4", "bnb-8bit", "bnb-4bit")
 EXPERTS = ("fp16", "int4")
@@ -30,8 +28,7 @@ def measured(stream: Stream, dense: str | None, tier: str) -> dict[str, Any]:
     """KL and dense bytes of the stream's model with these formats."""
     model = copy.deepcopy(stream.model)
     runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, config=WEIGHTS_ALONE)
-    found = [evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]
-    return {"kl": float(np.mean(found)), "dense_bytes": runtime.memory()["dense"]}
+    return {"kl": stream.kl(model), "dense_bytes": runtime.memory()["dense"]}
 
 
 def main(

@@ -4,12 +4,10 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from streams import WEIGHTS_ALONE, Hotness, Stream
 from tqdm import tqdm
 
 import dynaexq
-from dynaexq.evaluate import evaluate
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.quantization.layout import MatrixLayout
 from dynaexq.quantization.quantize import dequantize_at, quantize
@@ -41,7 +39,7 @@ def emulated_int3(stream: Stream, group_size: int) -> Assignment:
                 expert.copy_(dequantize_at(code, 3))
             bits += matrix.numel() * (3 + 32 / group)
             weights += matrix.numel()
-    kl = float(np.mean([evaluate(model, phase.windows, phase.reference).kl for phase in stream.phases]))
+    kl = stream.kl(model)
     return Assignment(f"int3 g{group_size} (emulated)", bits / weights, kl)
 
 

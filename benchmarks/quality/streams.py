@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dynaexq
 from dynaexq.cli.demo_corpus import DOMAINS, documents
@@ -79,6 +79,10 @@ class Stream:
             for domain in DOMAINS
         ]
         self.tokens_a_phase = rounds * sum(lengths)
+
+    def kl(self, model: PreTrainedModel) -> float:
+        """KL divergence of `model` from 16 bit, nats per token, the mean over all phases."""
+        return float(np.mean([evaluate(model, phase.windows, phase.reference).kl for phase in self.phases]))
 
     def first_cycle(self) -> "Stream":
         """The same stream up to the point where workloads come back."""

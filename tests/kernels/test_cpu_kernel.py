@@ -83,7 +83,7 @@ def test_every_group_size_follows_the_reference(tiers, group_size):
 @pytest.mark.parametrize("target", AVAILABLE[1:], ids=lambda target: target.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lesser_instruction_sets_follow_the_reference(target, dtype):
-    kernel = build.open_kernel(build.compiled(target, all_bfloat16=True))
+    kernel = build.open_library(build.compiled(target, all_bfloat16=True)).forward
     for tiers in CODED:
         for name, shape in UGLY.items():
             for num_tokens in (3, 40):

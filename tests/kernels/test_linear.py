@@ -118,12 +118,12 @@ def test_the_gradient_follows_the_decoded_matrix(dtype: torch.dtype, tier: str) 
 @pytest.mark.parametrize("num_rows", [1, 3, 40])
 @each_dtype
 def test_a_matrix_in_16_bit_is_multiplied_where_it_lies(num_rows: int, dtype: torch.dtype) -> None:
-    kernel = build.load(all_bfloat16=dtype == torch.bfloat16)
-    if kernel is None:
+    library = build.load(all_bfloat16=dtype == torch.bfloat16)
+    if library is None:
         pytest.skip("no native kernel here")
     for shape in SHAPES:
         weight, rows = torch.randn(shape).to(dtype), torch.randn(num_rows, shape[1]).to(dtype)
-        found = native.NativeLinear(None, weight, dtype, kernel)(rows)
+        found = native.NativeLinear(None, weight, dtype, library.forward)(rows)
         assert_close(f"{shape}", F.linear(rows.float(), weight.float()).to(dtype), found, TOLERANCE[dtype])
 
 

@@ -70,8 +70,8 @@ def _build(layer: ExpertLayer, dtype: torch.dtype) -> NativeLayer | None:
         return None
     if layer.codec.arrangement == ROW_BY_ROW:
         return None
-    kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
-    return None if kernel is None else NativeLayer(layer, dtype, kernel)
+    library = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16)
+    return None if library is None else NativeLayer(layer, dtype, library.forward)
 
 
 def arrangement(dtype: torch.dtype) -> Arrangement:
@@ -96,7 +96,9 @@ def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
 def _native_linear(layer: LinearLayer, dtype: torch.dtype) -> NativeLinear | None:
     if dtype not in layer.prepared:
         takes = dtype in DTYPES and layer.codec.arrangement != ROW_BY_ROW
-        kernel = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16) if takes else None
-        layer.prepared[dtype] = kernel and NativeLinear(layer.codec, layer.block, dtype, kernel, layer.activations)
+        library = load(all_bfloat16=dtype == layer.codec.dtype == torch.bfloat16) if takes else None
+        layer.prepared[dtype] = library and NativeLinear(
+            layer.codec, layer.block, dtype, library.forward, layer.activations
+        )
     native: NativeLinear | None = layer.prepared[dtype]
     return native

@@ -33,6 +33,13 @@ SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 5.0, 300.0
 Kernel = Callable[..., int]
 
 
+class Library(NamedTuple):
+    """What a compiled kernel offers: `dynaexq_forward` and `dynaexq_rearrange` of `src/moe.cpp`."""
+
+    forward: Kernel
+    rearrange: Kernel
+
+
 class InstructionSet(NamedTuple):
     """What a kernel is compiled for: the CPU's features as Linux names them, and the compiler's flags."""
 
@@ -61,35 +68,26 @@ class Unavailable(Exception):
 
 
 @functools.cache
-def load(all_bfloat16: bool) -> Kernel | None:
-    """`dynaexq_forward` (see `src/moe.cpp`), or None. Compiles, which takes ten to sixty seconds, where it must.
+def load(all_bfloat16: bool) -> Library | None:
+    """The native kernel of this machine, or None. Compiles, which takes ten to sixty seconds, where it must.
 
     Args:
         all_bfloat16: rows and 16-bit weights are bfloat16, which some machines multiply directly; else the kernel
             works in float32, whatever the dtypes.
     """
     try:
-        return open_kernel(compiled(instruction_set(), all_bfloat16))
+        return open_library(compiled(instruction_set(), all_bfloat16))
     except (Unavailable, OSError, AttributeError) as error:
         logger.warning("no native CPU kernel, experts run through PyTorch instead, slower: %s", error)
         return None
 
 
-def open_kernel(library: Path) -> Kernel:
-    """`dynaexq_forward` of a compiled library."""
-    kernel = ctypes.CDLL(str(library)).dynaexq_forward
-    kernel.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    return kernel
-
-
-@functools.cache
-def load_rearranging(all_bfloat16: bool) -> Kernel | None:
-    """`dynaexq_rearrange` of the library that `load` finds, or None where that finds none."""
-    if load(all_bfloat16) is None:
-        return None
-    rearrange = ctypes.CDLL(str(compiled(instruction_set(), all_bfloat16))).dynaexq_rearrange
-    rearrange.argtypes = (ctypes.c_void_p,)
-    return rearrange
+def open_library(path: Path) -> Library:
+    """The functions of a compiled library."""
+    library = ctypes.CDLL(str(path))
+    forward, rearrange = library.dynaexq_forward, library.dynaexq_rearrange
+    forward.argtypes, rearrange.argtypes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_void_p,)
+    return Library(forward, rearrange)
 
 
 def instruction_set() -> InstructionSet:

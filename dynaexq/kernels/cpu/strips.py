@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dynaexq.kernels.cpu.build import load_rearranging
+from dynaexq.kernels.cpu.build import load
 from dynaexq.quantization.arrangement import InStrips
 
 
@@ -33,12 +33,12 @@ class NativeStrips(InStrips):
 
     def _rearranged(self, part: Tensor, bits: int, block: int, to_strips: bool) -> bool:
         """Whether the library did it; a model that was pickled elsewhere may have come without one."""
-        rearrange = load_rearranging(self.all_bfloat16)
-        if rearrange is None:
+        library = load(self.all_bfloat16)
+        if library is None:
             return False
         for words in part:
             rows, width = words.shape
             plane = _Plane(words.data_ptr(), rows, width * 32 // bits, block, bits, to_strips)
-            if rearrange(ctypes.byref(plane)):
+            if library.rearrange(ctypes.byref(plane)):
                 raise MemoryError("found no memory to rearrange a strip of codes in")
         return True

@@ -10,9 +10,9 @@ namespace dynaexq {
 
 constexpr int SPAN = 64;  // columns in one task
 
-// sums[m] [SPAN] += the sum over `count` rows n of factors[m][n] * weights[n], for ROWS activation rows.
+// sums[m] [SPAN] += the sum over `count` rows n of factors[m][row + n] * weights[n], for ROWS activation rows.
 template <int ROWS>
-inline void add_products(const float (*weights)[SPAN], int64_t count, const float* const* factors,
+inline void add_products(const float (*weights)[SPAN], int64_t row, int64_t count, const float* const* factors,
                          float* const* sums) {
   constexpr int VECTORS = V::FLOATS / 4, WIDTH = VECTORS * V::FLOATS;
   for (int k = 0; k < SPAN; k += WIDTH) {
@@ -21,7 +21,7 @@ inline void add_products(const float (*weights)[SPAN], int64_t count, const floa
       for (int i = 0; i < VECTORS; i++) totals[m][i] = V::load(sums[m] + k + i * V::FLOATS);
     for (int64_t n = 0; n < count; n++)
       for (int m = 0; m < ROWS; m++) {
-        const auto factor = V::fill(factors[m][n]);
+        const auto factor = V::fill(factors[m][row + n]);
         for (int i = 0; i < VECTORS; i++)
           totals[m][i] = V::multiply_add(V::load(weights[n] + k + i * V::FLOATS), factor, totals[m][i]);
       }
@@ -30,16 +30,12 @@ inline void add_products(const float (*weights)[SPAN], int64_t count, const floa
   }
 }
 
-// The same for all activation rows, from row `row` of the matrix on.
+// The same for all activation rows.
 inline void add_products(const float (*weights)[SPAN], int64_t row, int64_t count, const float* const* factors,
                          float* const* sums, int64_t num_sums) {
-  for (int64_t m = 0; m < num_sums; m += 4) {
-    const float* of_rows[4];
-    for (int i = 0; i < 4; i++) of_rows[i] = factors[std::min(m + i, num_sums - 1)] + row;
-    if (num_sums - m >= 4) add_products<4>(weights, count, of_rows, sums + m);
-    else
-      for (int i = 0; i < num_sums - m; i++) add_products<1>(weights, count, of_rows + i, sums + m + i);
-  }
+  int64_t m = 0;
+  for (; m + 4 <= num_sums; m += 4) add_products<4>(weights, row, count, factors + m, sums + m);
+  for (; m < num_sums; m++) add_products<1>(weights, row, count, factors + m, sums + m);
 }
 
 // Columns [first, first + SPAN) of a strip of codes, as weights.

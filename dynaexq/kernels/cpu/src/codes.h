@@ -1,5 +1,5 @@
-// From planes of bits to bytes that hold codes. The layout is that of quantization/strips.py, and nothing else is
-// known here.
+// From planes of bits to bytes that hold codes. The layout is that of `InStrips` in quantization/arrangement.py, and
+// nothing else is known here.
 #pragma once
 
 #include "interface.h"

@@ -31,8 +31,8 @@ struct Reading {
   Part planes[3], meta, bias;
 };
 
-// See quantization/layout.MatrixLayout; codes and what they mean lie in strips (quantization/strips.py). `readings[1]`
-// is how an expert is read that has its upgrade.
+// See quantization/layout.MatrixLayout; codes and what they mean lie in strips (quantization/arrangement.py).
+// `readings[1]` is how an expert is read that has its upgrade.
 struct Matrix {
   int64_t rows, columns, padded, group;
   Reading readings[2];
