@@ -5,7 +5,8 @@
 
 A Qwen3-MoE of the layer shapes of Qwen3-30B-A3B with random weights: 128 experts, vocabulary 32,768. Contestants take
 turns, round by round, and figures are medians over the rounds. Decoding is `generate()`, greedy, by the clock between
-its tokens, after a prompt of 32; prefill is one forward that keeps no logits but the last. Bytes per token are the
+its tokens, after a prompt of 32; prefill is one forward that keeps no logits but the last. Compiled means a static
+cache and `torch.compile` for every token after the prompt, with the seconds that it takes. Bytes per token are the
 weights that one token's matrices read, and the limit is what this machine reads of them per second, measured first.
 
 For llama.cpp give the directory of its programs, `llama-bench` and `llama-batched-bench`, and GGUF files of the same
@@ -25,7 +26,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import CompileConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import dynaexq
@@ -42,12 +43,24 @@ from dynaexq.runtime.linear import PackedLinear
 PROMPT, NEW_TOKENS = 32, 24
 BATCHES, PREFILLS = (1, 4, 16), (512, 2048)
 UPGRADED_SHARE = 0.2
-CONTESTANTS: dict[str, dict[str, Any] | None] = {
-    "transformers bf16": None,
-    "int4": {"tiers": ("int4",)},
-    "int4, dense int8": {"tiers": ("int4",), "dense": "int8"},
-    "int4, dense int4": {"tiers": ("int4",), "dense": "int4"},
-    "int2+int4, dense int4": {"tiers": ("int2", "int4"), "dense": "int4"},
+
+
+class Contestant(NamedTuple):
+    """How the model is patched, if it is, and whether its decoding is compiled."""
+
+    options: dict[str, Any] | None = None
+    compiled: bool = False
+
+
+CONTESTANTS = {
+    "transformers bf16": Contestant(),
+    "transformers bf16, compiled": Contestant(compiled=True),
+    "int4": Contestant({"tiers": ("int4",)}),
+    "int4, dense int8": Contestant({"tiers": ("int4",), "dense": "int8"}),
+    "int4, dense int8, compiled": Contestant({"tiers": ("int4",), "dense": "int8"}, compiled=True),
+    "int4, dense int4": Contestant({"tiers": ("int4",), "dense": "int4"}),
+    "int4, dense int4, compiled": Contestant({"tiers": ("int4",), "dense": "int4"}, compiled=True),
+    "int2+int4, dense int4": Contestant({"tiers": ("int2", "int4"), "dense": "int4"}),
 }
 SIZES = {
     "hidden_size": 2048,
@@ -76,7 +89,7 @@ def random_model(layers: int) -> PreTrainedModel:
         torch.set_default_dtype(torch.float32)
 
 
-def contestant(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedModel:
+def built(model: PreTrainedModel, options: dict[str, Any] | None) -> PreTrainedModel:
     """`model` itself, or a copy patched with `options`, a fifth of its experts upgraded where there is an upgrade."""
     if options is None:
         return model
@@ -106,7 +119,14 @@ class Clock(BaseStreamer):
         return statistics.median(np.diff(self.times[1:]).tolist())
 
 
-def decode(model: PreTrainedModel, batch: int) -> float:
+def compiling() -> dict[str, Any]:
+    """What `generate` is told, to compile decoding on a CPU as it does on a GPU."""
+    config = CompileConfig(mode="default")
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def decode(model: PreTrainedModel, batch: int, compiled: bool) -> float:
     """Tokens per second of `generate`, of all rows of the batch together."""
     ids, clock = torch.arange(batch * PROMPT).view(batch, PROMPT) * 7 % SIZES["vocab_size"], Clock()
     step = model.prepare_inputs_for_generation
@@ -117,7 +137,8 @@ def decode(model: PreTrainedModel, batch: int) -> float:
 
     model.prepare_inputs_for_generation = timed
     try:
-        model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        limits = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        model.generate(ids, do_sample=False, **limits, **(compiling() if compiled else {}))
     finally:
         del model.prepare_inputs_for_generation
     return batch / clock.seconds
@@ -130,16 +151,23 @@ def prefill(model: PreTrainedModel, length: int) -> float:
     return length / (time.perf_counter() - start)
 
 
+def warm_up(model: PreTrainedModel, compiled: bool) -> float:
+    """Seconds until everything has run once, and what is compiled is compiled."""
+    start = time.perf_counter()
+    for batch in BATCHES if compiled else BATCHES[:1]:
+        decode(model, batch, compiled)
+    return time.perf_counter() - start
+
+
 def race(models: dict[str, PreTrainedModel], llama: Callable[[], Figures], rounds: int) -> Figures:
     """Tokens per second of all, in turns."""
     found: Figures = defaultdict(lambda: defaultdict(list))
-    for model in models.values():
-        decode(model, 1)  # compiles what is compiled
     for _ in range(rounds):
         for name, model in models.items():
+            compiled = CONTESTANTS[name].compiled
             for batch in BATCHES:
-                found[name][f"decode {batch}"].append(decode(model, batch))
-            for length in PREFILLS:
+                found[name][f"decode {batch}"].append(decode(model, batch, compiled))
+            for length in () if compiled else PREFILLS:  # the prompt is not compiled
                 found[name][f"prefill {length}"].append(prefill(model, length))
         for name, figures in llama().items():
             for what, speeds in figures.items():
@@ -300,11 +328,15 @@ def write_gguf(path: Path, layers: int) -> None:
 def show(result: dict[str, Any]) -> None:
     console = Console(width=120)
     names = [f"decode {batch}" for batch in BATCHES] + [f"prefill {length}" for length in PREFILLS]
-    table = Table("tokens/s", *names, "MB per token", "GB/s")
+    table = Table("tokens/s", *names, "MB per token", "GB/s", "s to warm up")
     for name, speeds in result["tokens_per_second"].items():
         nbytes = sum(result["bytes_per_token"].get(name, {}).values())
         rate = f"{nbytes * speeds['decode 1'] / 1e9:.1f}" if nbytes else ""
-        table.add_row(name, *(f"{speeds[what]:.1f}" for what in names), f"{nbytes / 1e6:.0f}" if nbytes else "", rate)
+        cells = (f"{speeds[what]:.1f}" if what in speeds else "" for what in names)
+        warm = result["seconds_to_warm_up"].get(name)
+        table.add_row(
+            name, *cells, f"{nbytes / 1e6:.0f}" if nbytes else "", rate, "" if warm is None else f"{warm:.0f}"
+        )
     console.print(table, f"memory: {result['bandwidth'] / 1e9:.1f} GB/s")
     parts = next(iter(result["milliseconds"].values()))
     table = Table("ms of a token", *parts)
@@ -330,13 +362,16 @@ def main(
     rate = bandwidth(threads)
     model = random_model(layers)
     chosen = only.split(";") if only else list(CONTESTANTS)
-    models = {name: contestant(model, CONTESTANTS[name]) for name in chosen}
-    del model
+    patched = {repr(CONTESTANTS[name].options): CONTESTANTS[name].options for name in chosen}
+    patched = {key: built(model, options) for key, options in patched.items()}
+    models = {name: patched[repr(CONTESTANTS[name].options)] for name in chosen}
+    del model, patched
 
     def theirs() -> Figures:
         files = [Path(name) for name in gguf.split(",") if name]
         return {f"llama.cpp {file.stem}": llama_cpp(llama, file, threads) for file in files} if llama else {}
 
+    seconds = {name: warm_up(model, CONTESTANTS[name].compiled) for name, model in models.items()}
     figures = race(models, theirs, rounds)
     result = {
         "machine": platform.processor() or platform.machine(),
@@ -348,7 +383,8 @@ def main(
             name: {what: statistics.median(speeds) for what, speeds in by.items()} for name, by in figures.items()
         },
         "bytes_per_token": {name: bytes_per_token(model) for name, model in models.items()},
-        "milliseconds": {name: profile(model) for name, model in models.items()},
+        "seconds_to_warm_up": seconds,
+        "milliseconds": {name: profile(model) for name, model in models.items() if not CONTESTANTS[name].compiled},
     }
     show(result)
     if json_path is not None:

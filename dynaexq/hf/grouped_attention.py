@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -50,7 +49,7 @@ def _is_one_token_of_groups(query: Tensor, key: Tensor, mask: Tensor | None, oth
     # A mask of its own for each head does not fit the groups.
     is_shared = mask is None or (mask.ndim == 4 and mask.shape[1] == 1)
     is_plain = others.get("position_bias") is None and others.get("softcap") is None
-    return is_grouped and is_shared and is_plain and query.is_cpu and not torch.compiler.is_compiling()
+    return is_grouped and is_shared and is_plain and query.device.type == "cpu"
 
 
 def use_grouped_attention(model: nn.Module) -> Callable[[], None]:

@@ -133,7 +133,7 @@ class DynaExqQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether `generate` may capture CUDA graphs of a static cache: only where precision follows replays."""
+        """Whether `generate` may compile decoding with a static cache: only where precision follows replays."""
         return self.follows_replays and (self.wrapped is None or bool(self.wrapped.is_compileable))
 
     @property

@@ -105,8 +105,11 @@ class DeviceRuntime:
 
     @property
     def follows_replays(self) -> bool:
-        """Whether precision goes on changing while CUDA graphs of the model are replayed, where no Python runs."""
-        return self.memory.follows_replays
+        """Whether precision goes on changing while the model is compiled and its CUDA graphs are replayed.
+
+        On a GPU no Python runs then; on a CPU compiled code calls the layers' operators as a plain forward does.
+        """
+        return self.device.type == "cpu" or self.memory.follows_replays
 
     def ports(self, layer: int) -> LayerPorts:
         """What joins one layer's experts to the memory; the first layer's forward is where steps are counted."""
@@ -228,7 +231,7 @@ class DeviceRuntime:
             self.steps.add()
             self._look()
             self.steps.add_tokens(tokens)
-        elif self.follows_replays:
+        elif self.memory.follows_replays:
             self.poller.start()
 
     def _look(self) -> int:

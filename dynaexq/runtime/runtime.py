@@ -71,7 +71,7 @@ class Runtime:
 
     @property
     def follows_replays(self) -> bool:
-        """Whether precision goes on changing on every device while CUDA graphs of the model are replayed."""
+        """Whether precision goes on changing on every device while the model is compiled, CUDA graphs included."""
         return all(part.follows_replays for part in self._parts)
 
     def tick(self) -> bool:

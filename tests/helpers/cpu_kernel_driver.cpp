@@ -1,8 +1,8 @@
-// Runs the CPU kernel on a case that test_cpu_kernel.py wrote, every array in an allocation of exactly its size, so
+// Runs the CPU kernel on a case that kernel_program.py wrote, every array in an allocation of exactly its size, so
 // that a sanitizer sees each byte that is read or written outside of it.
 //
-//   driver CASE OUTPUT     CASE: arrays, each after its length in 8 bytes:
-//                          layer, call, base, kinds, rows, ids, weights, one upgrade for every kind that is not 0
+//   driver CASE OUTPUT SIZE     CASE: arrays, each after its length in 8 bytes: layer, call, base, kinds, rows, ids,
+//                               weights, one upgrade for every kind that is not 0; SIZE: bytes of the output
 #include <cstdio>
 #include <fstream>
 #include <thread>
@@ -46,10 +46,10 @@ int main(int, char** arguments) {
     std::copy_n(upgrade.get(), size, (uint8_t*)upgrades.back());
     entry |= (int64_t)upgrades.back();
   }
-  const int64_t output_size = call.num_tokens * layer.down.rows * (call.dtype == dynaexq::FLOAT32 ? 4 : 2);
+  const int64_t output_size = std::stoll(arguments[3]);
   Bytes output(new uint8_t[output_size]);
   layer.base = (int64_t)base.get();
-  call.hidden_states = (int64_t)rows.get(), call.top_k_index = (int64_t)ids.get();
+  call.hidden_states = (int64_t)rows.get(), call.top_k_index = call.top_k_index ? (int64_t)ids.get() : 0;
   call.top_k_weights = (int64_t)weights.get(), call.entries = (int64_t)kinds.get();
   call.output = (int64_t)output.get(), call.parallel = (int64_t)run_threads;
   const int failed = dynaexq_forward(&layer, &call);

@@ -9,6 +9,7 @@ import torch
 from models import tiny_model
 from numerics import assert_close
 from torch import Tensor, nn
+from transformers import CompileConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import dynaexq
@@ -88,6 +89,29 @@ def test_padded_rows_and_the_whole_text_at_once_give_the_logits_of_one_token_at_
     for position in range(6, 9):
         step = model(ids[:, position, None], attention_mask=mask[:, : position + 1], past_key_values=cache)
         assert_close(f"{position}", whole[:, position], step.logits[:, 0], 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiled_decoding_repeats_nothing_and_goes_on_ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe", num_key_value_heads=1)
+    patching.patch(model, tiers=("int2", "int8"), hbm_budget="1GiB", update_interval=1)
+    model.dynaexq.freeze()
+    common = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(tiny.prompt(), **common)
+    compiling = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    compiling._compile_all_devices = True
+    lengths: list[int] = []
+
+    def noted(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(query.shape[2])
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "sdpa_attention_forward", noted)
+    before = model.dynaexq.stats()
+    assert torch.equal(model.generate(tiny.prompt(), **common, compile_config=compiling), expected)
+    assert model._compiled_call is not None
+    assert set(lengths) == {tiny.prompt().shape[1]}, "only the prompt went the other way"
+    assert model.dynaexq.stats()["ticks"] == before["ticks"] + 6
 
 
 def test_what_is_exact_and_what_is_eager_stays_as_it_is() -> None:

@@ -5,16 +5,18 @@ What every kernel must do is in test_kernels.py; here is what only this one has.
 
 import ctypes
 import logging
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, TOLERANCE, UPGRADED, Case, case, distinct_choices
+from kernel_cases import EXPERTS, GATED, TOLERANCE, Case, case, distinct_choices
 from numerics import assert_close
 from torch.nn import functional as F
 
@@ -23,7 +25,7 @@ from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.cpu import build, native, threads, torch_path
 from dynaexq.memory import RoutingCounter
 from dynaexq.planning.budget import TIER_CHOICES
-from dynaexq.types import ExpertShape, split_entry
+from dynaexq.types import ExpertShape
 
 CODED = [*(tiers for tiers in TIER_CHOICES if tiers != ("fp16",)), ("int2", "fp16")]
 HELPERS = Path(__file__).parent.parent / "helpers"
@@ -83,7 +85,7 @@ def test_every_group_size_follows_the_reference(tiers, group_size):
 @pytest.mark.parametrize("target", AVAILABLE[1:], ids=lambda target: target.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lesser_instruction_sets_follow_the_reference(target, dtype):
-    kernel = build.open_library(build.compiled(target, all_bfloat16=True)).forward
+    kernel = build.open_library(build.compiled(target)).forward
     for tiers in CODED:
         for name, shape in UGLY.items():
             for num_tokens in (3, 40):
@@ -244,6 +246,7 @@ def test_without_a_kernel_torch_takes_over_and_the_log_says_why_once(monkeypatch
     slow.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nsleep 1000\n')
     slow.chmod(0o755)
     monkeypatch.setattr(build, "SECONDS_TO_COMPILE", 0.3)
+    monkeypatch.setitem(sys.modules, "ziglang", None)
     for name, value in ({"DYNAEXQ_CACHE_DIR": str(tmp_path)} | variables).items():
         monkeypatch.setenv(name, str(slow) if value == "SLOW" else value)
     with caplog.at_level(logging.WARNING):
@@ -262,12 +265,39 @@ def test_a_kernel_is_compiled_once_and_kept_under_its_source_compiler_flags_and_
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DYNAEXQ_CACHE_DIR", str(tmp_path / "cache"))
-    libraries = {build.compiled(AVAILABLE[-1], False, flags) for flags in ((), (), ("-g",))}
+    libraries = {build.compiled(AVAILABLE[-1], flags) for flags in ((), (), ("-g",))}
     assert len(libraries) == 2
     assert len(Path(f"{compiler}.runs").read_text().splitlines()) == 2
     assert set((tmp_path / "cache").iterdir()) == libraries, "nothing unfinished is left"
     monkeypatch.setattr(build, "cpu_features", lambda: frozenset({"another"}))
-    assert build.compiled(AVAILABLE[-1], False) not in libraries
+    assert build.compiled(AVAILABLE[-1]) not in libraries
+
+
+@pytest.mark.usefixtures("_fresh_loader")
+def test_what_came_with_the_package_needs_no_compiler_and_a_compiler_that_is_named_is_used(monkeypatch, tmp_path):
+    target = build.instruction_set()
+    whole = build.compiled(build.AVX512_VNNI if target is build.AVX512_BF16 else target)
+    shutil.copy(whole, tmp_path / f"moe-{AVAILABLE[-1].name}.so")
+    monkeypatch.setattr(build, "SHIPPED", tmp_path)
+    monkeypatch.setenv("DYNAEXQ_CPU_KERNEL", AVAILABLE[-1].name)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setitem(sys.modules, "ziglang", None)
+    got = fused(("int4",), torch.bfloat16, GATED, 4)
+    assert cpu.native_layer(got.layer, torch.bfloat16) is not None
+    monkeypatch.setenv("CXX", "c++")
+    assert build.shipped(AVAILABLE[-1]) is None
+
+
+def test_the_last_compiler_is_one_that_comes_as_a_package(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    package = ModuleType("ziglang")
+    package.__spec__ = ModuleSpec("ziglang", None)
+    monkeypatch.setitem(sys.modules, "ziglang", package)
+    assert build.find_compiler() == build.ZIG
+    assert "-mcpu=generic+v8_2a+dotprod" in build.flags_for(build.NEON, build.ZIG), "it has other names for Arm"
+    assert "-march=armv8.2-a+dotprod" in build.flags_for(build.NEON, ("g++",))
 
 
 def test_only_the_standard_gate_has_a_name():
@@ -290,54 +320,6 @@ def test_only_the_standard_gate_has_a_name():
     assert activation_name(experts) is None
     Experts.is_concatenated, Experts.act_fn = True, torch.nn.Mish()
     assert activation_name(experts) is None
-
-
-SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-
-
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory) -> Path:
-    """The kernel under a driver of its own, compiled so that any byte read or written out of place ends it."""
-    target, driver = AVAILABLE[0], tmp_path_factory.mktemp("sanitized") / "driver"
-    flags = [flag for flag in (*build.FLAGS, *target.flags) if flag not in ("-O3", "-shared", "-fPIC")]
-    sources = [str(HELPERS / "cpu_kernel_driver.cpp"), f"-I{build.SOURCES}", "-lpthread"]
-    define = ["-DDYNAEXQ_BFLOAT16"] if target is build.AVX512_BF16 else []
-    command = [build.find_compiler(), *flags, *SANITIZED, *define, *sources, "-o", str(driver)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if "cannot find -l" in done.stderr:
-        pytest.skip("the compiler comes without its sanitizers")
-    assert done.returncode == 0, done.stderr
-    return driver
-
-
-def pad(data: bytes) -> bytes:
-    return len(data).to_bytes(8, "little") + data
-
-
-def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
-
-
-@pytest.mark.parametrize(
-    "tiers", [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16")], ids="+".join
-)
-def test_no_byte_is_read_or_written_out_of_place(sanitized, tmp_path, tiers):
-    for shape in UGLY.values():
-        for num_tokens, precision in ((1, native.INT16), (40, native.INT16), (1, native.INT8), (40, native.INT8)):
-            got = fused(tiers, torch.bfloat16, shape, num_tokens)
-            layer, upgrades = native._describe(got.layer), got.upgrades
-            call = native._Call(0, 0, 0, 0, 0, *got.top_k_index.shape, 0, native.WHOLE, 3, 1, precision, precision)
-            kinds = upgrades.entries & 0xFF
-            parts = [bytes(layer), bytes(call), bits(got.layer.base), bits(kinds)]
-            parts += [bits(part) for part in (got.hidden_states, got.top_k_index, got.top_k_weights.float())]
-            parts += [bits(upgrades.bytes_at(split_entry(int(upgrades.entries[expert]))[0])) for expert in UPGRADED]
-            (tmp_path / "case").write_bytes(b"".join(map(pad, parts)))
-            done = subprocess.run((sanitized, tmp_path / "case", tmp_path / "output"), capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            output = torch.frombuffer(bytearray((tmp_path / "output").read_bytes()), dtype=torch.bfloat16)
-            expected = got.run(reference.expert_mlp)
-            tolerance = TOLERANCE[torch.bfloat16] * (2 if precision == native.INT8 else 1)
-            assert_close(f"{tiers} {shape}", expected, output.view_as(expected), tolerance)
 
 
 def test_structures_have_the_sizes_that_c_gives_them():

@@ -1,20 +1,23 @@
-"""Compile the kernel for this machine when it is first needed, and keep it. It knows no layer.
+"""The native kernel for this machine: one that came with the package, or compiled when it is first needed and kept.
 
-A wheel carries the source and needs no compiler; a machine without one, or without AVX2, gets None and a sentence in
-the log, and so does one whose compiler fails or does not end. Set DYNAEXQ_CPU_KERNEL to `torch` to go without, or to
-the name of an instruction set to choose a lesser one. `cache` has where the result is kept.
+It knows no layer. Wheels for Linux carry it for every instruction set (`.ci/wheels`); everything else carries its
+source. A machine that is not served, or without a compiler where one is needed, gets None and a sentence in the log,
+and so does one whose compiler fails or does not end. Set DYNAEXQ_CPU_KERNEL to `torch` to go without, or to the name
+of an instruction set to choose a lesser one. `cache` has where what is compiled is kept.
 """
 
 import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +27,11 @@ from dynaexq.kernels.cpu.cache import cached
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
+SHIPPED = Path(__file__).parent / "lib"
+"""Where a wheel has what was compiled for it."""
 COMPILERS = ("c++", "g++", "clang++")
+ZIG = (sys.executable, "-m", "ziglang", "c++")
+"""A compiler that comes as a package."""
 FLAGS = ("-std=c++20", "-O3", "-fno-math-errno", "-shared", "-fPIC")
 
 SECONDS_TO_ANSWER, SECONDS_TO_COMPILE = 5.0, 300.0
@@ -56,10 +63,13 @@ AVX512 = InstructionSet(
 )
 AVX512_VNNI = InstructionSet("avx512vnni", (*AVX512.features, "avx512_vnni"), (*AVX512.flags, "-mavx512vnni"))
 AVX512_BF16 = InstructionSet(
-    "avx512bf16", (*AVX512_VNNI.features, "avx512_bf16"), (*AVX512_VNNI.flags, "-mavx512bf16")
+    "avx512bf16", (*AVX512_VNNI.features, "avx512_bf16"), (*AVX512_VNNI.flags, "-mavx512bf16", "-DDYNAEXQ_BFLOAT16")
 )
 
-INSTRUCTION_SETS = (AVX512_BF16, AVX512_VNNI, AVX512, AVX2)
+NEON = InstructionSet("neon", ("asimd", "asimddp"), ("-march=armv8.2-a+dotprod",))
+NEON_I8MM = InstructionSet("neoni8mm", (*NEON.features, "i8mm"), ("-march=armv8.2-a+dotprod+i8mm",))
+
+INSTRUCTION_SETS = (AVX512_BF16, AVX512_VNNI, AVX512, AVX2, NEON_I8MM, NEON)
 """The best first."""
 
 
@@ -76,7 +86,10 @@ def load(all_bfloat16: bool) -> Library | None:
             works in float32, whatever the dtypes.
     """
     try:
-        return open_library(compiled(instruction_set(), all_bfloat16))
+        target = instruction_set()
+        if target is AVX512_BF16 and not all_bfloat16:
+            target = AVX512_VNNI
+        return open_library(shipped(target) or compiled(target))
     except (Unavailable, OSError, AttributeError) as error:
         logger.warning("no native CPU kernel, experts run through PyTorch instead, slower: %s", error)
         return None
@@ -106,26 +119,30 @@ def instruction_set() -> InstructionSet:
 @functools.cache
 def cpu_features() -> frozenset[str]:
     """Features of the CPU in Linux's words; none elsewhere."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    key = {"x86_64": "flags", "AMD64": "flags", "aarch64": "Features"}.get(platform.machine())
+    if key is None:
         return frozenset()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    return frozenset(next((line for line in lines if line.startswith(key)), "").split())
 
 
-def compiled(target: InstructionSet, all_bfloat16: bool, extra_flags: tuple[str, ...] = ()) -> Path:
+def shipped(target: InstructionSet) -> Path | None:
+    """The library for `target` that came with the package, unless CXX names a compiler to do it here."""
+    library = SHIPPED / f"moe-{target.name}.so"
+    return library if library.is_file() and not os.environ.get("CXX") else None
+
+
+def compiled(target: InstructionSet, extra_flags: tuple[str, ...] = ()) -> Path:
     """The shared library for `target`, from the cache or compiled into it.
 
     Raises:
         Unavailable: no compiler, or it failed, or the cache cannot be written.
     """
-    if target is AVX512_BF16 and not all_bfloat16:
-        target = AVX512_VNNI
-    define = ("-DDYNAEXQ_BFLOAT16",) if target is AVX512_BF16 else ()
-    flags = (*FLAGS, *target.flags, *define, *extra_flags)
     compiler = find_compiler()
+    flags = (*flags_for(target, compiler), *extra_flags)
     name = f"moe-{target.name}-{_fingerprint(compiler, flags)}.so"
     try:
         return cached(name, lambda library: _compile(compiler, flags, library))
@@ -133,28 +150,39 @@ def compiled(target: InstructionSet, all_bfloat16: bool, extra_flags: tuple[str,
         raise Unavailable(f"cannot compile and keep {name}: {error}; set DYNAEXQ_CACHE_DIR") from error
 
 
-def find_compiler() -> str:
-    """Path of a C++ compiler, $CXX before all."""
+def find_compiler() -> tuple[str, ...]:
+    """What calls a C++ compiler: $CXX before all, and the package ziglang after all."""
     candidates = filter(None, (os.environ.get("CXX"), *COMPILERS))
     found = next(filter(None, map(shutil.which, candidates)), None)
-    if found is None:
-        raise Unavailable(f"no C++ compiler found, looked for {', '.join(COMPILERS)}; set CXX, or install one")
-    return found
+    if found is not None:
+        return (found,)
+    if importlib.util.find_spec("ziglang") is not None:
+        return ZIG
+    names = ", ".join(COMPILERS)
+    raise Unavailable(f"no C++ compiler found, looked for {names}; set CXX, or install one, or pip install ziglang")
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def flags_for(target: InstructionSet, compiler: tuple[str, ...]) -> tuple[str, ...]:
+    """What tells `compiler` to make the library for `target`."""
+    flags = target.flags
+    if compiler == ZIG:
+        flags = tuple(flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in flags)
+    return (*FLAGS, *flags)
+
+
+def _fingerprint(compiler: tuple[str, ...], flags: tuple[str, ...]) -> str:
     """Changes with the source, the compiler, the flags and the CPU."""
     digest = hashlib.sha256()
-    version = _run((compiler, "--version"), SECONDS_TO_ANSWER)
+    version = _run((*compiler, "--version"), SECONDS_TO_ANSWER)
     for part in (version, *flags, *(path.read_text() for path in sorted(SOURCES.iterdir()))):
         digest.update(part.encode() + b"\0")
     digest.update(" ".join(sorted(cpu_features())).encode())
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
-    logger.info("compiling the CPU kernel for this machine with %s, once", compiler)
-    _run((compiler, *flags, str(SOURCES / "moe.cpp"), "-o", str(library)), SECONDS_TO_COMPILE)
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], library: Path) -> None:
+    logger.info("compiling the CPU kernel for this machine with %s, once", " ".join(compiler))
+    _run((*compiler, *flags, str(SOURCES / "moe.cpp"), "-o", str(library)), SECONDS_TO_COMPILE)
 
 
 def _run(command: tuple[str, ...], seconds: float) -> str:

@@ -97,7 +97,7 @@ template <Kind KIND>
 inline void fetch_codes(Planes strip, int64_t unit) {
   auto fetch = [&](const uint32_t* plane, int bits) {
     const char* from = (const char*)(plane + unit * STRIP * bits / 2) + AHEAD;
-    for (int line = 0; line < 2 * STRIP * bits; line += 64) _mm_prefetch(from + line, _MM_HINT_T1);
+    for (int line = 0; line < 2 * STRIP * bits; line += 64) __builtin_prefetch(from + line, 0, 2);
   };
   fetch(strip.top, top_bits(KIND));
   if constexpr (has_middle(KIND)) fetch(strip.middle, 2);
@@ -145,7 +145,7 @@ void multiply_strip(const Strip& strip, const Row* rows, float* out) {
 
 template <Kind KIND, int DEPTH, typename Of>
 void multiply_strip(const Strip& strip, const Row* rows, int64_t num_rows, float* out) {
-  constexpr int MOST = V::FLOATS / 2;  // as many as registers hold
+  constexpr int MOST = V::ROWS;
   int64_t m = 0;
   for (; m + MOST <= num_rows; m += MOST) multiply_strip<KIND, DEPTH, Of, MOST>(strip, rows + m, out + m * TILE);
   if constexpr (MOST > 4)
@@ -195,7 +195,7 @@ void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count,
 // Bring NBYTES into the second cache.
 template <int NBYTES>
 inline void fetch(const void* from) {
-  for (int line = 0; line < NBYTES; line += 64) _mm_prefetch((const char*)from + line, _MM_HINT_T1);
+  for (int line = 0; line < NBYTES; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
 }
 
 // Row `row` of a matrix that was never coded, to `to [padded]`.
@@ -228,8 +228,7 @@ void multiply_panel(const Weight* panel, int64_t count, int64_t padded, const El
         for (int i = 0; i < 4; i++) sums[m][i] = A::dot(sums[m][i], weight[i], row);
       }
     }
-    for (int m = 0; m < ROWS; m++)
-      _mm_storeu_ps(out + m * TILE + n, A::sums(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+    for (int m = 0; m < ROWS; m++) A::store_sums(out + m * TILE + n, sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
   }
 }
 

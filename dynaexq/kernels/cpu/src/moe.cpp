@@ -36,7 +36,7 @@ constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications below which waki
 
 void write(void* to, int64_t index, int64_t dtype, float value) {
   if (dtype == FLOAT32) ((float*)to)[index] = value;
-  else ((uint16_t*)to)[index] = dtype == BFLOAT16 ? to_bfloat16(value) : _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT);
+  else ((uint16_t*)to)[index] = dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
 }
 
 int64_t nanoseconds(clockid_t clock) {

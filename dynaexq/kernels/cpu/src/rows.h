@@ -15,7 +15,7 @@ namespace dynaexq {
 inline float number(const void* from, int64_t index, Dtype dtype) {
   if (dtype == FLOAT32) return ((const float*)from)[index];
   uint16_t bits = ((const uint16_t*)from)[index];
-  return dtype == BFLOAT16 ? from_bfloat16(bits) : _cvtsh_ss(bits);
+  return dtype == BFLOAT16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
 // `count` numbers from `index` on, as floats.
@@ -27,7 +27,7 @@ inline void read_numbers(const void* from, int64_t index, int64_t count, Dtype d
       for (int64_t i = 0; i < count; i++) to[i] = from_bfloat16(halves[i]);
       break;
     case FLOAT16:
-      for (int64_t i = 0; i < count; i++) to[i] = _cvtsh_ss(halves[i]);
+      for (int64_t i = 0; i < count; i++) to[i] = from_float16(halves[i]);
       break;
   }
 }
