@@ -95,7 +95,7 @@ class Options:
         host_copy: where upgrade bytes wait: `"ram"`, `"pinned"` (page-locked, CUDA only), `"disk"`, or `"auto"`: in
             the checkpoint where that holds the very bytes, else in RAM.
         calibration: path of what `dynaexq.calibrate` wrote: quantizing then minimizes the error of the experts'
-            outputs. None minimizes that of the weights.
+            and 4-bit dense layers' outputs. None minimizes that of the weights.
         half_life: tokens after which an observation weighs half in the hotness; 128 unless `alpha` is given.
         alpha: the paper's factor instead: the share of the old hotness kept per step, in [0, 1).
         hysteresis: share by which a newcomer must beat an incumbent's score; at least 0.

@@ -4,12 +4,14 @@
 
 The embedded model on held-out prose, code and arithmetic in turn, nats per token. `dense` is what `patch` is told. Our
 own formats pack the head as well, which this model shares with its embedding, so that it has bytes of its own then;
-bitsandbytes leaves it in 16 bit. Bytes are of dense weights, embedding included.
+bitsandbytes leaves it in 16 bit. Calibrated means on words of the model's own, experts as well as dense layers. Bytes
+are of dense weights, embedding included.
 """
 
 import copy
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -22,13 +24,21 @@ from dynaexq.cli.demo import embedded_model
 
 FORMATS = (None, "int8", "int4", "bnb-8bit", "bnb-4bit")
 EXPERTS = ("fp16", "int4")
+CALIBRATED = "%s, calibrated"
 
 
-def measured(stream: Stream, dense: str | None, tier: str) -> dict[str, Any]:
+def measured(stream: Stream, dense: str | None, tier: str, calibration: Path | None = None) -> dict[str, Any]:
     """KL and dense bytes of the stream's model with these formats."""
     model = copy.deepcopy(stream.model)
-    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, config=WEIGHTS_ALONE)
+    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, calibration=calibration, config=WEIGHTS_ALONE)
     return {"kl": stream.kl(model), "dense_bytes": runtime.memory()["dense"]}
+
+
+def of_experts(stream: Stream, tier: str, moments: Path) -> dict[str, Any]:
+    """The same by format, with experts at `tier`."""
+    plain = {str(dense): measured(stream, dense, tier) for dense in FORMATS}
+    calibrated = {CALIBRATED % dense: measured(stream, dense, tier, moments) for dense in (None, "int8", "int4")}
+    return plain | calibrated
 
 
 def main(
@@ -37,18 +47,21 @@ def main(
 ) -> None:
     use_one_thread()
     stream = Stream(embedded_model(), tokens)
-    found = {tier: {str(dense): measured(stream, dense, tier) for dense in FORMATS} for tier in EXPERTS}
-    alone = found["int4"]["None"]["kl"]
+    with TemporaryDirectory() as directory:
+        moments = Path(directory) / "moments.safetensors"
+        dynaexq.calibrate(stream.model, moments)
+        found = {tier: of_experts(stream, tier, moments) for tier in EXPERTS}
     table = Table("dense", "MB", *(f"KL, experts {tier}" for tier in EXPERTS), "added to int4 experts'")
-    for dense in map(str, FORMATS):
+    for dense in found["int4"]:
         rows = [found[tier][dense] for tier in EXPERTS]
+        alone = found["int4"][CALIBRATED % None if "calibrated" in dense else "None"]["kl"]
         table.add_row(
             dense,
             f"{rows[0]['dense_bytes'] / 1e6:.2f}",
             *(f"{row['kl']:.5f}" for row in rows),
             f"{rows[1]['kl'] / alone - 1:.1%}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     if json_path is not None:
         json_path.write_text(json.dumps(found, indent=2) + "\n")
 

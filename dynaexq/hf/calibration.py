@@ -1,11 +1,13 @@
-"""Gather the second moments of experts' inputs from a 16-bit model and text; see `quantization.moments`.
+"""Gather the second moments of matrices' inputs from a 16-bit model and text; see `quantization.moments`.
 
-The model runs as it is, with a hook before each layer of experts. Tokens are counted where they are routed, so what is
-gathered is of the text's own traffic. On disk moments are a safetensors file that names the layers it belongs to.
+The model runs as it is, with a hook before each layer of experts and each dense layer. Tokens are counted where they
+are routed, so what is gathered is of the text's own traffic. On disk moments are a safetensors file that names the
+layers it belongs to.
 """
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from dynaexq.errors import CheckpointError, UnsupportedModelError
 from dynaexq.hf.checkpoint_source import checkpoint_files
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.meta_model import read_config
+from dynaexq.hf.packed_dense import calibrated_linears
 from dynaexq.quantization import BLOCK, Moments
 from dynaexq.safeguards.outside_files import parse_json
 from dynaexq.settings import Settings
@@ -81,15 +84,21 @@ def calibrate_checkpoint(
 
 @torch.no_grad()
 def gather_moments(model: nn.Module, windows: Iterable[Tensor]) -> Moments:
-    """Gather the second moments of the experts' inputs while `model` reads `windows`.
+    """Gather the second moments of the inputs of experts and dense layers while `model` reads `windows`.
 
-    The sums take `H**2` float32 a layer and 64 a unit of every expert: 2 GB for Qwen3-30B-A3B.
+    The sums take `H**2` float32 per layer, 64 per unit of every expert and `K**2` per dense layer of K inputs: 2 and
+    4 GB for Qwen3-30B-A3B.
     """
     layers = find_sparse_layers(model)
     gathered = [_Gathered(layer) for layer in layers]
     hooks = [
         layer.experts.register_forward_pre_hook(sums.before_forward, with_kwargs=True)
         for layer, sums in zip(layers, gathered, strict=True)
+    ]
+    dense = _GatheredDense()
+    hooks += [
+        linear.register_forward_pre_hook(partial(dense.before_forward, path), with_kwargs=True)
+        for path, linear in calibrated_linears(model, layers)
     ]
     try:
         for window in windows:
@@ -98,7 +107,7 @@ def gather_moments(model: nn.Module, windows: Iterable[Tensor]) -> Moments:
         for hook in hooks:
             hook.remove()
     up, down, tokens = (torch.stack(parts) for parts in zip(*(sums.means() for sums in gathered), strict=True))
-    return Moments(tuple(layer.name for layer in layers), up, down, tokens)
+    return Moments(tuple(layer.name for layer in layers), up, down, tokens, dense.moments())
 
 
 def text_windows(tokenizer: Any, text: Path) -> list[Tensor]:
@@ -115,8 +124,12 @@ def text_windows(tokenizer: Any, text: Path) -> list[Tensor]:
 
 def save_moments(moments: Moments, path: Path) -> None:
     """Put `moments` in the place of the safetensors file `path`. Raises CheckpointError."""
+    shared = {id(tensor): tensor for tensor in moments.dense.values()}
+    names = {key: f"dense.{number}" for number, key in enumerate(shared)}
     parts = {"up": moments.up, "down": moments.down, "tokens": moments.tokens}
-    write_tensors(path, parts, {"kind": KIND, "layers": json.dumps(moments.layers)})
+    parts |= {names[key]: tensor for key, tensor in shared.items()}
+    dense = {layer: names[id(tensor)] for layer, tensor in moments.dense.items()}
+    write_tensors(path, parts, {"kind": KIND, "layers": json.dumps(moments.layers), "dense": json.dumps(dense)})
 
 
 def load_moments(path: Path) -> Moments:
@@ -127,19 +140,23 @@ def load_moments(path: Path) -> Moments:
         )
     parts, metadata = read_tensors(path, [KIND], ["up", "down", "tokens"])
     try:
-        layers = parse_json(metadata["layers"])
+        layers, places = parse_json(metadata["layers"]), parse_json(metadata.get("dense", "{}"))
         expected = [(len(layers), *part.shape[1:]) for part in parts.values()]
-    except (ValueError, KeyError, TypeError) as error:
+        shared, _ = read_tensors(path, [KIND], set(places.values()))
+        dense = {str(layer): shared[name] for layer, name in places.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"expected moments as dynaexq's calibration writes them, {path} is something else"
         ) from error
-    ranks = [part.ndim for part in parts.values()]
+    ranks = [part.ndim for part in (*parts.values(), *shared.values())]
     named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
-    if not named or ranks != [3, 5, 2] or expected != [tuple(part.shape) for part in parts.values()]:
+    fits = ranks == [3, 5, 2] + [2] * len(shared) and expected == [tuple(part.shape) for part in parts.values()]
+    if not named or not fits:
         raise CheckpointError(f"expected moments as dynaexq's calibration writes them, {path} is something else")
-    if not (parts["up"].isfinite().all() and parts["down"].isfinite().all() and (parts["tokens"] >= 0).all()):
+    finite = all(part.isfinite().all() for part in (parts["up"], parts["down"], *shared.values()))
+    if not finite or not (parts["tokens"] >= 0).all():
         raise CheckpointError(f"{path} holds moments that are not finite; the model it came from has overflown")
-    return Moments(tuple(layers), **parts)
+    return Moments(tuple(layers), **parts, dense=dense)
 
 
 def moments_for(settings: Settings, layers: Sequence[SparseLayer]) -> Moments | None:
@@ -207,6 +224,31 @@ class _Gathered:
         """Second moments `[H, H]` and `[E, B, 64, 64]`, and tokens `[E]`, on the CPU."""
         mass = self.mass.clamp_min(1e-12)
         return (self.up / mass[-1]).cpu(), (self.down / mass[:-1, None, None, None]).cpu(), self.tokens.cpu()
+
+
+class _GatheredDense:
+    """Sums over the inputs of dense layers. Those that meet the same tensor, such as q, k and v, share the first's."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._owners: dict[str, str] = {}
+        self._latest: tuple[Tensor | None, str] = None, ""
+
+    def before_forward(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (inputs,) = (*args, *kwargs.values())
+        latest, owner = self._latest
+        if self._owners.setdefault(path, owner if inputs is latest else path) != path:
+            return
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self._sums[path] = self._sums.get(path, 0) + rows.T @ rows
+        self._latest = inputs, path
+
+    def moments(self) -> dict[str, Tensor]:
+        """Float16 `[K, K]` on the CPU, in units of their mean square, of which none can be more than K."""
+        shared = {
+            path: (sums / sums.diagonal().mean().clamp_min(1e-12)).half().cpu() for path, sums in self._sums.items()
+        }
+        return {path: shared[owner] for path, owner in self._owners.items()}
 
 
 WINDOWS, LENGTH, AT_ONCE = 64, 512, 16

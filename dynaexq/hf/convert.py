@@ -88,10 +88,10 @@ def quantize_checkpoint(
     experts = CheckpointSource(model, layers, shards)
     codec = _choose_codec(model, layers, settings)
     budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
-    dense = _DenseLayers(model, dense_codecs(model, layers, settings), shards, resolve_device(settings))
+    moments = moments_for(settings, layers)
+    dense = _DenseLayers(model, dense_codecs(model, layers, settings), shards, resolve_device(settings), moments)
     made_from = quantization_of(model.config).get("quant_method")
     stored = packed_config(config, codec, budget, settings.dense, made_from)
-    moments = moments_for(settings, layers)
     shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
     keys = experts.keys
     others = sum(entry.nbytes for shard in shards for key, entry in shard.entries.items() if key not in keys)
@@ -154,7 +154,8 @@ def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> 
 
 def _fingerprint(shards: Iterable[TensorFile], config: DynaExqConfig, moments: Moments | None) -> str:
     """What a conversion depends on: the source's files as they are now, and how they are packed."""
-    known = moments and [zlib.crc32(part.numpy().data) for part in (moments.up, moments.down, moments.tokens)]
+    parts = (moments.up, moments.down, moments.tokens, *moments.dense.values()) if moments else ()
+    known = [zlib.crc32(part.numpy().data) for part in parts]
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
     return json.dumps({"files": files, "packed": config.packed, "moments": known}, sort_keys=True)
 
@@ -188,10 +189,18 @@ class _DenseLayers:
 
     Args:
         codecs: by path; without any, nothing is packed.
+        moments: what is known of their inputs.
     """
 
-    def __init__(self, model: Any, codecs: dict[str, LinearCodec], shards: Sequence[TensorFile], device: torch.device):
-        self._codecs, self._device = codecs, device
+    def __init__(
+        self,
+        model: Any,
+        codecs: dict[str, LinearCodec],
+        shards: Sequence[TensorFile],
+        device: torch.device,
+        moments: Moments | None,
+    ):
+        self._codecs, self._device, self._moments = codecs, device, moments
         places = {key: shard for shard in shards for key in shard.entries} if codecs else {}
         found = {name: (places[key], key) for key, name in parameter_names(model, places).items()}
         tied = getattr(model, "all_tied_weights_keys", {})
@@ -216,7 +225,7 @@ class _DenseLayers:
             for path, codec in tqdm(self._codecs.items(), desc="packing dense layers", unit="layer"):
                 shard, key = self._sources[path]
                 weight = shard.read(key).to(self._device, codec.dtype)
-                writer.write(f"{path}.packed", 0, packed_weight(path, weight, codec))
+                writer.write(f"{path}.packed", 0, packed_weight(path, weight, codec, self._moments))
             writer.close()
         except BaseException:
             writer.abandon()

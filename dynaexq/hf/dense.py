@@ -5,6 +5,7 @@ saved. Routers, norms and embeddings stay as they are.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import SettingsError
+from dynaexq.hf.calibration import moments_for
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.packed_dense import DenseFormat, PackedDense, packed_twin
-from dynaexq.quantization import LinearCodec
+from dynaexq.quantization import LinearCodec, Moments
 from dynaexq.settings import Settings
 
 OWN = ("int4", "int8")
@@ -30,7 +32,7 @@ NF4_TABLE_NBYTES = 64
 def dense_quantizer(settings: Settings, dtype: torch.dtype, pre_quantized: bool) -> HfQuantizer:
     """What loads and saves the dense layers as `settings.dense`; bitsandbytes multiplies in `dtype`."""
     if settings.dense in OWN:
-        return PackedDense(_format(settings), pre_quantized=pre_quantized)
+        return PackedDense(_format(settings), pre_quantized, partial(moments_for, settings))
     if settings.dense == "bnb-8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -39,13 +41,21 @@ def dense_quantizer(settings: Settings, dtype: torch.dtype, pre_quantized: bool)
 
 
 def quantized_linears(
-    model: Any, layers: Sequence[SparseLayer], settings: Settings, device: torch.device
+    model: Any,
+    layers: Sequence[SparseLayer],
+    settings: Settings,
+    device: torch.device,
+    moments: Moments | None = None,
 ) -> dict[str, nn.Module]:
-    """Quantized twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone."""
+    """Quantized twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone.
+
+    Args:
+        moments: what is known of the inputs; bitsandbytes does not use it.
+    """
     if settings.dense in OWN:
         codecs = _format(settings).codecs(model, layers)
         return {
-            path: packed_twin(path, model.get_submodule(path), codec, device, settings.activations)
+            path: packed_twin(path, model.get_submodule(path), codec, device, settings.activations, moments)
             for path, codec in codecs.items()
         }
     return {path: _quantized(linear, str(settings.dense), device) for path, linear in _linears(model)}

@@ -1,10 +1,10 @@
 """Dense layers in our own formats, as a quantizer of Transformers: which ones, their twins, and how they are loaded.
 
 A 16-bit checkpoint is loaded as it is, and packed layer by layer before the experts come; a packed one fills the
-places that were made for it. Nothing is calibrated here, and no kernel is known.
+places that were made for it. No kernel is known.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import QuantizationError
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.quantization import LARGEST_WEIGHT, LinearCodec
+from dynaexq.quantization import LARGEST_WEIGHT, LinearCodec, Moments
 from dynaexq.runtime.linear import PackedLinear
 
 SMALLEST = 32
@@ -46,11 +46,11 @@ class DenseFormat:
                 self.group_size,
                 self.method,
             )
-            for path, linear in _packed_linears(model, layers)
+            for path, linear in packable_linears(model, layers)
         }
 
 
-def _packed_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
+def packable_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
     """All linear layers but routers, what must stay in float32, and tiny ones."""
     skipped = getattr(model, "_keep_in_fp32_modules", None) or ()
     routers = {id(child) for layer in layers if layer.block is not None for child in layer.block.children()}
@@ -62,16 +62,27 @@ def _packed_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple
             yield path, module
 
 
+def calibrated_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
+    """Those whose codes may depend on what is known of their inputs: at 8 bits, as the head is, none do."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return ((path, linear) for path, linear in packable_linears(model, layers) if linear is not head)
+
+
 def packed_twin(
-    path: str, linear: nn.Linear, codec: LinearCodec, device: torch.device, activations: str
+    path: str,
+    linear: nn.Linear,
+    codec: LinearCodec,
+    device: torch.device,
+    activations: str,
+    moments: Moments | None = None,
 ) -> PackedLinear:
     """`linear` packed, on `device`; a QuantizationError names its `path` if no code represents it."""
     bias = None if linear.bias is None else linear.bias.detach().to(device)
-    block = packed_weight(path, linear.weight.detach().to(device), codec)
+    block = packed_weight(path, linear.weight.detach().to(device), codec, moments)
     return PackedLinear(codec, block, bias, activations).train(linear.training)
 
 
-def packed_weight(path: str, weight: Tensor, codec: LinearCodec) -> Tensor:
+def packed_weight(path: str, weight: Tensor, codec: LinearCodec, moments: Moments | None = None) -> Tensor:
     """The block of the weight of the layer at `path`, where that lies. Raises as `packed_twin` does."""
     largest = float(weight.abs().amax())  # NaN and infinity survive amax
     if not largest <= LARGEST_WEIGHT:
@@ -79,7 +90,8 @@ def packed_weight(path: str, weight: Tensor, codec: LinearCodec) -> Tensor:
             f"{path}: expected finite weights of at most {LARGEST_WEIGHT:g}, found {largest:g}; repair the "
             "checkpoint, or leave dense out"
         )
-    return codec.encode(weight)[0]
+    inputs = None if moments is None else moments.of_dense(path, weight.shape[1], weight.device)
+    return codec.encode(weight, inputs)[0]
 
 
 def untie(model: Any, path: str) -> str | None:
@@ -93,16 +105,26 @@ class PackedDense(HfQuantizer):
 
     Args:
         pre_quantized: whether the checkpoint holds them packed.
+        moments: reads what is known of their inputs, given the model's sparse layers, before the weights are loaded.
     """
 
     requires_calibration = False
 
-    def __init__(self, quantization_config: DenseFormat, pre_quantized: bool = False):
+    def __init__(
+        self,
+        quantization_config: DenseFormat,
+        pre_quantized: bool = False,
+        moments: Callable[[Sequence[SparseLayer]], Moments | None] = lambda layers: None,
+    ):
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self._codecs: dict[str, LinearCodec] = {}
+        self._read_moments = moments
+        self._moments: Moments | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self._codecs = self.quantization_config.codecs(model, find_sparse_layers(model, on_meta=True))
+        layers = find_sparse_layers(model, on_meta=True)
+        self._codecs = self.quantization_config.codecs(model, layers)
+        self._moments = None if self.pre_quantized else self._read_moments(layers)
         for path, codec in self._codecs.items() if self.pre_quantized else ():
             linear = model.get_submodule(path)
             with torch.device("meta"):
@@ -114,8 +136,10 @@ class PackedDense(HfQuantizer):
         for path, codec in () if self.pre_quantized else self._codecs.items():
             linear = model.get_submodule(path)
             activations = self.quantization_config.activations
-            model.set_submodule(path, packed_twin(path, linear, codec, linear.weight.device, activations))
+            twin = packed_twin(path, linear, codec, linear.weight.device, activations, self._moments)
+            model.set_submodule(path, twin)
             untie(model, path)
+        self._moments = None
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

@@ -88,8 +88,8 @@ def patch(
     model, layers = transformers_model(model, layers)
     target = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
-    twins = quantized_linears(model, layers, settings, target) if settings.dense else {}
     moments = moments_for(settings, layers)
+    twins = quantized_linears(model, layers, settings, target, moments) if settings.dense else {}
     plan = make_plan(inspect_model(model, layers, settings), settings, target, held_bytes(model, target))
     codec = make_codec(layers[0], plan.tiers, settings, device=target)
     loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, moments))

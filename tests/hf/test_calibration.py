@@ -1,5 +1,6 @@
 """Calibration: what is gathered, what it is good for, and that every way of loading makes the same of it."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import patching
 import pytest
 import torch
 from models import tiny_model, tokens
+from numerics import assert_close
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,11 +19,14 @@ import dynaexq
 from dynaexq.cli.app import app
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import documents
-from dynaexq.errors import CheckpointError, SettingsError, UnsupportedModelError
+from dynaexq.errors import CheckpointError, QuantizationError, SettingsError, UnsupportedModelError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
 from dynaexq.hf.calibration import gather_moments, generated_windows, load_moments, save_moments
+from dynaexq.hf.dense import quantized_linears
 from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.hf.packed_dense import calibrated_linears
 from dynaexq.quantization import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
+from dynaexq.settings import Settings
 from dynaexq.types import ExpertShape
 
 SHAPE = ExpertShape(hidden_size=96, intermediate_size=80, up_rows=160, has_bias=False, transposed=False)  # both padded
@@ -93,6 +99,29 @@ def test_what_is_gathered_is_what_the_matrices_meet(family):
     found = moments.down[-1, :, 0, : shape.intermediate_size, : shape.intermediate_size]
     torch.testing.assert_close(found, down / mass.clamp_min(1e-12)[:, None, None], rtol=1e-3, atol=1e-5)
     assert torch.equal(moments.tokens[-1], seen.long())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_next"])
+def test_dense_layers_are_known_by_what_they_meet_and_those_that_meet_the_same_share_it(family):
+    model, met = tiny_model(family), {}
+    layers = find_sparse_layers(model)
+    expected = dict(calibrated_linears(model, layers))
+    hooks = [
+        linear.register_forward_hook(lambda module, args, output, path=path: met.setdefault(path, []).append(args[0]))
+        for path, linear in expected.items()
+    ]
+    dense = gather_moments(model, tokens(3, 9)).dense
+    for hook in hooks:
+        hook.remove()
+    assert dense.keys() == expected.keys()
+    for path, inputs in met.items():
+        rows = torch.cat([part.flatten(0, -2) for part in inputs]).float()
+        moments = rows.T @ rows
+        assert_close(path, moments / moments.diagonal().mean(), dense[path].float(), 1e-3)
+    blocks = [path.removesuffix(".k_proj") for path in dense if path.endswith(".k_proj")]
+    assert blocks
+    assert all(dense[f"{block}.{name}_proj"] is dense[f"{block}.k_proj"] for block in blocks for name in "qv")
+    assert not any(path.endswith("lm_head") for path in dense), "the head has 8 bits"
 
 
 def units_of(layer, row: Tensor, expert: int) -> Tensor:
@@ -174,14 +203,29 @@ def test_a_calibrated_model_is_nearer_to_the_original_in_what_it_was_not_calibra
     assert kl[calibrated] < 0.95 * kl[None]
 
 
+def test_so_are_dense_layers_in_4_bits(calibrated):
+    model = original()
+    windows = windows_of(AutoTokenizer.from_pretrained(embedded_model()), documents("code"), 4, 128)
+    reference, kl = reference_logits(model, windows), {}
+    moments = load_moments(calibrated)
+    for known in (None, moments):
+        patched = original()
+        layers = find_sparse_layers(patched)
+        settings = Settings(hbm_budget=1, dense="int4")
+        for path, twin in quantized_linears(patched, layers, settings, torch.device("cpu"), known).items():
+            patched.set_submodule(path, twin)
+        kl[known is None] = evaluate(patched, windows, reference).kl
+    assert kl[False] < 0.9 * kl[True]
+
+
 def test_patch_the_loader_and_a_packed_checkpoint_give_the_same_bits(calibrated, tmp_path):
-    options = {"hbm_budget": "1GB", "tiers": ("int2", "int4")}
+    options = {"hbm_budget": "1GB", "tiers": ("int2", "int4"), "dense": "int4"}
     ids = torch.arange(40)[None]
     model = original()
     patching.patch(model, **options, calibration=calibrated)
     config = dynaexq.DynaExqConfig(**options, calibration=str(calibrated))
     loaded = AutoModelForCausalLM.from_pretrained(embedded_model(), quantization_config=config)
-    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2,int4"]
+    command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2,int4", "--dense", "int4"]
     result = CliRunner().invoke(app, [*command, "--hbm-budget", "1GB", "--calibrate", str(calibrated)])
     assert result.exit_code == 0, result.output
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
@@ -228,11 +272,32 @@ def test_own_words_are_the_same_again_and_leave_the_random_state_alone():
 
 
 def test_what_is_saved_comes_back(tmp_path):
-    moments = Moments(("a.experts",), torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]]))
-    save_moments(moments, tmp_path / "m.safetensors")
-    found = load_moments(tmp_path / "m.safetensors")
+    shared = torch.rand(8, 8).half()
+    dense = {"q": shared, "k": shared, "o": torch.rand(4, 4).half()}
+    parts = torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]])
+    moments, path = Moments(("a.experts",), *parts, dense), tmp_path / "m.safetensors"
+    save_moments(moments, path)
+    found = load_moments(path)
     assert found.layers == moments.layers
     assert all(torch.equal(getattr(found, part), getattr(moments, part)) for part in ("up", "down", "tokens"))
+    assert found.dense.keys() == dense.keys()
+    assert all(torch.equal(found.dense[name], dense[name]) for name in dense)
+    with safe_open(path, "pt") as file:
+        assert sum(name.startswith("dense.") for name in file.keys()) == 2, "what is shared is written once"  # noqa: SIM118
+
+
+def test_moments_of_before_dense_layers_had_any_still_serve(tmp_path):
+    parts = torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]])
+    save_moments(Moments(("a.experts",), *parts), tmp_path / "m.safetensors")
+    found = load_moments(tmp_path / "m.safetensors")
+    assert found.of_dense("q", 8, torch.device("cpu")) is None
+
+
+def test_moments_of_another_width_are_refused_by_name():
+    parts = torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]])
+    moments = Moments(("a.experts",), *parts, {"a.q_proj": torch.eye(4).half()})
+    with pytest.raises(QuantizationError, match=r"a\.q_proj: expected moments of 8 inputs, calibration has 4"):
+        moments.of_dense("a.q_proj", 8, torch.device("cpu"))
 
 
 def test_moments_of_another_model_are_refused_by_name(calibrated):
@@ -251,9 +316,11 @@ def test_a_file_that_holds_no_moments_is_refused():
 
 def test_moments_that_are_not_finite_are_refused(tmp_path):
     moments = Moments(("a.experts",), torch.full((1, 8, 8), torch.nan), torch.rand(1, 3, 1, 64, 64), torch.ones(1, 3))
-    save_moments(moments, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="not finite"):
-        load_moments(tmp_path / "m.safetensors")
+    dense = replace(moments, up=torch.ones(1, 8, 8), dense={"q": torch.full((2, 2), torch.inf).half()})
+    for damaged in (moments, dense):
+        save_moments(damaged, tmp_path / "m.safetensors")
+        with pytest.raises(CheckpointError, match="not finite"):
+            load_moments(tmp_path / "m.safetensors")
 
 
 def test_a_packed_checkpoint_cannot_be_calibrated_any_more(calibrated, tmp_path):

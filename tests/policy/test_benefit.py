@@ -197,6 +197,21 @@ def test_the_advantage_is_averaged_over_256_tokens_and_its_doubt_follows_from_th
     assert pause._stance == expected
 
 
+def test_what_is_won_and_lost_in_equal_shares_counts_as_well():
+    pause = AutoPause(np.ones((1, 2)), Settings(hbm_budget=1, policy="topn"))
+    first, second = np.array([[True, False]]), np.array([[False, True]])
+    pause.review(first, first, frozen=True)
+    pause.review(second, first, frozen=True)
+    pause.observe(np.array([[32.0, 32.0]]), np.array([64]), first, top_k=1)
+    assert pause._stance == Stance(paused=True).observed(0.0, 64, 0.5 ** (64 / 256), 1.0 / 64)
+
+
+def test_the_verdict_on_a_model_has_seen_what_any_of_its_parts_has():
+    merged = Verdict.merged([verdict_of(tokens=10), verdict_of(tokens=5000)], [1, 1])
+    assert merged.tokens == 5000
+    assert merged.worth_it
+
+
 def test_what_the_start_would_have_removed_is_kept_beside_what_was_removed():
     pause = AutoPause(np.ones((1, 2)), Settings(hbm_budget=1, policy="topn"))
     first, second = np.array([[True, False]]), np.array([[False, True]])

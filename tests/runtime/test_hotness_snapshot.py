@@ -10,6 +10,7 @@ import torch
 from safetensors.numpy import save_file
 
 import dynaexq
+from dynaexq.checkpoint import write_tensors
 from dynaexq.errors import HotnessError, SettingsError
 from dynaexq.runtime.hotness_snapshot import read_snapshot, write_snapshot
 
@@ -79,6 +80,10 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
         runtime.load_hotness(path)
     save_file({"hotness": heat()}, path)
     with pytest.raises(HotnessError, match="no dynaexq hotness snapshot"):
+        runtime.load_hotness(path)
+    metadata = {"kind": "dynaexq hotness snapshot", "version": "2", "model": "M", "layers": "[]"}
+    write_tensors(path, {"hotness": torch.from_numpy(heat())}, metadata)
+    with pytest.raises(HotnessError, match=r"heat\.safetensors is no hotness snapshot of version 1"):
         runtime.load_hotness(path)
     write_snapshot(
         path,
