@@ -85,7 +85,8 @@ class Options:
         device: where the model computes, such as `"cpu"` or `"cuda:1"`; None takes the accelerator if there is one,
             else the CPU.
         dense: None leaves the dense linear layers as they are; `"int8"` and `"int4"` pack them as experts are packed,
-            the head of the model as well; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
+            the head of the model as well; `"auto"` takes whichever of these leaves the least predicted loss within
+            the budget; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
         activations: what rows are rounded to where they meet codes on a CPU, group by group: `"int8"`, `"int16"`,
             which loses nothing that counts and takes up to twice the time, or `"auto"`: int16 for 8-bit codes, else
             int8. A GPU leaves them as they are, and so does a model in float32.
@@ -161,7 +162,7 @@ class Settings(Options):
         _one_of("group_size", self.group_size, (32, 64, 128))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
         if self.dense is not None:
-            _one_of("dense", self.dense, ("int8", "int4", "bnb-8bit", "bnb-4bit"))
+            _one_of("dense", self.dense, ("auto", "int8", "int4", "bnb-8bit", "bnb-4bit"))
         if not callable(self.policy):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
         if not isinstance(self.auto_pause, bool):

@@ -80,7 +80,8 @@ def plan(
         str | None, typer.Option(help="Base and upgrade, such as int4,int8; the best if left out.")
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="Dense linear layers in int8, int4, bnb-8bit or bnb-4bit; sizes by arithmetic.")
+        str | None,
+        typer.Option(help="Dense layers in int8, int4, bnb-8bit, bnb-4bit, or auto, the best of ours for one card."),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     context: Annotated[
@@ -117,7 +118,9 @@ def quantize(
     hbm_budget: Annotated[
         str | None, typer.Option(help="Bytes, such as 20GiB: chooses the tiers, and is kept.")
     ] = None,
-    dense: Annotated[str | None, typer.Option(help="Dense layers in int8 or int4; 16 bit if left out.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Dense layers in int8 or int4, or auto; 16 bit if left out.")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
     calibrate: Annotated[

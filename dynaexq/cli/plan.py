@@ -1,5 +1,6 @@
 """`dynaexq plan`: inspect a model, estimate cards, search for a fit where there is none, and show what was found."""
 
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import InspectedCheckpoint
 from dynaexq.hf.planning import free_bytes, resolve_device
-from dynaexq.planning.budget import ModelSpec
+from dynaexq.planning.budget import DENSE_LOSS, ModelSpec, least_loss
 from dynaexq.planning.estimate import Card, CardEstimate, estimate_card, find_remedies
 from dynaexq.planning.hardware import CARDS
 from dynaexq.settings import parse_bytes
@@ -45,8 +46,10 @@ def run(
     def spec(changes: dict[str, Any]) -> ModelSpec:
         return checkpoint.spec(DynaExqConfig(**{**sizes, **options, **changes}))
 
-    asked = spec({})
     cards = _cards(gpu, hbm_budget, options.get("device"))
+    if options.get("dense") == "auto":
+        options = options | {"dense": _chosen_dense(spec, cards, room)}
+    asked = spec(options)
     estimates = [estimate_card(asked, card, room) for card in cards]
     if len(cards) == 1 and estimates[0].auto is None:
         trials = _trials(options, context, batch)
@@ -54,6 +57,15 @@ def run(
         least, _ = asked.least()
         raise BudgetError(no_fit(asked, estimates[0], remedies, str(source), options), cards[0].nbytes, least)
     _show(asked, estimates, str(source), options, json)
+
+
+def _chosen_dense(spec: Callable[[dict[str, Any]], ModelSpec], cards: Sequence[Card], room: int | None) -> str | None:
+    """What `dense="auto"` takes on the one card; what packs the most where nothing fits."""
+    if len(cards) > 1:
+        raise SettingsError("--dense auto is chosen for one card; name it with --gpu, --hbm-budget or --device")
+    found = {dense: estimate_card(spec({"dense": dense}), cards[0], room).auto for dense in DENSE_LOSS}
+    plans = {dense: estimate.plan for dense, estimate in found.items() if estimate is not None}
+    return least_loss(plans) if plans else "int4"
 
 
 def _show(

@@ -33,7 +33,7 @@ from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.hub import checkpoint_directory
 from dynaexq.hf.meta_model import meta_model, quantization_of
 from dynaexq.hf.packed_dense import packed_weight
-from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device
+from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device, with_dense_chosen
 from dynaexq.hf.quantized_source import PACKINGS, open_checkpoint
 from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard
 from dynaexq.quantization import ExpertCodec, LinearCodec, Moments
@@ -86,6 +86,7 @@ def quantize_checkpoint(
     layers = find_sparse_layers(model, on_meta=True)
     shards = open_checkpoint(source, model.config, variant)
     experts = CheckpointSource(model, layers, shards)
+    settings = _with_dense_chosen(model, layers, settings)
     codec = _choose_codec(model, layers, settings)
     budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
     moments = moments_for(settings, layers)
@@ -139,6 +140,14 @@ def annotate_checkpoint(
             shutil.copyfile(source / of_variant(INDEX, variant), staging / INDEX)
         _copy_others(source, staging, config)
     return target
+
+
+def _with_dense_chosen(model: Any, layers: list[SparseLayer], settings: Settings) -> Settings:
+    if settings.dense == "auto" and isinstance(settings.hbm_budget, str):
+        raise SettingsError('dense="auto" is chosen for a budget: give hbm_budget, or dense="int8", "int4" or None')
+    return with_dense_chosen(
+        settings, lambda trial: plan(inspect_model(model, layers, trial), trial, torch.device("cpu"))
+    )
 
 
 def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> ExpertCodec:

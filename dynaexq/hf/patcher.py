@@ -20,7 +20,7 @@ from dynaexq.hf.dense import dense_quantizer, quantized_linears
 from dynaexq.hf.discovery import LiveSource, SparseLayer, find_sparse_layers, transformers_model
 from dynaexq.hf.meta_model import read_config
 from dynaexq.hf.model_patch import RECORD, ModelPatch
-from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_device
+from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_device, with_dense_chosen
 from dynaexq.hf.planning import plan as make_plan
 from dynaexq.hf.quantized_source import open_checkpoint
 from dynaexq.hf.quantizer import DynaExqQuantizer
@@ -88,9 +88,13 @@ def patch(
     model, layers = transformers_model(model, layers)
     target = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
+    held = held_bytes(model, target)
+    settings = with_dense_chosen(
+        settings, lambda trial: make_plan(inspect_model(model, layers, trial), trial, target, held)
+    )
     moments = moments_for(settings, layers)
     twins = quantized_linears(model, layers, settings, target, moments) if settings.dense else {}
-    plan = make_plan(inspect_model(model, layers, settings), settings, target, held_bytes(model, target))
+    plan = make_plan(inspect_model(model, layers, settings), settings, target, held)
     codec = make_codec(layers[0], plan.tiers, settings, device=target)
     loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, moments))
     return _commit(ModelPatch(model, layers, wrapper), loaded, source, twins, config)

@@ -4,7 +4,8 @@
 weight is read and no codec is made.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -24,8 +25,10 @@ from dynaexq.kernels import arrangement_on
 from dynaexq.memory import DeviceMemory
 from dynaexq.memory.tensor_bytes import weight_bytes
 from dynaexq.planning.budget import (
+    DENSE_LOSS,
     TIER_CHOICES,
     ModelSpec,
+    least_loss,
     loss_of,
     plan_memory,
     plan_within,
@@ -35,6 +38,8 @@ from dynaexq.planning.budget import (
 from dynaexq.quantization import ROW_BY_ROW, ExpertCodec, offered, tier_sizes
 from dynaexq.settings import Settings
 from dynaexq.types import MemoryPlan
+
+logger = logging.getLogger(__name__)
 
 Tiers = tuple[str, ...]
 
@@ -104,6 +109,33 @@ def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 
             "yourself"
         )
     return plan_within(spec, available, device.type == "cpu" and spec.waits_in_ram(settings.host_copy))
+
+
+def with_dense_chosen(settings: Settings, planned: Callable[[Settings], MemoryPlan]) -> Settings:
+    """`settings`, with a format in the place of `dense="auto"`: that with the least predicted loss, which is logged.
+
+    Args:
+        planned: how the budget would be spent under other settings.
+
+    Raises:
+        BudgetError: nothing fits, however dense layers are packed.
+    """
+    if settings.dense != "auto":
+        return settings
+    trials: dict[str | None, Settings] = {dense: replace(settings, dense=dense) for dense in DENSE_LOSS}
+    plans = {}
+    for dense, trial in trials.items():
+        with suppress(BudgetError):
+            plans[dense] = planned(trial)
+    if not plans:
+        plans[dense] = planned(trial)  # the last packs the most, and says what is missing
+    chosen = least_loss(plans)
+    found = plans[chosen]
+    logger.info(
+        'dense="auto" takes %s: %s of dense weights, %.0f %% of the experts upgraded',
+        chosen or "16 bit", f"{found.dense:,} bytes", 100 * found.share_upgraded,
+    )  # fmt: skip
+    return trials[chosen]
 
 
 def plan_together(

@@ -4,6 +4,7 @@ Without it `save_pretrained` would drop the experts in silence, `generate` would
 `Trainer` would try to train constants. Dense weights in 4 or 8 bits are left to the quantizer it wraps.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ from dynaexq.checkpoint import QUANT_METHOD
 from dynaexq.errors import PatchError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer
+from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.hf.distributed import check_distribution
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.hf.model_patch import RECORD
-from dynaexq.hf.planning import resolve_device
+from dynaexq.hf.planning import inspect_model, plan, resolve_device, with_dense_chosen
 from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.experts import saved_apart
+from dynaexq.settings import Settings
+from dynaexq.types import MemoryPlan
 
 
 class DynaExqQuantizer(HfQuantizer):
@@ -36,6 +41,8 @@ class DynaExqQuantizer(HfQuantizer):
     ):
         self.settings = quantization_config.settings(stored=pre_quantized)
         stored_dense = (quantization_config.packed or {}).get("dense")
+        if stored_dense is not None and self.settings.dense == "auto":
+            self.settings = replace(self.settings, dense=stored_dense)
         if stored_dense is not None and self.settings.dense != stored_dense:
             raise SettingsError(
                 f"dense={self.settings.dense!r} cannot be had from a checkpoint saved with {stored_dense!r}; leave "
@@ -54,9 +61,12 @@ class DynaExqQuantizer(HfQuantizer):
             self._load.device_map_is_known()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if self.settings.dense is not None:
-            self.wrapped = dense_quantizer(self.settings, dtype, self.pre_quantized)
+        self._wrap_dense(dtype)
         return dtype
+
+    def _wrap_dense(self, dtype: torch.dtype) -> None:
+        if self.settings.dense not in (None, "auto"):
+            self.wrapped = dense_quantizer(self.settings, dtype, self.pre_quantized)
 
     def update_device_map(self, device_map: Any) -> Any:
         """One device for everything unless the user says otherwise."""
@@ -78,11 +88,31 @@ class DynaExqQuantizer(HfQuantizer):
         return {name: size if name in ("cpu", "disk") else min(size, budget) for name, size in max_memory.items()}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if self.settings.dense == "auto":
+            self._choose_dense(model, kwargs.get("device_map"))
         if self.wrapped is not None:
             self.wrapped._process_model_before_weight_loading(model, **kwargs)
         self._load = CheckpointLoad(
             model, self.quantization_config, self.settings, kwargs.get("checkpoint_files"), kwargs.get("device_map")
         )
+
+    def _choose_dense(self, model: Any, device_map: Any) -> None:
+        """Put a format in the place of `dense="auto"`, now that the sizes of the model are known."""
+        layers = find_sparse_layers(model, on_meta=True)
+        check_distribution(model.config, layers, self.settings.dense)
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if len(devices) > 1:
+            raise SettingsError(
+                f'dense="auto" is chosen for one device, and device_map names {len(devices)}; give dense="int8", '
+                '"int4" or None'
+            )
+        device, stored = resolve_device(self.settings), self.quantization_config.stored_tiers()
+
+        def planned(settings: Settings) -> MemoryPlan:
+            return plan(inspect_model(model, layers, settings, stored=stored), settings, device)
+
+        self.settings = with_dense_chosen(self.settings, planned)
+        self._wrap_dense(layers[0].dtype)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         """Edit the tensor parallel plan; the expert parallel plan is right as it is."""

@@ -23,6 +23,10 @@ by `python benchmarks/quality/precision_table.py`."""
 SHARED_LOSS = {("int2", "int4"): 0.162, ("int2", "int8"): 0.170}
 """The same for a code that can be refined: read at 2 bits it loses more than a code fitted for 2 bits alone."""
 
+DENSE_LOSS: dict[str | None, float] = {None: 0.0, "int8": 0.0002, "int4": 0.0099}
+"""What packing the dense layers adds beside int4 experts, measured by `python benchmarks/quality/dense.py`; its keys
+are what `dense="auto"` chooses from."""
+
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 _SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)
 
@@ -176,6 +180,11 @@ def loss_of(plan: MemoryPlan) -> float:
     """`predicted_loss` of a plan."""
     upgrade = plan.upgrade.precision if plan.upgrade else None
     return predicted_loss(plan.base.precision, upgrade, plan.share_upgraded)
+
+
+def least_loss(plans: Mapping[str | None, MemoryPlan]) -> str | None:
+    """Which of the formats of dense layers has the plan with the least predicted loss, theirs included."""
+    return min(plans, key=lambda dense: (loss_of(plans[dense]) + DENSE_LOSS[dense], plans[dense].total))
 
 
 def predicted_loss(base: str, upgrade: str | None, share_upgraded: float) -> float:

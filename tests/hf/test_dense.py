@@ -128,7 +128,9 @@ def test_a_failure_gives_the_dense_layers_back(source: Path, monkeypatch: pytest
 
 
 def test_a_format_that_there_is_not_is_refused(source: Path) -> None:
-    with pytest.raises(SettingsError, match="dense must be one of 'int8', 'int4', 'bnb-8bit', 'bnb-4bit', got 'int2'"):
+    with pytest.raises(
+        SettingsError, match="dense must be one of 'auto', 'int8', 'int4', 'bnb-8bit', 'bnb-4bit', got 'int2'"
+    ):
         loaded(source, "int2")
 
 

@@ -120,7 +120,7 @@ void multiply_strip(const Strip& strip, const Row* rows, float* out) {
         const int64_t unit = group * strip.units_a_group + u;
         Codes codes;
         load_codes<KIND>(strip.planes, unit, word, codes);
-        if constexpr (ROWS <= 2 && KIND != BYTES) fetch_codes<KIND>(strip.planes, unit);
+        if constexpr (KIND != BYTES) fetch_codes<KIND>(strip.planes, unit);
         for (int i = 0; i < 4; i++)
           for (int m = 0; m < ROWS; m++) {
             auto& part = parts[m][i % CHAINS];
