@@ -202,7 +202,7 @@ def bytes_per_token(model: PreTrainedModel) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             found["dense"] += module.packed.nbytes
-        elif type(module) is nn.Linear:
+        elif isinstance(module, nn.Linear):
             found["dense"] += module.weight.nbytes
     chosen = config.num_experts_per_tok * config.num_hidden_layers
     runtime = getattr(model, "dynaexq", None)

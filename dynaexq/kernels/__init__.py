@@ -6,6 +6,7 @@ from dynaexq.kernels.custom_op import register_layer, register_matrix
 from dynaexq.kernels.dispatch import (
     arrangement_on,
     counts_routing,
+    dense_product,
     exchange_for,
     expert_gradients,
     expert_mlp,
@@ -13,16 +14,18 @@ from dynaexq.kernels.dispatch import (
     linear_gradient,
 )
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
-from dynaexq.kernels.linear_layer import LinearLayer
+from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
 from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [
+    "DenseProduct",
     "ExpertLayer",
     "LinearLayer",
     "PlainExchange",
     "Upgrades",
     "arrangement_on",
     "counts_routing",
+    "dense_product",
     "exchange_for",
     "expert_gradients",
     "expert_mlp",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynaexq.kernels import reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
-from dynaexq.kernels.linear_layer import LinearLayer
+from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
 from dynaexq.memory.graph_sync import PlainExchange
 from dynaexq.quantization import Arrangement
 
@@ -104,6 +104,15 @@ def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
 def linear_gradient(grad: Tensor, layer: LinearLayer) -> Tensor:
     """The gradient `[N, columns]` of the rows, from that of the product `[N, matrix rows]`, in its dtype."""
     return _backend(grad.device, grad.dtype, layer.codec.dtype).linear_gradient(grad, layer)
+
+
+def dense_product(weight: Tensor) -> DenseProduct | None:
+    """What multiplies few rows faster than PyTorch does with this matrix; None where PyTorch is as good."""
+    if weight.device.type != "cpu":
+        return None
+    from dynaexq.kernels import cpu
+
+    return cpu.dense_product(weight)
 
 
 def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:

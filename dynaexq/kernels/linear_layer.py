@@ -1,7 +1,7 @@
-"""A packed dense layer: what kernels need to know of it, and the product that they must follow."""
+"""A dense layer: what kernels need to know of a packed one, and the product that they must follow."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +33,22 @@ class LinearLayer:
             raise InputError(
                 f"expected rows on {self.block.device}, where the dense layer is, got {rows.device}; move them there"
             )
+
+
+class DenseProduct(Protocol):
+    """The product of a few rows with one 16-bit matrix as PyTorch holds it.
+
+    Attributes:
+        most_rows: up to which it is faster than PyTorch's.
+    """
+
+    most_rows: int
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether it is of this matrix, where it lies now."""
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """The product `[N, matrix rows]` of `rows [N, columns]`, which lie in a row, in their dtype."""
 
 
 def linear(rows: Tensor, layer: LinearLayer) -> Tensor:

@@ -74,9 +74,13 @@ class MixedPrecisionExperts(nn.Module):
             self.__dict__.pop(name, None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and in_function_transform():
+        if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
+            return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle)
+        if in_function_transform():
             return self._transparent(hidden_states, top_k_index, top_k_weights)
-        return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle)
+        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+            return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle)
+        return self.compute(hidden_states, top_k_index, top_k_weights)  # an operator takes as long as a small layer
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the operator runs. Raises an InputError for tensors that do not belong together."""

@@ -233,6 +233,27 @@ class NativeLinear:
         _run(self._kernel, self._description, call)
 
 
+class NativeProduct:
+    """A bfloat16 matrix `[rows, columns]` as PyTorch holds it, behind the kernel; see `linear_layer.DenseProduct`."""
+
+    def __init__(self, weight: Tensor, kernel: Kernel, most_rows: int):
+        self.most_rows = most_rows
+        self._address, self._shape = weight.data_ptr(), weight.shape
+        self._product = NativeLinear(None, weight, weight.dtype, kernel)
+
+    @staticmethod
+    def takes_columns(columns: int) -> bool:
+        """Whether the kernel reads rows of so many columns where they lie."""
+        return MatrixLayout.of(1, columns, GROUP).padded == columns
+
+    def is_of(self, weight: Tensor) -> bool:
+        same = weight.data_ptr() == self._address and weight.shape == self._shape
+        return same and weight.dtype == torch.bfloat16 and weight.is_contiguous()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._product(rows)
+
+
 def _run(kernel: Kernel, layer: _Layer, call: _Call) -> None:
     if kernel(ctypes.byref(layer), ctypes.byref(call)):
         raise MemoryError(f"the CPU kernel found no memory for {call.num_tokens:,} tokens")
