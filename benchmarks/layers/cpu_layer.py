@@ -1,6 +1,6 @@
 """One layer of experts on the CPU: packed formats against every implementation of Transformers, in one process.
 
-    python benchmarks/layers/cpu_layer.py [--threads 2] [--cpu-time] [--json FILE]
+    python benchmarks/layers/cpu_layer.py [--threads 2] [--cpu-time] [--llama TREE] [--json FILE]
 
 Every round draws new rows and a new uniform routing and runs all contestants on them, in a new order; figures are
 medians over the rounds. A mixed layer has a fifth of its experts, and so of its traffic, upgraded. Weights are random
@@ -8,8 +8,9 @@ bytes: what they mean changes no time. Before anything is timed, each format is 
 
 On a machine that others load, `--threads 1 --cpu-time` counts only the time in which the thread had a core.
 
-The outside yardstick is onnxruntime's MatMulNBits (int4, groups of 64, int8 activations) on as many experts at 1
-token; it is skipped where onnx and onnxruntime are not installed.
+The outside yardsticks are onnxruntime's MatMulNBits (int4, groups of 64, int8 activations) on as many experts at 1
+token, which is skipped where onnx and onnxruntime are not installed, and llama.cpp's own tensors where its tree is
+given, compiled as `llama_experts.py` says.
 """
 
 import json
@@ -25,6 +26,7 @@ from typing import Annotated, NamedTuple
 
 import torch
 import typer
+from llama_experts import LlamaExperts, build
 from onnx_experts import onnx_experts
 from rich.console import Console
 from rich.table import Table
@@ -39,9 +41,10 @@ from dynaexq.quantization import IN_STRIPS, ExpertCodec
 from dynaexq.types import ExpertShape
 
 UPGRADED_SHARE = 0.2
-ROUNDS = {1: 40, 16: 8, 512: 3}
+ROUNDS = {1: 40, 4: 20, 16: 8, 64: 5, 512: 3}
 WAKING = 2**20
-PAUSE = 0.05  # seconds after onnxruntime, whose threads go on spinning for a while on the cores of the next
+PAUSE = 0.05  # seconds after what has threads of its own, which go on spinning for a while on the cores of the next
+LLAMA_TYPES = ("q2_K", "q4_0", "q4_K", "q8_0")
 TIER_CHOICES = (
     ("int2",),
     ("int4",),
@@ -173,6 +176,7 @@ def measure(
     num_tokens: int,
     original: Original,
     packed: dict[str, Packed],
+    others: dict[str, LlamaExperts],
     memory: Tensor,
     clock: Callable[[], float],
 ) -> list[dict]:
@@ -180,9 +184,11 @@ def measure(
     implementations = ["eager", "grouped_mm"] + ["batched_mm"] * (num_tokens == 1)
     run = {f"transformers {name}, bf16": original.by(name) for name in implementations}
     run |= {f"dynaexq {name}": layer for name, layer in packed.items()}
+    strangers = {f"llama.cpp {name}": layer for name, layer in others.items()}
     yardstick = onnx_experts(model) if num_tokens == 1 else None
     if yardstick:
-        run["onnxruntime MatMulNBits int4"] = yardstick
+        strangers["onnxruntime MatMulNBits int4"] = yardstick
+    run |= strangers
     times: dict[str, list[float]] = {name: [] for name in run}
     rates: dict[str, list[float]] = {name: [] for name in run}
     bandwidth = 0.0
@@ -195,7 +201,7 @@ def measure(
             times[name].append(seconds)
             source = function if hasattr(function, "bytes_read") else original
             rates[name].append(source.bytes_read(routing[1]) / seconds)
-            if function is yardstick:
+            if name in strangers:
                 time.sleep(PAUSE)
         bandwidth = max(bandwidth, memory.nbytes / timed(clock, memory.sum))
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -226,10 +232,11 @@ def show(rows: list[dict]) -> None:
 @torch.no_grad()
 def main(
     threads: Annotated[int, typer.Option(help="Threads of PyTorch.")] = 2,
+    llama: Annotated[Path | None, typer.Option(help="A source tree of llama.cpp, built.")] = None,
     cpu_time: Annotated[bool, typer.Option("--cpu-time", help="Count the thread's time on a core only.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
 ) -> None:
-    """Measure every pair at 1, 16 and 512 tokens."""
+    """Measure every pair at 1, 4, 16, 64 and 512 tokens."""
     if cpu_time and threads != 1:
         raise typer.BadParameter("--cpu-time tells the time of one thread; add --threads 1")
     clock = time.thread_time if cpu_time else time.perf_counter
@@ -237,14 +244,16 @@ def main(
     torch.manual_seed(0)
     random.seed(0)
     memory = torch.ones(2**28)  # 1 GiB, far beyond any cache
+    library = build(llama) if llama else None
     rows, load = [], os.getloadavg()[0]
     for model in MODELS:
         original = Original(model)
         packed = {"+".join(tiers): Packed(model, tiers) for tiers in TIER_CHOICES}
         for layer in packed.values():
             layer.check(routing_of(model, 3))
+        others = {kind: LlamaExperts(library, kind, model) for kind in LLAMA_TYPES} if library else {}
         for num_tokens in ROUNDS:
-            rows += measure(model, num_tokens, original, packed, memory, clock)
+            rows += measure(model, num_tokens, original, packed, others, memory, clock)
             show([row for row in rows if (row["model"], row["tokens"]) == (model.name, num_tokens)])
         if json_path:
             machine = {"cpu": platform.machine(), "threads": threads, "cpu_time": cpu_time, "torch": torch.__version__}
