@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dynaexq.checkpoint import (
+    FORMAT_VERSION,
     INDEX,
     PackedReader,
     PackedShape,
@@ -390,6 +391,30 @@ def test_an_error_leaves_the_old_directory_and_nothing_beside_it(tmp_path: Path)
         interrupted()
     assert (tmp_path / "model" / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_a_conversion_depends_on_is_not_part_of_the_checkpoint(tmp_path: Path, is_there: bool) -> None:
+    target = tmp_path / "model"
+    if is_there:
+        target.mkdir()
+    with replaced(target, journal="of the source") as staging:
+        (staging / "config.json").write_text("new")
+    assert {path.name for path in target.iterdir() if not path.name.endswith(".lock")} == {"config.json"}
+
+
+def test_an_error_is_told_even_where_what_was_done_is_gone_already(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with replaced(tmp_path / "model") as staging:
+            staging.rmdir()
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        interrupted()
+
+
+def test_files_that_exist_are_of_version_1() -> None:
+    assert FORMAT_VERSION == 1, "a new version has to read the old ones"
 
 
 def test_a_process_that_is_killed_leaves_the_old_directory(tmp_path: Path) -> None:
