@@ -74,13 +74,14 @@ class MixedPrecisionExperts(nn.Module):
             self.__dict__.pop(name, None)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
-            return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle)
+        arguments = hidden_states, top_k_index, top_k_weights
+        if operators_are_seen(hidden_states):
+            return experts_operator(*arguments, self._handle)
         if in_function_transform():
-            return self._transparent(hidden_states, top_k_index, top_k_weights)
+            return self._transparent(*arguments)
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-            return experts_operator(hidden_states, top_k_index, top_k_weights, self._handle)
-        return self.compute(hidden_states, top_k_index, top_k_weights)  # an operator takes as long as a small layer
+            return experts_operator(*arguments, self._handle)
+        return self.compute(*arguments)  # an operator takes as long as a small layer
 
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the operator runs. Raises an InputError for tensors that do not belong together."""
@@ -208,6 +209,13 @@ class MixedPrecisionExperts(nn.Module):
             "a patched model can be neither copied nor pickled: its experts live in slabs outside the module; "
             "copy or save the original model, or its state_dict, before patching"
         )
+
+
+def operators_are_seen(tensor: Tensor) -> bool:
+    """Whether each operator on `tensor` is looked at, to compile, trace, count or fake it: then all must be one."""
+    if torch.compiler.is_compiling():
+        return True
+    return type(tensor) is not Tensor or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def in_function_transform() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.kernels import DenseProduct, dense_product
-from dynaexq.runtime.experts import in_function_transform
+from dynaexq.runtime.experts import in_function_transform, operators_are_seen
 
 SMALLEST = 2**16
 """Weights below which calling the kernel takes as long as it saves."""
@@ -24,9 +24,10 @@ class FewRowsLinear(nn.Module):
     _product: DenseProduct | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        product = self._current_product()
-        rows = input.reshape(-1, input.shape[-1])
-        if product is None or len(rows) > product.most_rows or not self._is_plain(input):
+        if operators_are_seen(input) or not self._is_plain(input):
+            return super().forward(input)
+        product, rows = self._current_product(), input.reshape(-1, input.shape[-1])
+        if product is None or len(rows) > product.most_rows:
             return super().forward(input)
         output = product(rows.contiguous()).view(*input.shape[:-1], len(self.weight))
         return output if self.bias is None else output.add_(self.bias)
@@ -40,8 +41,8 @@ class FewRowsLinear(nn.Module):
     def _is_plain(self, input: Tensor) -> bool:
         weight = self.weight
         recorded = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        fits = type(input) is Tensor and input.dtype == weight.dtype and input.shape[-1] == weight.shape[1]
-        return fits and not recorded and not torch.compiler.is_compiling() and not in_function_transform()
+        fits = input.dtype == weight.dtype and input.shape[-1] == weight.shape[1]
+        return fits and not recorded and not in_function_transform()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != "_product"}

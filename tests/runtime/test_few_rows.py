@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import patching
 import pytest
@@ -11,7 +12,9 @@ import torch
 from models import tiny_model
 from numerics import assert_close
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynaexq
 from dynaexq.hf.model_patch import restore_class, swap_class
@@ -96,6 +99,37 @@ def test_copies_and_pickles_are_plain_layers() -> None:
     torch.save(linear, file)
     restore_class(linear)
     assert type(linear) is nn.Linear
+
+
+class Seen(TorchDispatchMode):
+    """The operators that pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_what_looks_at_operators_sees_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, row = layer(), rows(1)
+    expected = F.linear(row, linear.weight, linear.bias)
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(row), expected)
+    with Seen() as seen:
+        assert torch.equal(linear(row), expected)
+    assert any("addmm" in name or "linear" in name for name in seen.names)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert linear(torch.empty(1, 128, dtype=torch.bfloat16)).shape == (1, 96)
+    monkeypatch.setattr("dynaexq.hf.model_patch.SMALLEST", 2**10)
+    model = tiny_model("qwen3_moe").bfloat16()
+    patching.patch(model, "1GiB", tiers=("int8",), dense="int8")
+    with Seen() as seen:
+        model(tiny.prompt())
+    assert {"dynaexq.experts.default", "dynaexq.linear.default"} <= set(seen.names)
 
 
 def adopted(model: nn.Module) -> set[str]:
