@@ -21,11 +21,11 @@ from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name
 from dynaexq.hf.grouped_attention import use_grouped_attention
 from dynaexq.hf.packed_dense import untie
-from dynaexq.kernels import ExpertLayer, dense_product
+from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.experts import MixedPrecisionExperts
-from dynaexq.runtime.few_rows import SMALLEST, FewRowsLinear
+from dynaexq.runtime.few_rows import FewRows, forgotten, mixin_for
 from dynaexq.runtime.linear import PackedLinear
 from dynaexq.runtime.moe import DynaExqMoE
 from dynaexq.runtime.padding import watch_padding
@@ -162,15 +162,16 @@ class ModelPatch:
         self._undo_steps.callback(watch_padding(self.model))
         if runtime.plan.tiers != EXACT:
             self._undo_steps.callback(use_grouped_attention(self.model))
-            self._speed_up_linears()
+            self._adopt_few_rows()
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 
-    def _speed_up_linears(self) -> None:
-        """Let 16-bit linear layers take the native kernel for few rows, where it has one for them."""
+    def _adopt_few_rows(self) -> None:
+        """Let 16-bit linear layers and norms take the native kernel for few rows, where it has one for them."""
         for module in self.model.modules():
-            if type(module) is nn.Linear and module.weight.numel() >= SMALLEST and dense_product(module.weight):
-                self._undo_steps.callback(_restore_linear, module)
-                swap_class(module, FewRowsLinear)
+            mixin = mixin_for(module)
+            if mixin is not None:
+                self._undo_steps.callback(_restore_few_rows, module)
+                swap_class(module, mixin)
 
     def free_originals(self, keep_experts: bool) -> None:
         """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""
@@ -289,9 +290,9 @@ class ModelPatch:
             module.__reduce_ex__ = MixedPrecisionExperts.refuse_copy
 
 
-def _restore_linear(module: nn.Module) -> None:
-    if isinstance(module, FewRowsLinear):
-        module.__dict__.pop("_product", None)
+def _restore_few_rows(module: nn.Module) -> None:
+    forgotten(module)
+    if isinstance(module, FewRows):
         restore_class(module)
 
 

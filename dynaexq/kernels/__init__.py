@@ -12,16 +12,20 @@ from dynaexq.kernels.dispatch import (
     expert_mlp,
     linear,
     linear_gradient,
+    row_norm,
 )
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
+from dynaexq.kernels.row_norm import NormKind, RowNorm, rms_norm
 from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [
     "DenseProduct",
     "ExpertLayer",
     "LinearLayer",
+    "NormKind",
     "PlainExchange",
+    "RowNorm",
     "Upgrades",
     "arrangement_on",
     "counts_routing",
@@ -35,4 +39,6 @@ __all__ = [
     "linear_operator",
     "register_layer",
     "register_matrix",
+    "rms_norm",
+    "row_norm",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from dynaexq.kernels import reference
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
+from dynaexq.kernels.row_norm import NormKind, RowNorm
 from dynaexq.memory.graph_sync import PlainExchange
 from dynaexq.quantization import Arrangement
 
@@ -113,6 +114,15 @@ def dense_product(weight: Tensor) -> DenseProduct | None:
     from dynaexq.kernels import cpu
 
     return cpu.dense_product(weight)
+
+
+def row_norm(weight: Tensor, kind: NormKind) -> RowNorm | None:
+    """What normalizes few rows faster than PyTorch does, with this weight; None where PyTorch is as good."""
+    if weight.device.type != "cpu":
+        return None
+    from dynaexq.kernels import cpu
+
+    return cpu.row_norm(weight, kind)
 
 
 def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:

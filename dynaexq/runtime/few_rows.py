@@ -1,7 +1,7 @@
-"""16-bit dense layers on a CPU: few rows go through the native kernel, which reads weights at the memory's speed.
+"""16-bit dense layers and norms on a CPU: few rows go through the native kernel, in one call.
 
-The result is that of `nn.Linear` within one rounding of the product; what is many rows, recorded for gradients, or
-compiled is left to PyTorch. It knows no model.
+The result is that of the module's own forward within one rounding of the product; what is many rows, recorded for
+gradients, or looked at operator by operator is left to PyTorch. It knows no model.
 """
 
 from typing import Any
@@ -9,22 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynaexq.kernels import DenseProduct, dense_product
+from dynaexq.kernels import DenseProduct, NormKind, RowNorm, dense_product, rms_norm, row_norm
 from dynaexq.runtime.experts import in_function_transform, operators_are_seen
 
 SMALLEST = 2**16
-"""Weights below which calling the kernel takes as long as it saves."""
+"""Weights of a dense layer below which calling the kernel takes as long as it saves."""
+
+MOST_NORMALIZED = 2**16
+"""Elements beyond which PyTorch's threads normalize faster than one."""
+
+OWN = ("_native", "_kind")
+"""Attributes that a module has only while a mixin is in its place."""
 
 
-class FewRowsLinear(nn.Module):
-    """Mixin that takes the place of an `nn.Linear` (`hf.model_patch`); copies and pickles are plain layers again."""
+class FewRows(nn.Module):
+    """Mixin that takes the place of a module with a weight (`hf.model_patch`); copies and pickles are plain again."""
 
     weight: nn.Parameter
+    _native: Any = None
+
+    def takes_native_way(self, input: Tensor) -> bool:
+        """Whether the operators on `input` are not looked at one by one, and it fits the weight."""
+        if operators_are_seen(input) or in_function_transform():
+            return False
+        recorded = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        return not recorded and input.dtype == self.weight.dtype and input.shape[-1] == self.weight.shape[-1]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name not in OWN}
+        return _unfilled, (type(self).__bases__[1],), state
+
+
+class FewRowsLinear(FewRows):
+    """An `nn.Linear`."""
+
     bias: nn.Parameter | None
-    _product: DenseProduct | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if operators_are_seen(input) or not self._is_plain(input):
+        if not self.takes_native_way(input):
             return super().forward(input)
         product, rows = self._current_product(), input.reshape(-1, input.shape[-1])
         if product is None or len(rows) > product.most_rows:
@@ -34,19 +56,64 @@ class FewRowsLinear(nn.Module):
 
     def _current_product(self) -> DenseProduct | None:
         """The product with the weight where and as it is now: others may cast or move it."""
-        if self._product is None or not self._product.is_of(self.weight):
-            self._product = dense_product(self.weight.detach())
-        return self._product
+        if self._native is None or not self._native.is_of(self.weight):
+            self._native = dense_product(self.weight.detach())
+        return self._native
 
-    def _is_plain(self, input: Tensor) -> bool:
-        weight = self.weight
-        recorded = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        fits = input.dtype == weight.dtype and input.shape[-1] == weight.shape[1]
-        return fits and not recorded and not in_function_transform()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != "_product"}
-        return _unfilled, (type(self).__bases__[1],), state
+class FewRowsNorm(FewRows):
+    """A root mean square norm, of a kind that `norm_kind` knows."""
+
+    _kind: NormKind
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        alone = not args and not kwargs and hidden_states.numel() <= MOST_NORMALIZED
+        norm = self._current_norm() if alone and self.takes_native_way(hidden_states) else None
+        return super().forward(hidden_states, *args, **kwargs) if norm is None else norm(hidden_states)
+
+    def _current_norm(self) -> RowNorm | None:
+        if self._native is None or not self._native.is_of(self.weight):
+            self._native = row_norm(self.weight.detach(), self._kind)
+        return self._native
+
+
+@torch.no_grad()
+def norm_kind(module: nn.Module) -> NormKind | None:
+    """The kind of a norm whose forward gives the very bits of `rms_norm`, found by trying; else None."""
+    weight, epsilon = (
+        getattr(module, "weight", None),
+        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
+    )
+    if "RMSNorm" not in type(module).__name__ or weight is None or weight.ndim != 1 or epsilon is None:
+        return None
+    rows = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    rows[1] *= 1e-3  # where epsilon counts
+    try:
+        expected = module(rows)
+    except Exception:  # it wants more than rows
+        return None
+    kinds = (NormKind(epsilon, added, rounded) for added, rounded in ((0, True), (0, False), (1, False)))
+    return next((kind for kind in kinds if torch.equal(expected, rms_norm(rows, weight, kind))), None)
+
+
+def mixin_for(module: nn.Module) -> type[FewRows] | None:
+    """The mixin to take the place of `module`, where that pays; a norm gets its kind."""
+    weight = getattr(module, "weight", None)
+    if type(module) is nn.Linear and module.weight.numel() >= SMALLEST and dense_product(module.weight) is not None:
+        return FewRowsLinear
+    if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+        return None
+    kind = norm_kind(module)
+    if kind is None or row_norm(weight, kind) is None:
+        return None
+    module._kind = kind  # type: ignore[assignment]
+    return FewRowsNorm
+
+
+def forgotten(module: nn.Module) -> None:
+    """Take away what `mixin_for` and the mixins have left with a module."""
+    for name in OWN:
+        module.__dict__.pop(name, None)
 
 
 def _unfilled(kind: type[nn.Module]) -> nn.Module:

@@ -18,10 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynaexq
 from dynaexq.hf.model_patch import restore_class, swap_class
-from dynaexq.kernels import cpu
+from dynaexq.kernels import cpu, rms_norm
 from dynaexq.kernels.cpu.build import load
-from dynaexq.runtime import few_rows
-from dynaexq.runtime.few_rows import FewRowsLinear
+from dynaexq.runtime.few_rows import MOST_NORMALIZED, FewRows, FewRowsLinear, FewRowsNorm, mixin_for, norm_kind
 
 ROUNDING = 2**-8
 
@@ -124,7 +123,7 @@ def test_what_looks_at_operators_sees_all_of_them(monkeypatch: pytest.MonkeyPatc
     assert any("addmm" in name or "linear" in name for name in seen.names)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert linear(torch.empty(1, 128, dtype=torch.bfloat16)).shape == (1, 96)
-    monkeypatch.setattr("dynaexq.hf.model_patch.SMALLEST", 2**10)
+    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 2**10)
     model = tiny_model("qwen3_moe").bfloat16()
     patching.patch(model, "1GiB", tiers=("int8",), dense="int8")
     with Seen() as seen:
@@ -132,30 +131,94 @@ def test_what_looks_at_operators_sees_all_of_them(monkeypatch: pytest.MonkeyPatc
     assert {"dynaexq.experts.default", "dynaexq.linear.default"} <= set(seen.names)
 
 
+NORMS = {"qwen3_moe": (0, True), "mixtral": (0, True), "qwen3_next": (1, False), "gpt_oss": (0, False)}
+"""Families, what is added to the weights of their norms, and whether the quotient is rounded."""
+
+
+def norm_of(family: str) -> nn.Module:
+    model = tiny_model(family).bfloat16()
+    norm = model.model.norm
+    with torch.no_grad():
+        norm.weight.add_(torch.randn_like(norm.weight) * 0.2)
+    return norm
+
+
+@pytest.mark.parametrize("family", NORMS)
+@torch.no_grad()
+def test_norms_are_recognized_by_what_they_do(family: str) -> None:
+    norm = norm_of(family)
+    assert norm_kind(norm)[1:] == NORMS[family]
+    norm.forward = lambda rows: 2 * type(norm).forward(norm, rows)
+    assert norm_kind(norm) is None
+
+
+@pytest.mark.parametrize("family", NORMS)
+@torch.no_grad()
+def test_few_rows_are_normalized_to_the_bits_of_the_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = norm_of(family)
+    columns = len(norm.weight)
+    inputs = [
+        10**exponent * torch.randn(shape).bfloat16()
+        for exponent in (-3, 0, 3)
+        for shape in ((columns,), (2, 3, columns))
+    ]
+    inputs.append(torch.zeros(1, columns).bfloat16())
+    inputs.append(torch.full((1, columns), torch.nan).bfloat16())
+    expected = [norm(rows) for rows in inputs]
+    assert mixin_for(norm) is FewRowsNorm
+    swap_class(norm, FewRowsNorm)
+    for rows, one in zip(inputs, expected, strict=True):
+        monkeypatch.setattr(type(norm).__bases__[1], "forward", refuse)
+        other = norm(rows)
+        # The squares are added up in another order, which is seldom seen in 8 bits.
+        assert one.shape == other.shape
+        assert ((one - other).abs() <= ROUNDING * one.abs()).logical_or(one.isnan() & other.isnan()).all()
+        assert (one != other).float().mean() < 0.05 or one.isnan().all()
+
+
+def test_many_rows_gradients_and_other_arguments_are_the_familys_own() -> None:
+    norm = norm_of("qwen3_moe")
+    columns = len(norm.weight)
+    many = torch.randn(MOST_NORMALIZED // columns + 1, columns).bfloat16()
+    expected = norm(many)
+    assert mixin_for(norm) is FewRowsNorm
+    swap_class(norm, FewRowsNorm)
+    assert torch.equal(norm(many), expected)
+    row = torch.randn(1, columns, dtype=torch.bfloat16, requires_grad=True)
+    norm(row).sum().backward()
+    assert row.grad is not None
+    assert norm.weight.grad is not None
+    with pytest.raises(TypeError):
+        norm(row, gate=row)
+    with torch.no_grad():
+        norm.float()
+        assert torch.equal(norm(row.float()), rms_norm(row.float(), norm.weight, norm._kind))
+    assert type(pickle.loads(pickle.dumps(norm))) is type(norm).__bases__[1]
+
+
 def adopted(model: nn.Module) -> set[str]:
-    return {path for path, module in model.named_modules() if isinstance(module, FewRowsLinear)}
+    return {path for path, module in model.named_modules() if isinstance(module, FewRows)}
 
 
 def test_a_patched_model_has_them_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynaexq.hf.model_patch.SMALLEST", 2**10)
+    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 2**10)
     model = tiny_model("qwen3_moe").bfloat16()
     kinds = {path: type(module) for path, module in model.named_modules()}
     patching.patch(model, "1GiB", tiers=("int8", "fp16"))
-    assert {"lm_head", "model.layers.0.self_attn.q_proj"} <= adopted(model)
+    assert {"lm_head", "model.norm", "model.layers.0.self_attn.q_proj"} <= adopted(model)
     assert not any(path.endswith("gate") for path in adopted(model)), "routers stay as they are"
     with torch.no_grad():
         before = tiny.logits(model)
-        monkeypatch.setattr(FewRowsLinear, "_is_plain", lambda *_: False)
+        monkeypatch.setattr(FewRows, "takes_native_way", lambda *_: False)
         assert_close("logits", tiny.logits(model), before, 0.05)
     dynaexq.unpatch(model)
     assert {path: type(module) for path, module in model.named_modules()} == kinds
 
 
 def test_exact_and_float32_models_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynaexq.hf.model_patch.SMALLEST", 2**10)
+    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 2**10)
     exact = tiny_model("qwen3_moe").bfloat16()
     patching.patch(exact, "1GiB", tiers=("fp16",))
     single = tiny_model("qwen3_moe")
     patching.patch(single, "1GiB", tiers=("int4",))
     assert not adopted(exact) | adopted(single)
-    assert few_rows.SMALLEST == 2**16

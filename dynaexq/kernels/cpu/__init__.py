@@ -10,10 +10,11 @@ from torch import Tensor
 from dynaexq.kernels import gradients, linear_layer
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import AVX512_BF16, instruction_set, load
-from dynaexq.kernels.cpu.native import DTYPES, NativeLayer, NativeLinear, NativeProduct
+from dynaexq.kernels.cpu.native import DTYPES, NativeLayer, NativeLinear, NativeNorm, NativeProduct
 from dynaexq.kernels.cpu.strips import NativeStrips
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import LinearLayer
+from dynaexq.kernels.row_norm import NormKind
 from dynaexq.quantization import ROW_BY_ROW, Arrangement
 
 MOST_ROWS, FEWER_ROWS = 16, 4
@@ -104,6 +105,13 @@ def dense_product(weight: Tensor) -> NativeProduct | None:
     if library is None:
         return None
     return NativeProduct(weight, library.forward, MOST_ROWS if instruction_set() is AVX512_BF16 else FEWER_ROWS)
+
+
+def row_norm(weight: Tensor, kind: NormKind) -> NativeNorm | None:
+    """The native norm of few rows of bfloat16; None where there is none for this weight."""
+    fits = weight.dtype == torch.bfloat16 and weight.is_contiguous() and NativeNorm.takes_columns(len(weight))
+    library = load(all_bfloat16=True) if fits else None
+    return library and NativeNorm(weight, kind, library.normalize)
 
 
 def _native_linear(layer: LinearLayer, dtype: torch.dtype) -> NativeLinear | None:

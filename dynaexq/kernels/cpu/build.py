@@ -41,10 +41,11 @@ Kernel = Callable[..., int]
 
 
 class Library(NamedTuple):
-    """What a compiled kernel offers: `dynaexq_forward` and `dynaexq_rearrange` of `src/moe.cpp`."""
+    """What a compiled kernel offers: the functions of `src/moe.cpp`, without their prefix."""
 
     forward: Kernel
     rearrange: Kernel
+    normalize: Kernel
 
 
 class InstructionSet(NamedTuple):
@@ -98,9 +99,10 @@ def load(all_bfloat16: bool) -> Library | None:
 def open_library(path: Path) -> Library:
     """The functions of a compiled library."""
     library = ctypes.CDLL(str(path))
-    forward, rearrange = library.dynaexq_forward, library.dynaexq_rearrange
-    forward.argtypes, rearrange.argtypes = (ctypes.c_void_p, ctypes.c_void_p), (ctypes.c_void_p,)
-    return Library(forward, rearrange)
+    functions = [getattr(library, f"dynaexq_{name}") for name in Library._fields]
+    for function in functions:
+        function.argtypes = (ctypes.c_void_p,) * (2 if function is functions[0] else 1)
+    return Library(*functions)
 
 
 def instruction_set() -> InstructionSet:

@@ -13,6 +13,7 @@ from dynaexq.kernels.cpu import threads
 from dynaexq.kernels.cpu.build import Kernel
 from dynaexq.kernels.cpu.team import team
 from dynaexq.kernels.expert_layer import ExpertLayer
+from dynaexq.kernels.row_norm import NormKind
 from dynaexq.quantization.codec import MATRICES
 from dynaexq.quantization.layout import BlockLayout, MatrixLayout
 from dynaexq.quantization.linear_codec import WEIGHT, LinearCodec
@@ -70,6 +71,13 @@ class _Call(ctypes.Structure):
         *("num_tokens", "top_k", "dtype", "stage", "num_threads", "parallel", "precision", "deep_precision"),
         *("counts", "unit", "largest", "took", "lost"),
     )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [
+        *_fields("rows", "weight", "output", "num_rows", "columns", "added", "rounded"),
+        ("epsilon", ctypes.c_double),
+    ]
 
 
 def precisions(activations: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -252,6 +260,31 @@ class NativeProduct:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return self._product(rows)
+
+
+class NativeNorm:
+    """A root mean square norm with a bfloat16 weight `[columns]`, behind the kernel; see `row_norm.RowNorm`."""
+
+    def __init__(self, weight: Tensor, kind: NormKind, kernel: Kernel):
+        self._address, self._columns, self._kernel = weight.data_ptr(), len(weight), kernel
+        self._rest = len(weight), kind.added, kind.rounded, kind.epsilon
+
+    @staticmethod
+    def takes_columns(columns: int) -> bool:
+        """Whether the kernel takes rows of so many columns."""
+        return columns % 16 == 0
+
+    def is_of(self, weight: Tensor) -> bool:
+        return weight.data_ptr() == self._address and weight.dtype == torch.bfloat16 and len(weight) == self._columns
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        output = torch.empty_like(rows)
+        num_rows = rows.numel() // self._columns
+        call = _Norm(rows.data_ptr(), self._address, output.data_ptr(), num_rows, *self._rest)
+        if self._kernel(ctypes.byref(call)):
+            raise MemoryError(f"the CPU kernel found no memory for rows of {self._columns:,} columns")
+        return output
 
 
 def _run(kernel: Kernel, layer: _Layer, call: _Call) -> None:

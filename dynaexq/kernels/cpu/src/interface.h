@@ -62,6 +62,13 @@ struct Call {
   int64_t took, lost;
 };
 
+// Rows [num_rows, columns] of bfloat16, each divided by its root mean square, times `weight + added`; the quotient is
+// rounded before that, or only the product. Columns are a multiple of 16.
+struct Norm {
+  int64_t rows, weight, output, num_rows, columns, added, rounded;
+  double epsilon;
+};
+
 // One plane of a matrix, int32 words [rows, padded * bits / 32], and whether it is to be laid in strips or taken out.
 struct Plane {
   int64_t words, rows, padded, block, bits, to_strips;

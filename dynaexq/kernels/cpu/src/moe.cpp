@@ -19,6 +19,7 @@
 #include "backward.h"
 #include "interface.h"
 #include "matmul.h"
+#include "norm.h"
 #include "rearrange.h"
 
 namespace dynaexq {
@@ -403,6 +404,16 @@ extern "C" int dynaexq_forward(const dynaexq::Layer* layer, dynaexq::Call* call)
 extern "C" int dynaexq_rearrange(const dynaexq::Plane* plane) {
   try {
     dynaexq::rearrange(*plane);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// 0, or 1 where memory ran out; nothing has been written then.
+extern "C" int dynaexq_normalize(const dynaexq::Norm* norm) {
+  try {
+    dynaexq::normalize(*norm);
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;

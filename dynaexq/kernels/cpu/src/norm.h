@@ -1,0 +1,33 @@
+// Root mean square norms of a few rows of bfloat16, rounded where Transformers' models round.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "interface.h"
+#include "numbers.h"
+
+namespace dynaexq {
+
+inline void normalize(const Norm& norm) {
+  constexpr int LANES = 16;
+  const int64_t columns = norm.columns;
+  std::vector<float> weight(columns), row(columns);
+  for (int64_t k = 0; k < columns; k++) weight[k] = from_bfloat16(((const uint16_t*)norm.weight)[k]) + norm.added;
+  for (int64_t n = 0; n < norm.num_rows; n++) {
+    const auto* from = (const uint16_t*)norm.rows + n * columns;
+    auto* to = (uint16_t*)norm.output + n * columns;
+    float squares[LANES] = {}, sum = 0;
+    for (int64_t k = 0; k < columns; k += LANES)
+      for (int i = 0; i < LANES; i++) row[k + i] = from_bfloat16(from[k + i]), squares[i] += row[k + i] * row[k + i];
+    for (float square : squares) sum += square;
+    const float factor = 1 / std::sqrt(sum / columns + float(norm.epsilon));
+    if (norm.rounded)
+      for (int64_t k = 0; k < columns; k++)
+        to[k] = to_bfloat16(from_bfloat16(to_bfloat16(row[k] * factor)) * weight[k]);
+    else
+      for (int64_t k = 0; k < columns; k++) to[k] = to_bfloat16(row[k] * factor * weight[k]);
+  }
+}
+
+}  // namespace dynaexq
