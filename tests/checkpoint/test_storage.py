@@ -413,6 +413,13 @@ def test_an_error_is_told_even_where_what_was_done_is_gone_already(tmp_path: Pat
         interrupted()
 
 
+def test_a_shard_without_tensors_ends_with_its_header(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors", {"kind": "none"})
+    found = Shard(tmp_path / "empty.safetensors")
+    assert (found.entries, found.metadata) == ({}, {"kind": "none"})
+    found.close()
+
+
 def test_files_that_exist_are_of_version_1() -> None:
     assert FORMAT_VERSION == 1, "a new version has to read the old ones"
 
