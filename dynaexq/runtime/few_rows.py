@@ -97,17 +97,19 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 
 
 def mixin_for(module: nn.Module) -> type[FewRows] | None:
-    """The mixin to take the place of `module`, where that pays; a norm gets its kind."""
+    """The mixin to take the place of `module`, where that pays; the module gets what the mixin needs."""
     weight = getattr(module, "weight", None)
-    if type(module) is nn.Linear and module.weight.numel() >= SMALLEST and dense_product(module.weight) is not None:
-        return FewRowsLinear
-    if not isinstance(weight, Tensor) or weight.device.type != "cpu":
+    native: DenseProduct | RowNorm | None = None
+    if type(module) is nn.Linear and module.weight.numel() >= SMALLEST:
+        native = dense_product(module.weight.detach())
+    elif isinstance(weight, Tensor) and weight.device.type == "cpu" and (kind := norm_kind(module)) is not None:
+        native = row_norm(weight.detach(), kind)
+        module._kind = kind  # type: ignore[assignment]
+    if native is None:
+        forgotten(module)
         return None
-    kind = norm_kind(module)
-    if kind is None or row_norm(weight, kind) is None:
-        return None
-    module._kind = kind  # type: ignore[assignment]
-    return FewRowsNorm
+    module._native = native  # type: ignore[assignment]
+    return FewRowsLinear if type(module) is nn.Linear else FewRowsNorm
 
 
 def forgotten(module: nn.Module) -> None:
