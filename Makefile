@@ -27,7 +27,7 @@ check: $(VENV)/installed format lint types test
 
 format: $(VENV)/installed
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror dynaexq/kernels/cpu/src/* tests/helpers/*.cpp
+	$(BIN)/clang-format --dry-run --Werror dynaexq/kernels/cpu/src/* tests/helpers/*.cpp benchmarks/layers/*.cpp
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -80,17 +80,15 @@ class FewRowsNorm(FewRows):
 @torch.no_grad()
 def norm_kind(module: nn.Module) -> NormKind | None:
     """The kind of a norm whose forward gives the very bits of `rms_norm`, found by trying; else None."""
-    weight, epsilon = (
-        getattr(module, "weight", None),
-        getattr(module, "variance_epsilon", getattr(module, "eps", None)),
-    )
+    weight = getattr(module, "weight", None)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or weight is None or weight.ndim != 1 or epsilon is None:
         return None
     rows = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     rows[1] *= 1e-3  # where epsilon counts
     try:
-        expected = module(rows)
-    except Exception:  # it wants more than rows
+        expected = module.forward(rows)
+    except Exception:  # it wants more than rows, or is on another device
         return None
     kinds = (NormKind(epsilon, added, rounded) for added, rounded in ((0, True), (0, False), (1, False)))
     return next((kind for kind in kinds if torch.equal(expected, rms_norm(rows, weight, kind))), None)
@@ -98,18 +96,18 @@ def norm_kind(module: nn.Module) -> NormKind | None:
 
 def mixin_for(module: nn.Module) -> type[FewRows] | None:
     """The mixin to take the place of `module`, where that pays; the module gets what the mixin needs."""
-    weight = getattr(module, "weight", None)
     native: DenseProduct | RowNorm | None = None
-    if type(module) is nn.Linear and module.weight.numel() >= SMALLEST:
-        native = dense_product(module.weight.detach())
-    elif isinstance(weight, Tensor) and weight.device.type == "cpu" and (kind := norm_kind(module)) is not None:
-        native = row_norm(weight.detach(), kind)
-        module._kind = kind  # type: ignore[assignment]
+    if type(module) is nn.Linear:
+        mixin: type[FewRows] = FewRowsLinear
+        native = dense_product(module.weight.detach()) if module.weight.numel() >= SMALLEST else None
+    elif (kind := norm_kind(module)) is not None:
+        mixin, module._kind = FewRowsNorm, kind  # type: ignore[assignment]
+        native = row_norm(module.weight.detach(), kind)  # type: ignore[operator]
     if native is None:
         forgotten(module)
         return None
     module._native = native  # type: ignore[assignment]
-    return FewRowsLinear if type(module) is nn.Linear else FewRowsNorm
+    return mixin
 
 
 def forgotten(module: nn.Module) -> None:
