@@ -1,6 +1,7 @@
 """A contestant of `cpu_layer.py`: a layer of experts as llama.cpp multiplies it. It knows nothing of dynaexq.
 
-Needs the source tree of llama.cpp with its static libraries in `build` (cmake -DBUILD_SHARED_LIBS=OFF).
+Needs the source tree of llama.cpp with its static libraries in `build`
+(cmake -B build -DBUILD_SHARED_LIBS=OFF -DCMAKE_POSITION_INDEPENDENT_CODE=ON).
 """
 
 import ctypes

@@ -49,7 +49,7 @@ def run(
     cards = _cards(gpu, hbm_budget, options.get("device"))
     if options.get("dense") == "auto":
         options = options | {"dense": _chosen_dense(spec, cards, room)}
-    asked = spec(options)
+    asked = spec({})
     estimates = [estimate_card(asked, card, room) for card in cards]
     if len(cards) == 1 and estimates[0].auto is None:
         trials = _trials(options, context, batch)

@@ -86,7 +86,9 @@ def quantize_checkpoint(
     layers = find_sparse_layers(model, on_meta=True)
     shards = open_checkpoint(source, model.config, variant)
     experts = CheckpointSource(model, layers, shards)
-    settings = _with_dense_chosen(model, layers, settings)
+    if settings.dense == "auto" and isinstance(settings.hbm_budget, str):
+        raise SettingsError('dense="auto" is chosen for a budget: give hbm_budget, or dense="int8", "int4" or None')
+    settings = with_dense_chosen(settings, model, layers, torch.device("cpu"))
     codec = _choose_codec(model, layers, settings)
     budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
     moments = moments_for(settings, layers)
@@ -140,14 +142,6 @@ def annotate_checkpoint(
             shutil.copyfile(source / of_variant(INDEX, variant), staging / INDEX)
         _copy_others(source, staging, config)
     return target
-
-
-def _with_dense_chosen(model: Any, layers: list[SparseLayer], settings: Settings) -> Settings:
-    if settings.dense == "auto" and isinstance(settings.hbm_budget, str):
-        raise SettingsError('dense="auto" is chosen for a budget: give hbm_budget, or dense="int8", "int4" or None')
-    return with_dense_chosen(
-        settings, lambda trial: plan(inspect_model(model, layers, trial), trial, torch.device("cpu"))
-    )
 
 
 def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> ExpertCodec:

@@ -89,9 +89,7 @@ def patch(
     target = resolve_device(settings)
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
     held = held_bytes(model, target)
-    settings = with_dense_chosen(
-        settings, lambda trial: make_plan(inspect_model(model, layers, trial), trial, target, held)
-    )
+    settings = with_dense_chosen(settings, model, layers, target, held=held)
     moments = moments_for(settings, layers)
     twins = quantized_linears(model, layers, settings, target, moments) if settings.dense else {}
     plan = make_plan(inspect_model(model, layers, settings), settings, target, held)

@@ -5,7 +5,7 @@ weight is read and no codec is made.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -111,17 +111,28 @@ def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 
     return plan_within(spec, available, device.type == "cpu" and spec.waits_in_ram(settings.host_copy))
 
 
-def with_dense_chosen(settings: Settings, planned: Callable[[Settings], MemoryPlan]) -> Settings:
+def with_dense_chosen(
+    settings: Settings,
+    model: Any,
+    layers: Sequence[SparseLayer],
+    device: torch.device,
+    *,
+    held: int = 0,
+    stored: Tiers | None = None,
+) -> Settings:
     """`settings`, with a format in the place of `dense="auto"`: that with the least predicted loss, which is logged.
 
-    Args:
-        planned: how the budget would be spent under other settings.
+    Arguments are those of `inspect_model` and `plan`.
 
     Raises:
         BudgetError: nothing fits, however dense layers are packed.
     """
     if settings.dense != "auto":
         return settings
+
+    def planned(trial: Settings) -> MemoryPlan:
+        return plan(inspect_model(model, layers, trial, stored=stored), trial, device, held)
+
     trials: dict[str | None, Settings] = {dense: replace(settings, dense=dense) for dense in DENSE_LOSS}
     plans = {}
     for dense, trial in trials.items():

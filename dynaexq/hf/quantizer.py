@@ -19,11 +19,9 @@ from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.distributed import check_distribution
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.hf.model_patch import RECORD
-from dynaexq.hf.planning import inspect_model, plan, resolve_device, with_dense_chosen
+from dynaexq.hf.planning import resolve_device, with_dense_chosen
 from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.experts import saved_apart
-from dynaexq.settings import Settings
-from dynaexq.types import MemoryPlan
 
 
 class DynaExqQuantizer(HfQuantizer):
@@ -106,12 +104,8 @@ class DynaExqQuantizer(HfQuantizer):
                 f'dense="auto" is chosen for one device, and device_map names {len(devices)}; give dense="int8", '
                 '"int4" or None'
             )
-        device, stored = resolve_device(self.settings), self.quantization_config.stored_tiers()
-
-        def planned(settings: Settings) -> MemoryPlan:
-            return plan(inspect_model(model, layers, settings, stored=stored), settings, device)
-
-        self.settings = with_dense_chosen(self.settings, planned)
+        stored = self.quantization_config.stored_tiers()
+        self.settings = with_dense_chosen(self.settings, model, layers, resolve_device(self.settings), stored=stored)
         self._wrap_dense(layers[0].dtype)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:

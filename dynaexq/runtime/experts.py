@@ -75,11 +75,9 @@ class MixedPrecisionExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         arguments = hidden_states, top_k_index, top_k_weights
-        if operators_are_seen(hidden_states):
-            return experts_operator(*arguments, self._handle)
         if in_function_transform():
             return self._transparent(*arguments)
-        if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
+        if must_be_operators(hidden_states, top_k_weights):
             return experts_operator(*arguments, self._handle)
         return self.compute(*arguments)  # an operator takes as long as a small layer
 
@@ -211,16 +209,18 @@ class MixedPrecisionExperts(nn.Module):
         )
 
 
-def operators_are_seen(tensor: Tensor) -> bool:
-    """Whether each operator on `tensor` is looked at, to compile, trace, count or fake it: then all must be one."""
+def must_be_operators(tensor: Tensor, other: Tensor) -> bool:
+    """Whether PyTorch must see each operator on these: to compile, trace, count or fake it, or to record it."""
     if torch.compiler.is_compiling():
         return True
-    return type(tensor) is not Tensor or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    if type(tensor) is not Tensor or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch.is_grad_enabled() and (tensor.requires_grad or other.requires_grad)
 
 
 def in_function_transform() -> bool:
     """Whether `torch.func` is at work here (grad, vjp, jacrev, ...), which cannot look into an opaque operator."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def in_backward() -> bool:

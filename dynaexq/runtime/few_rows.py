@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaexq.kernels import DenseProduct, NormKind, RowNorm, dense_product, rms_norm, row_norm
-from dynaexq.runtime.experts import in_function_transform, operators_are_seen
+from dynaexq.runtime.experts import in_function_transform, must_be_operators
 
 SMALLEST = 2**16
 """Weights of a dense layer below which calling the kernel takes as long as it saves."""
@@ -29,11 +29,20 @@ class FewRows(nn.Module):
     _native: Any = None
 
     def takes_native_way(self, input: Tensor) -> bool:
-        """Whether the operators on `input` are not looked at one by one, and it fits the weight."""
-        if operators_are_seen(input) or in_function_transform():
+        """Whether PyTorch need not see the operators on `input`, and it fits the weight."""
+        if must_be_operators(input, self.weight) or in_function_transform():
             return False
-        recorded = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        return not recorded and input.dtype == self.weight.dtype and input.shape[-1] == self.weight.shape[-1]
+        return input.dtype == self.weight.dtype and input.shape[-1] == self.weight.shape[-1]
+
+    def current(self) -> Any:
+        """What is native, of the weight where and as it is now: others may cast or move it; None where nothing is."""
+        if self._native is None or not self._native.is_of(self.weight):
+            self._native = self.made()
+        return self._native
+
+    def made(self) -> Any:
+        """What is native, made anew."""
+        raise NotImplementedError
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in OWN}
@@ -48,17 +57,14 @@ class FewRowsLinear(FewRows):
     def forward(self, input: Tensor) -> Tensor:
         if not self.takes_native_way(input):
             return super().forward(input)
-        product, rows = self._current_product(), input.reshape(-1, input.shape[-1])
+        product, rows = self.current(), input.reshape(-1, input.shape[-1])
         if product is None or len(rows) > product.most_rows:
             return super().forward(input)
         output = product(rows.contiguous()).view(*input.shape[:-1], len(self.weight))
         return output if self.bias is None else output.add_(self.bias)
 
-    def _current_product(self) -> DenseProduct | None:
-        """The product with the weight where and as it is now: others may cast or move it."""
-        if self._native is None or not self._native.is_of(self.weight):
-            self._native = dense_product(self.weight.detach())
-        return self._native
+    def made(self) -> DenseProduct | None:
+        return dense_product(self.weight.detach())
 
 
 class FewRowsNorm(FewRows):
@@ -68,13 +74,11 @@ class FewRowsNorm(FewRows):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         alone = not args and not kwargs and hidden_states.numel() <= MOST_NORMALIZED
-        norm = self._current_norm() if alone and self.takes_native_way(hidden_states) else None
+        norm = self.current() if alone and self.takes_native_way(hidden_states) else None
         return super().forward(hidden_states, *args, **kwargs) if norm is None else norm(hidden_states)
 
-    def _current_norm(self) -> RowNorm | None:
-        if self._native is None or not self._native.is_of(self.weight):
-            self._native = row_norm(self.weight.detach(), self._kind)
-        return self._native
+    def made(self) -> RowNorm | None:
+        return row_norm(self.weight.detach(), self._kind)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from dynaexq.errors import PatchError
 from dynaexq.kernels import LinearLayer, arrangement_on, linear, linear_gradient, linear_operator, register_matrix
 from dynaexq.quantization import ROW_BY_ROW, Arrangement, LinearCodec
-from dynaexq.runtime.experts import in_function_transform, operators_are_seen
+from dynaexq.runtime.experts import in_function_transform, must_be_operators
 from dynaexq.runtime.state_guard import PackedWeight
 
 _ARRANGING = threading.Lock()
@@ -48,12 +48,10 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
-        if torch.compiler.is_compiling():
-            output = linear_operator(rows, self._handle)
-        elif in_function_transform():  # which cannot look into an opaque operator
+        if in_function_transform():  # which cannot look into an opaque operator
             layer = self._current_layer()
             output = F.linear(rows, layer.codec.decode(layer.block, rows.dtype))
-        elif operators_are_seen(rows) or (rows.requires_grad and torch.is_grad_enabled()):
+        elif must_be_operators(rows, rows):
             output = linear_operator(rows, self._handle)
         else:
             output = self.compute(rows)

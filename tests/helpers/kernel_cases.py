@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,15 @@ SHAPES = {
     "transposed, bias": ExpertShape(64, 32, 64, has_bias=True, transposed=True),
     "transposed, padded": ExpertShape(80, 48, 96, has_bias=False, transposed=True),
     "padded": ExpertShape(72, 40, 80, has_bias=False, transposed=False),
+}
+
+# Columns of the two matrices: blocks of 256, 128 and 64, padding; rows that no tile, panel or vector divides.
+UGLY = {
+    "256 and 128": ExpertShape(256, 128, 256, has_bias=False, transposed=False),
+    "128 and 320, bias": ExpertShape(128, 320, 640, has_bias=True, transposed=False),
+    "704 and 72": ExpertShape(704, 72, 144, has_bias=False, transposed=False),
+    "200 and 90, transposed, bias": ExpertShape(200, 90, 180, has_bias=True, transposed=True),
+    "no gate, 80 and 130": ExpertShape(80, 130, 130, has_bias=True, transposed=False),
 }
 
 # RMS of the error over RMS of the result. The fast path rounds weights, rows and sums to the dtype of the rows: in 16
@@ -90,6 +100,12 @@ def case(
         ExpertLayer(codec, encoded.base, activation, post_norm, activation_name, activations),
         published(codec, encoded.upgrade),
     )
+
+
+def fused(tiers: tuple[str, ...], dtype: torch.dtype, shape: ExpertShape, num_tokens: int, **options: Any) -> Case:
+    """Three choices per token, and an activation that has a name."""
+    name = "silu" if shape.up_rows == 2 * shape.intermediate_size else "relu2"
+    return case(tiers, dtype, shape, distinct_choices(num_tokens, 3), activation_name=name, **options)
 
 
 case_by_rows = partial(case, arrangement=ROW_BY_ROW)

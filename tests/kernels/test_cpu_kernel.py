@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from kernel_cases import EXPERTS, GATED, TOLERANCE, Case, case, distinct_choices
+from kernel_cases import EXPERTS, GATED, TOLERANCE, UGLY, Case, case, distinct_choices, fused
 from numerics import assert_close
 from torch.nn import functional as F
 
@@ -31,15 +31,6 @@ CODED = [*(tiers for tiers in TIER_CHOICES if tiers != ("fp16",)), ("int2", "fp1
 HELPERS = Path(__file__).parent.parent / "helpers"
 AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
 
-# Columns of the two matrices: blocks of 256, 128 and 64, padding; rows that no tile, panel or vector divides.
-UGLY = {
-    "256 and 128": ExpertShape(256, 128, 256, has_bias=False, transposed=False),
-    "128 and 320, bias": ExpertShape(128, 320, 640, has_bias=True, transposed=False),
-    "704 and 72": ExpertShape(704, 72, 144, has_bias=False, transposed=False),
-    "200 and 90, transposed, bias": ExpertShape(200, 90, 180, has_bias=True, transposed=True),
-    "no gate, 80 and 130": ExpertShape(80, 130, 130, has_bias=True, transposed=False),
-}
-
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs AVX2 on Linux")
 
 
@@ -49,11 +40,6 @@ def _needs_a_compiler() -> None:
         build.find_compiler()
     except build.Unavailable as missing:
         pytest.skip(str(missing))
-
-
-def fused(tiers: tuple[str, ...], dtype: torch.dtype, shape: ExpertShape, num_tokens: int, **options) -> Case:
-    name = "silu" if shape.up_rows == 2 * shape.intermediate_size else "relu2"
-    return case(tiers, dtype, shape, distinct_choices(num_tokens, 3), activation_name=name, **options)
 
 
 def check(name: str, got: Case, kernel: build.Kernel | None = None) -> None:

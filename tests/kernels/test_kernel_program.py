@@ -1,12 +1,14 @@
 """The native kernel in a program of its own: under sanitizers, and for Arm under an emulator."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
-from kernel_cases import TOLERANCE, case, distinct_choices
+from kernel_cases import TOLERANCE, UGLY, case, fused
 from kernel_program import KernelProgram, compile_driver
 from numerics import assert_close
 from torch import Tensor
@@ -16,27 +18,27 @@ from dynaexq.kernels import reference
 from dynaexq.kernels.cpu import build, native
 from dynaexq.kernels.gradients import expert_gradients
 from dynaexq.quantization import IN_STRIPS, LinearCodec
-from dynaexq.types import ExpertShape
 
 SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 TIERS = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16")]
-SHAPES = {
-    "bias": ExpertShape(128, 320, 640, has_bias=True, transposed=False),
-    "padded": ExpertShape(704, 72, 144, has_bias=False, transposed=False),
-    "transposed": ExpertShape(200, 90, 180, has_bias=True, transposed=True),
-    "no gate": ExpertShape(80, 130, 130, has_bias=True, transposed=False),
-}
 
 
-def sanitized(directory: Path) -> list[str | Path]:
+class Program(NamedTuple):
+    """What starts it, and whether it takes bfloat16 alone."""
+
+    command: list[str | Path]
+    all_bfloat16: bool = False
+
+
+def sanitized(directory: Path, all_bfloat16: bool) -> Program:
     """Any byte that is read or written out of place ends it."""
     targets = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
-    if not targets:
-        pytest.skip("no instruction set of this CPU is served")
+    if not targets or (all_bfloat16 and targets[0] is not build.AVX512_BF16):
+        pytest.skip("no instruction set of this CPU is served, or none that multiplies pairs of bfloat16")
+    flags = [flag for flag in targets[0].flags if all_bfloat16 or not flag.startswith("-D")]
     try:
-        flags = [flag for flag in targets[0].flags if not flag.startswith("-D")]  # which takes bfloat16 only
-        return [compile_driver(directory, build.find_compiler(), [*flags, *SANITIZED])]
+        return Program([compile_driver(directory, build.find_compiler(), [*flags, *SANITIZED])], all_bfloat16)
     except build.Unavailable as missing:
         pytest.skip(str(missing))
     except RuntimeError as error:
@@ -45,21 +47,22 @@ def sanitized(directory: Path) -> list[str | Path]:
         pytest.skip("the compiler comes without its sanitizers")
 
 
-def emulated(target: build.InstructionSet, directory: Path) -> list[str | Path]:
+def emulated(directory: Path, target: build.InstructionSet) -> Program:
     if not shutil.which(CROSS_COMPILER) or not shutil.which(EMULATOR):
         pytest.skip(f"needs {CROSS_COMPILER} and {EMULATOR}")
-    return [EMULATOR, compile_driver(directory, (CROSS_COMPILER,), [*target.flags, "-O3", "-static"])]
+    return Program([EMULATOR, compile_driver(directory, (CROSS_COMPILER,), [*target.flags, "-O3", "-static"])])
 
 
 PROGRAMS = {
-    "sanitizers": sanitized,
-    build.NEON.name: lambda directory: emulated(build.NEON, directory),
-    build.NEON_I8MM.name: lambda directory: emulated(build.NEON_I8MM, directory),
+    "sanitizers": partial(sanitized, all_bfloat16=False),
+    "sanitizers, pairs of bfloat16": partial(sanitized, all_bfloat16=True),
+    build.NEON.name: partial(emulated, target=build.NEON),
+    build.NEON_I8MM.name: partial(emulated, target=build.NEON_I8MM),
 }
 
 
 @pytest.fixture(scope="module", params=PROGRAMS)
-def command(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
     return PROGRAMS[request.param](tmp_path_factory.mktemp("program"))
 
 
@@ -69,16 +72,11 @@ def _three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tiers", TIERS, ids="+".join)
-def test_a_layer_follows_the_reference(command, tmp_path, tiers):
-    for name, shape in SHAPES.items():
+def test_a_layer_follows_the_reference(program, tmp_path, tiers):
+    for name, shape in UGLY.items():
         for num_tokens, activations in ((1, "int16"), (40, "int16"), (1, "int8"), (40, "int8")):
-            activation = "silu" if shape.up_rows == 2 * shape.intermediate_size else "relu2"
-            got = case(
-                *(tiers, torch.bfloat16, shape, distinct_choices(num_tokens, 3)),
-                activation_name=activation,
-                activations=activations,
-            )
-            kernel = KernelProgram(command, tmp_path, got.upgrades)
+            got = fused(tiers, torch.bfloat16, shape, num_tokens, activations=activations)
+            kernel = KernelProgram(program.command, tmp_path, got.upgrades)
             run = native.NativeLayer(got.layer, torch.bfloat16, kernel)
             output = run(got.hidden_states, got.top_k_index, got.top_k_weights, got.upgrades.entries)
             tolerance = TOLERANCE[torch.bfloat16] * (2 if activations == "int8" else 1)
@@ -87,9 +85,11 @@ def test_a_layer_follows_the_reference(command, tmp_path, tiers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tiers", TIERS, ids="+".join)
-def test_so_do_other_dtypes_and_gradients(command, tmp_path, tiers, dtype):
-    got = case(tiers, dtype, SHAPES["transposed"], activation_name="silu")
-    run = native.NativeLayer(got.layer, dtype, KernelProgram(command, tmp_path, got.upgrades))
+def test_so_do_other_dtypes_and_gradients(program, tmp_path, tiers, dtype):
+    if program.all_bfloat16:
+        pytest.skip("it takes bfloat16 alone")
+    got = case(tiers, dtype, UGLY["200 and 90, transposed, bias"], activation_name="silu")
+    run = native.NativeLayer(got.layer, dtype, KernelProgram(program.command, tmp_path, got.upgrades))
     arguments = got.hidden_states, got.top_k_index, got.top_k_weights
     output = run(*arguments, got.upgrades.entries)
     assert_close(f"{tiers} {dtype}", got.run(reference.expert_mlp), output, TOLERANCE[dtype])
@@ -101,12 +101,14 @@ def test_so_do_other_dtypes_and_gradients(command, tmp_path, tiers, dtype):
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", None])
-def test_and_dense_matrices(command, tmp_path, name):
+def test_and_dense_matrices(program, tmp_path, name):
     weight, rows = torch.randn(150, 200).bfloat16(), torch.randn(5, 200).bfloat16()
     codec, block = None, weight
     if name is not None:
         codec = LinearCodec(*weight.shape, torch.bfloat16, name, arrangement=IN_STRIPS)
         block, _ = codec.encode(weight)
         weight = codec.decode(block, torch.bfloat16)
-    run = native.NativeLinear(codec, block, torch.bfloat16, KernelProgram(command, tmp_path), activations="int16")
+    run = native.NativeLinear(
+        codec, block, torch.bfloat16, KernelProgram(program.command, tmp_path), activations="int16"
+    )
     assert_close(str(name), F.linear(rows, weight), run(rows), TOLERANCE[torch.bfloat16])

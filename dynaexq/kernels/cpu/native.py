@@ -241,13 +241,13 @@ class NativeLinear:
         _run(self._kernel, self._description, call)
 
 
-class NativeProduct:
+class NativeProduct(NativeLinear):
     """A bfloat16 matrix `[rows, columns]` as PyTorch holds it, behind the kernel; see `linear_layer.DenseProduct`."""
 
     def __init__(self, weight: Tensor, kernel: Kernel, most_rows: int):
+        super().__init__(None, weight, weight.dtype, kernel)
         self.most_rows = most_rows
         self._address, self._shape = weight.data_ptr(), weight.shape
-        self._product = NativeLinear(None, weight, weight.dtype, kernel)
 
     @staticmethod
     def takes_columns(columns: int) -> bool:
@@ -257,9 +257,6 @@ class NativeProduct:
     def is_of(self, weight: Tensor) -> bool:
         same = weight.data_ptr() == self._address and weight.shape == self._shape
         return same and weight.dtype == torch.bfloat16 and weight.is_contiguous()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return self._product(rows)
 
 
 class NativeNorm:

@@ -192,12 +192,6 @@ void multiply_coded_tile(const MatrixView& matrix, int64_t first, int64_t count,
   }
 }
 
-// Bring NBYTES into the second cache.
-template <int NBYTES>
-inline void fetch(const void* from) {
-  for (int line = 0; line < NBYTES; line += 64) __builtin_prefetch((const char*)from + line, 0, 2);
-}
-
 // Row `row` of a matrix that was never coded, to `to [padded]`.
 inline void copy_dense_row(const MatrixView& matrix, int64_t row, Element* to) {
   const Matrix& layout = *matrix.layout;
@@ -221,7 +215,7 @@ void multiply_panel(const Weight* panel, int64_t count, int64_t padded, const El
       A::Operand weight[4];
       for (int i = 0; i < 4; i++) {
         weight[i] = A::operand(weights[i] + k);
-        if (ROWS == 1) fetch<64>(weights[i] + k + 4 * padded);
+        if (ROWS == 1) __builtin_prefetch(weights[i] + k + 4 * padded, 0, 2);
       }
       for (int m = 0; m < ROWS; m++) {
         A::Operand row = A::operand(rows[m] + k);

@@ -387,35 +387,28 @@ class Forward {
   const Element* elements = nullptr;
 };
 
+// 0, or 1 where memory ran out; nothing has been written then.
+template <typename Work>
+int status_of(Work work) {
+  try {
+    work();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 }  // namespace
 }  // namespace dynaexq
 
-// 0, or 1 where memory ran out; nothing has been written then.
 extern "C" int dynaexq_forward(const dynaexq::Layer* layer, dynaexq::Call* call) {
-  try {
-    dynaexq::Forward(*layer, *call).run();
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  return dynaexq::status_of([&] { dynaexq::Forward(*layer, *call).run(); });
 }
 
-// 0, or 1 where memory ran out; nothing has been written then.
 extern "C" int dynaexq_rearrange(const dynaexq::Plane* plane) {
-  try {
-    dynaexq::rearrange(*plane);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  return dynaexq::status_of([&] { dynaexq::rearrange(*plane); });
 }
 
-// 0, or 1 where memory ran out; nothing has been written then.
 extern "C" int dynaexq_normalize(const dynaexq::Norm* norm) {
-  try {
-    dynaexq::normalize(*norm);
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
+  return dynaexq::status_of([&] { dynaexq::normalize(*norm); });
 }
