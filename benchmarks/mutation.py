@@ -39,7 +39,17 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("policy", "memory", "runtime", "checkpoint")
 CPP = "kernels/cpu/src"
-COPIED = ("dynaexq", "tests", "examples", "benchmarks", "docs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+COPIED = (
+    ".ci",
+    "dynaexq",
+    "tests",
+    "examples",
+    "benchmarks",
+    "docs",
+    "pyproject.toml",
+    "README.md",
+    "CONTRIBUTING.md",
+)
 OTHER_CPUS = ("avx2.h", "neon.h")
 CPP_TESTS = (
     *(f"tests/kernels/test_{name}.py" for name in ("cpu_kernel", "team", "kernels", "linear")),

@@ -97,6 +97,18 @@ def test_a_disk_store_keeps_more_than_one_system_call_can_write(monkeypatch: pyt
     store.close()
 
 
+def test_a_disk_that_cannot_be_written_to_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DiskStore(COUNT, NBYTES)
+
+    def fail(*arguments: object) -> int:
+        raise OSError("by the test")
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(StoreError, match="cannot write the upgrade of expert 1: by the test"):
+        store.write(1, random_bytes(1, NBYTES))
+    store.close()
+
+
 def test_a_disk_that_takes_only_a_part_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
     store = DiskStore(COUNT, NBYTES)
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: NBYTES - 1)

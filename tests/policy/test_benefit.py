@@ -85,6 +85,11 @@ def test_an_average_is_the_weighted_mean_and_its_doubt_that_of_the_windows_or_of
     assert average.doubt == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
+def test_doubt_is_two_standard_errors_of_the_windows_or_four_of_chance():
+    assert Average().add(1.0, 0.0, variance=9.0).doubt == pytest.approx(4 * 3.0)
+    assert Average().add(1.0, 0.0).add(0.0, 0.5).doubt == pytest.approx(2 * 0.5 * 0.5**0.5)
+
+
 def test_an_empty_average_claims_nothing():
     assert (Average().mean, Average().doubt) == (0.0, 0.0)
 

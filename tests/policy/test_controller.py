@@ -102,6 +102,23 @@ def test_where_copies_fail_no_expert_loses_its_upgrade_to_another():
     assert any(control.step(window, held) for window in windows), "else this test shows nothing"
 
 
+def test_every_step_is_a_tick_for_what_waits_to_be_tried_again():
+    control, held = loop(OPTIONS[0], 0), pipeline(2)
+    for mass, tokens, steps in routed(1, 3):
+        control.step(Window(mass, tokens, steps, 2, held.upgraded), held)
+    assert held.retries.now == 3
+
+
+def test_a_free_slot_goes_to_no_expert_that_is_barred_however_hot():
+    control, held = loop(OPTIONS[0], 0), pipeline(LAYERS * EXPERTS)
+    held.retries.failed((1, 2), OSError("by the test"))
+    held.retries.arrived((0, 0))  # the store is well, this one expert is not
+    assert held.barred[1, 2]
+    moves = control.controller.fill(np.ones(SHAPE), held)
+    assert len(moves) == LAYERS * EXPERTS - 1
+    assert (1, 2) not in {(move.layer, move.expert) for move in moves}
+
+
 def test_the_coverage_of_a_window_without_mass_is_none():
     empty = Window(np.zeros(SHAPE), np.zeros(LAYERS, dtype=int), 0, 1, np.ones(SHAPE, dtype=bool))
     assert empty.coverage == 0.0
