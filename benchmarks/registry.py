@@ -62,6 +62,12 @@ BENCHMARKS = (
     ),
     Benchmark("layers/encode", "layers/encode_speed.py", "weights quantized per second", "encode_speed.json"),
     Benchmark(
+        "layers/calibrated",
+        "layers/calibrated_layer.py",
+        "time and memory of calibrated quantizing at the 30B's shape",
+        "calibrated_layer.json",
+    ),
+    Benchmark(
         "models/whole",
         "models/whole_model.py",
         "a model of the 30B's layers beside llama.cpp: decoding, prefill, parts of a token",

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from dynaexq.hf.config import DynaExqConfig
     from dynaexq.hf.patcher import patch, unpatch
     from dynaexq.policy.benefit import Verdict
-    from dynaexq.quantization.moments import Moments
     from dynaexq.runtime.health import Health
     from dynaexq.runtime.moe import DynaExqMoE
     from dynaexq.runtime.report import Report
@@ -55,7 +54,6 @@ __all__ = [
     "HotnessError",
     "InputError",
     "MemoryPlan",
-    "Moments",
     "PatchError",
     "QuantizationError",
     "Recording",
@@ -80,7 +78,6 @@ _HOME = {
     "DynaExqMoE": "dynaexq.runtime.moe",
     "Health": "dynaexq.runtime.health",
     "MemoryPlan": "dynaexq.types",
-    "Moments": "dynaexq.quantization.moments",
     "Recording": "dynaexq.traces.recorder",
     "Report": "dynaexq.runtime.report",
     "Runtime": "dynaexq.runtime.runtime",

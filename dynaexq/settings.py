@@ -107,6 +107,7 @@ class Options:
         copy_rate_limit: bytes per second copied to the device (`"500MB"` or an int), or a share in (0, 1] of the
             measured link (a float); None copies at most 64 MiB per tick.
         group_size: weights that share one scale: 32, 64 or 128.
+        scale_bits: 8, or 16 as earlier versions had it: of the scale of a group, and of its zero point.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).
         max_context, max_batch: the tokens and sequences that `hbm_budget="auto"` leaves room for.
 
@@ -135,6 +136,7 @@ class Options:
     tau_c: float | None = None
     copy_rate_limit: int | float | str | None = None
     group_size: int = 64
+    scale_bits: int = 8
     quantizer: str = "als"
     max_context: int = 4096
     max_batch: int = 1
@@ -160,6 +162,7 @@ class Settings(Options):
         _one_of("activations", self.activations, ("auto", "int8", "int16"))
         _one_of("host_copy", self.host_copy, ("auto", "ram", "pinned", "disk"))
         _one_of("group_size", self.group_size, (32, 64, 128))
+        _one_of("scale_bits", self.scale_bits, (8, 16))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
         if self.dense is not None:
             _one_of("dense", self.dense, ("auto", "int8", "int4", "bnb-8bit", "bnb-4bit"))

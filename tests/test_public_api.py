@@ -8,7 +8,7 @@ import dynaexq
 
 PUBLIC = {
     "BudgetError", "CheckpointError", "ClosedError", "DynaExqConfig", "DynaExqError", "DynaExqMoE", "Health",
-    "HotnessError", "InputError", "MemoryPlan", "Moments", "PatchError", "QuantizationError", "Recording",
+    "HotnessError", "InputError", "MemoryPlan", "PatchError", "QuantizationError", "Recording",
     "ReentryError", "Report", "Runtime", "Settings", "SettingsError", "StoreError", "TraceError", "UnpatchError",
     "UnsupportedModelError", "Verdict", "__version__", "calibrate", "patch", "unpatch",
 }  # fmt: skip

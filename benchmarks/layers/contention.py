@@ -48,6 +48,8 @@ def make_layer() -> ExpertLayer:
     """A layer of int4 experts of random bytes."""
     codec = ExpertCodec(SHAPE, torch.bfloat16, ("int4",), arrangement=IN_STRIPS)
     base = torch.randint(0, 255, (EXPERTS, codec.base.nbytes), dtype=torch.uint8)
+    for name in codec.matrices:
+        codec.base_layout.view(base)[f"{name}.unit"].fill_(1)
     gate = lambda rows: torch.nn.functional.silu(rows.chunk(2, -1)[0]) * rows.chunk(2, -1)[1]  # noqa: E731
     return ExpertLayer(codec, base, gate, activation_name="silu")
 

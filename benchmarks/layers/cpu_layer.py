@@ -79,13 +79,11 @@ MODELS = (Model("Qwen3-30B-A3B", 128, 128, 8, 2048, 768), Model("Qwen3-Next-80B-
 class Packed:
     """Random experts in one pair, on slabs like those of a patched model."""
 
-    def __init__(self, model: Model, tiers: tuple[str, ...]):
+    def __init__(self, model: Model, tiers: tuple[str, ...], scale_bits: int = 8):
         gated = ExpertShape(model.hidden_size, model.intermediate_size, 2 * model.intermediate_size, False, False)
-        self.codec = codec = ExpertCodec(gated, torch.bfloat16, tiers, arrangement=IN_STRIPS)
+        self.codec = codec = ExpertCodec(gated, torch.bfloat16, tiers, scale_bits=scale_bits, arrangement=IN_STRIPS)
         base = self._random(model.experts_here, codec.base.nbytes)
-        for name, part in codec.base_layout.view(base).items():
-            if name.endswith(".meta"):
-                part.copy_(torch.tensor([0.005, -0.04]))
+        self._give_scales(codec, codec.base_layout.view(base))
         entries = torch.zeros(model.experts_here, dtype=torch.int64)
         self.upgrades = torch.empty(0)
         if codec.upgrade:
@@ -118,6 +116,19 @@ class Packed:
         error = float((output - expected).norm() / expected.norm())
         if error > 1.5 * 2**-7:
             raise AssertionError(f"{self.codec.tiers} differs from the reference by {error:.3g}; nothing is timed")
+
+    @staticmethod
+    def _give_scales(codec: ExpertCodec, parts: dict[str, Tensor]) -> None:
+        """The same to all groups: a scale of 0.005, and zero in the middle."""
+        form = codec.form.of_weights(torch.tensor([-0.04, 0.04]).expand(1, 1, 2))
+        grid = form.rounded(torch.full((1, 1), 0.005), torch.zeros(1, 1), 8.0)
+        numbers = form.pack(grid)[0, 0]
+        for name in codec.matrices if codec.planes else ():
+            meta = parts[f"{name}.meta"]
+            groups = meta.shape[1] * meta.shape[3]
+            alike = numbers.expand(len(meta), groups, meta.shape[2], 2)
+            codec.arrangement.write_meta(meta, slice(None), alike)
+            form.write_unit(parts, name)
 
     def _random(self, count: int, nbytes: int) -> Tensor:
         block = allocate_bytes(count * nbytes, torch.device("cpu"))
@@ -249,6 +260,7 @@ def main(
     for model in MODELS:
         original = Original(model)
         packed = {"+".join(tiers): Packed(model, tiers) for tiers in TIER_CHOICES}
+        packed |= {f"{tier}, 16-bit scales": Packed(model, (tier,), scale_bits=16) for tier in ("int2", "int4")}
         for layer in packed.values():
             layer.check(routing_of(model, 3))
         others = {kind: LlamaExperts(library, kind, model) for kind in LLAMA_TYPES} if library else {}

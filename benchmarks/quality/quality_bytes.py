@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import dynaexq
 from dynaexq.hf.discovery import find_sparse_layers
+from dynaexq.quantization.grid_format import ByteGrids
 from dynaexq.quantization.layout import MatrixLayout
 from dynaexq.quantization.quantize import dequantize_at, quantize
 
@@ -34,10 +35,9 @@ def emulated_int3(stream: Stream, group_size: int) -> Assignment:
     for layer in find_sparse_layers(model):
         for matrix in (layer.weights().up.data, layer.weights().down.data):
             group = MatrixLayout.of(*matrix.shape[1:], group_size).group_size
-            for expert in matrix:
-                code = quantize(expert, group, fit_bits=3, unshrink=True)
-                expert.copy_(dequantize_at(code, 3))
-            bits += matrix.numel() * (3 + 32 / group)
+            code = quantize(matrix, group, fit_bits=3, unshrink=True, form=ByteGrids.of_weights(matrix))
+            matrix.copy_(dequantize_at(code, 3))
+            bits += matrix.numel() * (3 + 16 / group)
             weights += matrix.numel()
     kl = stream.kl(model)
     return Assignment(f"int3 g{group_size} (emulated)", bits / weights, kl)

@@ -11,6 +11,7 @@ HQQ is half-quadratic splitting (Badri and Shaji, 2023), 20 rounds, p = 0.7.
 """
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import kl_divergence
-from dynaexq.hf.calibration import gather_moments, generated_windows
+from dynaexq.hf.calibration import calibrate, calibration_for, generated_windows
 from dynaexq.hf.discovery import find_sparse_layers
-from dynaexq.quantization import ExpertCodec, ExpertWeights, Moments
+from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.settings import Settings
+from dynaexq.weights.calibration import Calibration
 
 WINDOW = 128
 BATCH = 8
@@ -127,20 +130,19 @@ class Study:
         self.originals = [(w.up.detach().clone(), w.down.detach().clone()) for w in self._weights()]
         self.windows = {domain: self._windows(domain, "held-out", windows) for domain in DOMAINS}
         seen = [w for domain in DOMAINS for w in self._windows(domain, "train", calibration_windows)]
-        self.calibrations: dict[str, Moments | None] = {
+        self.calibrations: dict[str, Calibration | None] = {
             "dynaexq": None,
-            "dynaexq, on text": gather_moments(self.model, tqdm(seen, desc="calibrating")),
-            "dynaexq, on its own words": gather_moments(self.model, generated_windows(self.model)),
+            "dynaexq, on text": self._calibration(seen),
+            "dynaexq, on its own words": self._calibration(generated_windows(self.model)),
         }
-        met = {d: gather_moments(self.model, tqdm(ws, desc=f"met by {d}")) for d, ws in self.windows.items()}
-        self.met = Moments(
-            tuple(layer.name for layer in self.layers),
-            torch.stack([m.up for m in met.values()]).mean(0),
-            torch.stack([m.down for m in met.values()]).mean(0),
-            torch.stack([m.tokens for m in met.values()]).sum(0),
-        )
-        self.routed = {domain: torch.zeros(self.met.tokens.shape) for domain in DOMAINS}
+        self.met = self._calibration([window for windows in self.windows.values() for window in windows])
+        self.routed = {domain: torch.zeros(len(self.layers), self.layers[0].num_experts) for domain in DOMAINS}
         self.reference = {domain: self._observed_logits(domain) for domain in DOMAINS}
+
+    def _calibration(self, windows: list[Tensor]) -> Calibration:
+        path = Path(tempfile.mkdtemp()) / "calibration.safetensors"
+        calibrate(self.model, path, windows)
+        return calibration_for(Settings(calibration=path), self.layers)
 
     def _weights(self) -> list[ExpertWeights]:
         return [layer.weights() for layer in self.layers]
@@ -191,7 +193,7 @@ class Study:
     def _errors(self, matrices: Matrices) -> dict[str, float]:
         weights, outputs = torch.zeros(2), torch.zeros(2)
         for index, (new, old) in enumerate(zip(matrices, self.originals, strict=True)):
-            known = list(self.met.of_layer(index, old[1].shape[2], torch.device("cpu")))
+            known = list(self.met.of_experts(index, 0, ExpertWeights(*old), self.layers[0].shape()))
             for number in range(2):
                 for mine, exact, inputs in zip(new[number].float(), old[number].float(), known, strict=True):
                     parts = torch.stack([mine - exact, exact])
@@ -213,13 +215,14 @@ class Study:
             total += self._domain_kl(domain) / len(self.routed)
         return total
 
-    def coded(self, tiers: tuple[str, ...], group_size: int, moments: Moments | None) -> list[Matrices]:
+    def coded(self, tiers: tuple[str, ...], group_size: int, calibration: Calibration | None) -> list[Matrices]:
         """The experts as dynaexq codes them, at each tier."""
         codec = ExpertCodec(self.layers[0].shape(), self.layers[0].dtype, tiers, group_size)
         found: list[Matrices] = [[] for _ in tiers]
         for index, (up, down) in enumerate(self.originals):
-            known = moments and list(moments.of_layer(index, codec.shape.intermediate_size, up.device))
-            base, upgrade, _ = codec.encode(ExpertWeights(up, down), known)
+            weights = ExpertWeights(up, down)
+            known = calibration and list(calibration.of_experts(index, 0, weights, codec.shape))
+            base, upgrade, _ = codec.encode(weights, known)
             for matrices, block in zip(found, (None, upgrade), strict=False):
                 reading = codec.decode(base, block, torch.float32)
                 matrices.append((reading.up, reading.down))
@@ -239,8 +242,8 @@ def coded_rows(study: Study) -> list[dict]:
     rows = []
     for tiers in tqdm(TIER_CHOICES, unit="pair"):
         for group_size in (64, 32) if len(tiers) == 1 else (64,):
-            for method, moments in study.calibrations.items():
-                readings = study.coded(tiers, group_size, moments)
+            for method, calibration in study.calibrations.items():
+                readings = study.coded(tiers, group_size, calibration)
                 mix = study.mix(*readings) if len(tiers) == 2 else None
                 for tier, matrices in zip(tiers, readings, strict=True):
                     name = f"{tier} of {'+'.join(tiers)}" if len(tiers) == 2 else f"{tier} g{group_size}"

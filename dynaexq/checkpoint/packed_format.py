@@ -24,7 +24,10 @@ from torch import Tensor
 from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter, checksum
 from dynaexq.errors import CheckpointError, StoreError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, FORMAT_VERSION)
+"""In the first, scales and minima are float16."""
+
 QUANT_METHOD = "dynaexq"
 """What config.json calls checkpoints of ours."""
 

@@ -126,8 +126,8 @@ def quantize(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="self: calibrate on what the model writes by itself; or a file of text such as it will meet. Both "
-            "take the memory of the whole 16-bit model. Or moments (.safetensors) that were written then."
+            help="self: calibrate on what the model writes by itself, which takes the memory of the whole 16-bit "
+            "model; or a file of text such as it will meet; or what was found then (.safetensors)."
         ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="Where to quantize; the accelerator if there is one.")] = None,
@@ -162,7 +162,7 @@ def quantize(
         annotate_checkpoint(source, target, DynaExqConfig(**options), variant=variant)
     else:
         if calibrate is not None:
-            options["calibration"] = _moments_of(source, calibrate, target, device, variant)
+            options["calibration"] = _calibrated(source, calibrate, target, device, variant)
         try:
             config = DynaExqConfig(**options, device=device)
             quantize_checkpoint(source, target, config, max_shard_size or "5GB", variant=variant)
@@ -172,16 +172,18 @@ def quantize(
     typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
 
 
-def _moments_of(source: Path, calibrate: str, target: Path, device: str | None, variant: str | None) -> Path:
-    """The file `calibrate` if it holds moments, else moments gathered as it says and kept beside `target`."""
+def _calibrated(source: Path, calibrate: str, target: Path, device: str | None, variant: str | None) -> Path:
+    """The file `calibrate` if it is what was found before, else what is gathered as it says, kept beside `target`."""
     from dynaexq.hf.calibration import calibrate_checkpoint
 
     text = None if calibrate == "self" else Path(calibrate)
     if text is not None and not text.is_file():
-        raise typer.BadParameter(f"--calibrate takes self, a text or moments, and there is no file {calibrate!r}")
+        raise typer.BadParameter(
+            f"--calibrate takes self, a text or what was found, and there is no file {calibrate!r}"
+        )
     if text is not None and text.suffix == ".safetensors":
         return text
-    path = target.with_name(f"{target.name}.moments.safetensors")
+    path = target.with_name(f"{target.name}.calibration.safetensors")
     calibrate_checkpoint(source, text, path, device, variant)
     typer.echo(f"{path} holds what calibration found; pass it to --calibrate or calibration= to use it again")
     return path

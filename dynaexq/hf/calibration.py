@@ -1,12 +1,13 @@
-"""Gather the second moments of matrices' inputs from a 16-bit model and text; see `quantization.moments`.
+"""Gather what experts and dense layers meet while a 16-bit model reads a text; see `weights.calibration`.
 
 The model runs as it is, with a hook before each layer of experts and each dense layer. Tokens are counted where they
-are routed, so what is gathered is of the text's own traffic. On disk moments are a safetensors file that names the
-layers it belongs to.
+are routed, so what is gathered is of the text's own traffic. On disk it is a safetensors file that names the layers it
+belongs to. The experts of a model that is larger than the memory at hand are read layer by layer, by accelerate's
+offloading: all of the text passes in one forward, so that each is read once.
 """
 
-import json
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,100 +15,130 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dynaexq.checkpoint import read_tensors, write_tensors
 from dynaexq.errors import CheckpointError, UnsupportedModelError
 from dynaexq.hf.checkpoint_source import checkpoint_files
-from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.meta_model import read_config
+from dynaexq.hf.discovery import SparseLayer, activation_of, find_sparse_layers
+from dynaexq.hf.meta_model import meta_model, read_config
 from dynaexq.hf.packed_dense import calibrated_linears
-from dynaexq.quantization import BLOCK, Moments
-from dynaexq.safeguards.outside_files import parse_json
 from dynaexq.settings import Settings
+from dynaexq.weights.calibration import Calibration, Met
+from dynaexq.weights.calibration_file import read_calibration, write_calibration
 
 WINDOW_TOKENS = 512
 
-
-MOST_TOKENS = 2**17
-"""What is read of a text; the moments of an expert that gets a fiftieth of them have settled by then."""
-
-
-KIND = "dynaexq-moments"
+MOST_TOKENS, MOST_NBYTES = 2**17, 2**33
+"""What is read of a text: the moments of an expert that gets a fiftieth of so many tokens have settled by then; and
+what all rows together may take, 43,000 of Qwen3-30B-A3B."""
 
 
-def calibrate(model: nn.Module, path: str | Path, windows: Iterable[Tensor] | None = None) -> Moments:
-    """Gather moments with `model` and write them to the safetensors file `path`, for `patch(..., calibration=path)`.
+def calibrate(model: nn.Module, path: str | Path, windows: Iterable[Tensor] | None = None) -> None:
+    """Gather what experts and dense layers meet and write it to the safetensors file `path`, for
+    `patch(..., calibration=path)`.
+
+    The file takes the bytes of every layer's inputs, 2 H a token: 32,768 tokens are 6.4 GB for Qwen3-30B-A3B.
 
     Args:
         model: in 16 bit, not patched.
-        windows: token ids `[T]` of text as mixed as the traffic will be, 10,000 tokens and more; what a narrow text
-            does not show gets worse than without calibration. By default the model writes 32,768 tokens itself.
+        windows: token ids `[T]`, or several of one length `[B, T]`, of text as mixed as the traffic will be, 10,000
+            tokens and more; what a narrow text does not show gets worse than without calibration. By default the
+            model writes 32,768 tokens itself.
 
     Raises:
         UnsupportedModelError, PatchError: the model, or the state it is in; the message names the module.
         CheckpointError: there is no space.
     """
     find_sparse_layers(model)
-    moments = gather_moments(model, generated_windows(model) if windows is None else windows)
-    save_moments(moments, Path(path))
-    return moments
+    met, dense = gather(model, generated_windows(model) if windows is None else windows)
+    write_calibration(Path(path), met, dense)
 
 
 def calibrate_checkpoint(
     source: Path, text: Path | None, path: Path, device: str | None = None, variant: str | None = None
 ) -> None:
-    """`calibrate` with the 16-bit checkpoint `source`, loaded whole, and the text of a file, or the model's own.
+    """`calibrate` with the 16-bit checkpoint `source` and the text of a file, or the model's own.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, or larger than the memory at hand, the text is too
-            short, or there is no space.
+        CheckpointError: the checkpoint is incomplete, damaged, or larger than the memory at hand and to write its own
+            text, the text is too short, or there is no space.
     """
     read_config(source)
     needed = sum(file.stat().st_size for file in checkpoint_files(source, variant))
     available = psutil.virtual_memory().available if device in (None, "cpu") else torch.cuda.mem_get_info(device)[0]
-    if needed > available:
+    load = partial(AutoModelForCausalLM.from_pretrained, source, dtype="auto", variant=variant)
+    windows = None if text is None else text_windows(AutoTokenizer.from_pretrained(source), text)
+    if needed <= available:
+        calibrate(load(device_map={"": device or "cpu"}).eval(), path, windows)
+        return
+    if windows is None:
         raise CheckpointError(
-            f"calibrating runs the whole model in 16 bit: {source} takes {needed:,} bytes and {available:,} are free; "
-            "calibrate on a machine that holds it and pass the moments it writes, or leave calibration out"
+            f"the model would write its text token by token, {source} takes {needed:,} bytes and {available:,} are "
+            "free; give a text, which it reads layer by layer, or calibrate on a machine that holds it"
         )
-    windows: Iterable[Tensor] | None = None
-    if text is not None:
-        windows = tqdm(text_windows(AutoTokenizer.from_pretrained(source), text), desc="calibrating", unit="window")
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", device_map={"": device or "cpu"}, variant=variant
-    ).eval()
-    calibrate(model, path, windows)
+    skeleton = meta_model(source)
+    experts = {layer.name for layer in find_sparse_layers(skeleton, on_meta=True)}
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent) as offloaded:
+        model = load(
+            device_map=dict(_places(skeleton, experts, device or "cpu")),
+            offload_folder=offloaded,
+            experts_implementation="eager",
+        )
+        write_calibration(path, *gather(model.eval(), [torch.stack(windows)], on_disk=True))
+
+
+def _places(module: nn.Module, experts: set[str], device: str, path: str = "") -> Iterator[tuple[str, str]]:
+    """Where each part of a model goes, as a `device_map` says it: experts to the disk."""
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        if below in experts or not any(place.startswith(f"{below}.") for place in experts):
+            yield below, "disk" if below in experts else device
+        else:
+            yield from _places(child, experts, device, below)
 
 
 @torch.no_grad()
-def gather_moments(model: nn.Module, windows: Iterable[Tensor]) -> Moments:
-    """Gather the second moments of the inputs of experts and dense layers while `model` reads `windows`.
+def gather(
+    model: nn.Module, windows: Iterable[Tensor], on_disk: bool = False
+) -> tuple[dict[str, Met], dict[str, Tensor]]:
+    """What each layer of experts met while `model` reads `windows`, token ids `[T]` or, of several texts at once,
+    `[B, T]`; and the moments of dense layers, as `DenseMoments` has them.
 
-    The sums take `H**2` float32 per layer, 64 per unit of every expert and `K**2` per dense layer of K inputs: 2 and
-    4 GB for Qwen3-30B-A3B.
+    Args:
+        on_disk: whether the experts are offloaded there.
+
+    In memory it takes the bytes of the rows, and `K**2` float32 for dense layers of K inputs, once for those that meet
+    the same: 6.4 and 4 GB for 32,768 tokens of Qwen3-30B-A3B. No more than `MOST_NBYTES` of rows are read.
     """
-    layers = find_sparse_layers(model)
-    gathered = [_Gathered(layer) for layer in layers]
+    layers = find_sparse_layers(model, on_meta=on_disk)
+    device = torch.device("cpu") if on_disk else layers[0].device  # of an offloaded model, accelerate moves the inputs
+    gathered = [_Gathered() for _ in layers]
     hooks = [
-        layer.experts.register_forward_pre_hook(sums.before_forward, with_kwargs=True)
-        for layer, sums in zip(layers, gathered, strict=True)
+        layer.experts.register_forward_pre_hook(rows.before_forward, with_kwargs=True)
+        for layer, rows in zip(layers, gathered, strict=True)
     ]
     dense = _GatheredDense()
     hooks += [
         linear.register_forward_pre_hook(partial(dense.before_forward, path), with_kwargs=True)
         for path, linear in calibrated_linears(model, layers)
     ]
+    row_nbytes = len(layers) * layers[0].shape().hidden_size * layers[0].dtype.itemsize
+    left = MOST_NBYTES // row_nbytes
     try:
-        for window in windows:
-            model(window[None].to(layers[0].device), use_cache=False)
+        with tqdm(desc="calibrating", unit="token", unit_scale=True) as progress:
+            for window in windows:
+                ids = (window if window.ndim == 2 else window[None])[: max(1, left // window.shape[-1])]
+                model(ids.to(device), use_cache=False, logits_to_keep=1)
+                progress.update(ids.numel())
+                left -= ids.numel()
+                if left <= 0:
+                    break
     finally:
         for hook in hooks:
             hook.remove()
-    up, down, tokens = (torch.stack(parts) for parts in zip(*(sums.means() for sums in gathered), strict=True))
-    return Moments(tuple(layer.name for layer in layers), up, down, tokens, dense.moments())
+    met = {layer.name: rows.met() for layer, rows in zip(layers, gathered, strict=True)}
+    return met, dense.moments()
 
 
 def text_windows(tokenizer: Any, text: Path) -> list[Tensor]:
@@ -122,108 +153,30 @@ def text_windows(tokenizer: Any, text: Path) -> list[Tensor]:
     return list(torch.tensor(ids[:whole]).view(-1, WINDOW_TOKENS))
 
 
-def save_moments(moments: Moments, path: Path) -> None:
-    """Put `moments` in the place of the safetensors file `path`. Raises CheckpointError."""
-    shared = {id(tensor): tensor for tensor in moments.dense.values()}
-    names = {key: f"dense.{number}" for number, key in enumerate(shared)}
-    parts = {"up": moments.up, "down": moments.down, "tokens": moments.tokens}
-    parts |= {names[key]: tensor for key, tensor in shared.items()}
-    dense = {layer: names[id(tensor)] for layer, tensor in moments.dense.items()}
-    write_tensors(path, parts, {"kind": KIND, "layers": json.dumps(moments.layers), "dense": json.dumps(dense)})
-
-
-def load_moments(path: Path) -> Moments:
-    """The moments that `save_moments` wrote; a CheckpointError if `path` is anything else."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"expected moments in a file, there is no {path}; dynaexq.calibrate(model, path) writes it"
-        )
-    parts, metadata = read_tensors(path, [KIND], ["up", "down", "tokens"])
-    try:
-        layers, places = parse_json(metadata["layers"]), parse_json(metadata.get("dense", "{}"))
-        expected = [(len(layers), *part.shape[1:]) for part in parts.values()]
-        shared, _ = read_tensors(path, [KIND], set(places.values()))
-        dense = {str(layer): shared[name] for layer, name in places.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"expected moments as dynaexq's calibration writes them, {path} is something else"
-        ) from error
-    ranks = [part.ndim for part in (*parts.values(), *shared.values())]
-    named = isinstance(layers, list) and all(isinstance(name, str) for name in layers)
-    fits = ranks == [3, 5, 2] + [2] * len(shared) and expected == [tuple(part.shape) for part in parts.values()]
-    if not named or not fits:
-        raise CheckpointError(f"expected moments as dynaexq's calibration writes them, {path} is something else")
-    finite = all(part.isfinite().all() for part in (parts["up"], parts["down"], *shared.values()))
-    if not finite or not (parts["tokens"] >= 0).all():
-        raise CheckpointError(f"{path} holds moments that are not finite; the model it came from has overflown")
-    return Moments(tuple(layers), **parts, dense=dense)
-
-
-def moments_for(settings: Settings, layers: Sequence[SparseLayer]) -> Moments | None:
-    """Load the moments that `settings.calibration` names; None without it.
+def calibration_for(settings: Settings, layers: Sequence[SparseLayer]) -> Calibration | None:
+    """What the file that `settings.calibration` names says of a model; None without it.
 
     Raises:
-        CheckpointError: the file is damaged, or of another model.
+        CheckpointError: there is no such file, it is damaged, or of another model.
     """
     if settings.calibration is None:
         return None
-    moments, shape = load_moments(Path(settings.calibration)), layers[0].shape()
-    names = tuple(layer.name for layer in layers)
-    blocks = -(-shape.intermediate_size // BLOCK)
-    expected = (len(names), layers[0].num_experts, shape.hidden_size, blocks)
-    found = (len(moments.layers), moments.num_experts, moments.up.shape[-1], moments.down.shape[2])
-    if moments.layers != names or found != expected:
-        raise CheckpointError(
-            f"calibration={settings.calibration!r} belongs to another model: expected moments of layers {names[0]} to "
-            f"{names[-1]} and (layers, experts, hidden size, blocks) {expected}, found {moments.layers[0]} to "
-            f"{moments.layers[-1]} and {found}; calibrate this model"
-        )
-    return moments
+    names, activations = [layer.name for layer in layers], [activation_of(layer.experts) for layer in layers]
+    return read_calibration(Path(settings.calibration), names, layers[0].num_experts, layers[0].shape(), activations)
 
 
 class _Gathered:
-    """Sums over the tokens that one layer of experts has seen."""
+    """The rows that one layer of experts has met, and where they were routed."""
 
-    def __init__(self, layer: SparseLayer):
-        self.layer, self.shape = layer, layer.shape()
-        hidden, blocks = self.shape.hidden_size, -(-self.shape.intermediate_size // BLOCK)
-        self.up = torch.zeros(hidden, hidden, dtype=torch.float32, device=layer.device)
-        self.down = torch.zeros(layer.num_experts, blocks, BLOCK, BLOCK, dtype=torch.float32, device=layer.device)
-        self.mass = torch.zeros(1 + layer.num_experts, dtype=torch.float32, device=layer.device)
-        self.tokens = torch.zeros(layer.num_experts, dtype=torch.int64, device=layer.device)
+    def __init__(self) -> None:
+        self._met: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden_states, top_k_index, top_k_weights = (*args, *kwargs.values())
-        weights = top_k_weights.float().square()
-        rows = hidden_states.float()
-        self.up += rows.T @ (rows * weights.sum(-1, keepdim=True))
-        self.mass[-1] += weights.sum()
-        for expert in top_k_index.unique().tolist():
-            if 0 <= expert < self.layer.num_experts:
-                token, choice = torch.where(top_k_index == expert)
-                self._add(expert, self._units(hidden_states[token], expert).float(), weights[token, choice])
+        self._met.append((hidden_states.cpu(), top_k_index.to("cpu", torch.int16), top_k_weights.float().cpu()))
 
-    def _units(self, rows: Tensor, expert: int) -> Tensor:
-        """The inputs of an expert's second matrix, `[n, I]`."""
-        weights, experts = self.layer.weights(), self.layer.experts
-        matrix = weights.up[expert].T if self.shape.transposed else weights.up[expert]
-        bias = None if weights.up_bias is None else weights.up_bias[expert]
-        product = F.linear(rows, matrix, bias)
-        return experts._apply_gate(product) if experts.has_gate else experts.act_fn(product)
-
-    def _add(self, expert: int, units: Tensor, weights: Tensor) -> None:
-        # A few tokens have units a hundred times as long as others; what an error does to those says little of the
-        # rest, so that all count at one length.
-        units = units / units.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
-        blocks = F.pad(units, (0, -units.shape[1] % BLOCK)).view(len(units), -1, BLOCK).transpose(0, 1)
-        self.down[expert] += (blocks * weights[:, None]).transpose(1, 2) @ blocks
-        self.mass[expert] += weights.sum()
-        self.tokens[expert] += len(units)
-
-    def means(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Second moments `[H, H]` and `[E, B, 64, 64]`, and tokens `[E]`, on the CPU."""
-        mass = self.mass.clamp_min(1e-12)
-        return (self.up / mass[-1]).cpu(), (self.down / mass[:-1, None, None, None]).cpu(), self.tokens.cpu()
+    def met(self) -> Met:
+        return Met(*map(torch.cat, zip(*self._met, strict=True)))
 
 
 class _GatheredDense:
@@ -251,8 +204,8 @@ class _GatheredDense:
         return {path: shared[owner] for path, owner in self._owners.items()}
 
 
-WINDOWS, LENGTH, AT_ONCE = 64, 512, 16
-"""What `calibrate` asks for: 32,768 tokens, 16 windows at a time."""
+WINDOWS, LENGTH = 64, 512
+"""What `calibrate` asks for: 32,768 tokens, all windows at a time."""
 
 
 @torch.no_grad()
@@ -275,7 +228,7 @@ def generated_windows(model: Any, count: int = WINDOWS, length: int = LENGTH, se
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while len(windows) < count:
-            prompt = start.expand(min(AT_ONCE, count - len(windows)), 1)
+            prompt = start.expand(min(WINDOWS, count - len(windows)), 1)
             written = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),

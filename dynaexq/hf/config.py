@@ -12,7 +12,7 @@ import torch
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dynaexq.checkpoint import FORMAT_VERSION, QUANT_METHOD
+from dynaexq.checkpoint import QUANT_METHOD, READ_VERSIONS
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.compat import take_loading_attributes
 from dynaexq.settings import OPTION_NAMES, RENAMED, Options, Settings, resolve, strict_init
@@ -121,7 +121,7 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     def _settled_by_packing(self) -> dict[str, Any]:
-        return {name: self.packed[name] for name in ("group_size", "quantizer")} if self.packed else {}
+        return _settled_by(self.packed) if self.packed else {}
 
 
 def as_config(config: DynaExqConfig | Mapping[str, Any] | None) -> DynaExqConfig:
@@ -146,17 +146,27 @@ def _check_packed(packed: Any) -> None:
             f"config.json: expected packed to hold {', '.join(sorted(PACKED_FIELDS))}, got {packed!r}; "
             "fetch the file again"
         )
-    if packed["format_version"] != FORMAT_VERSION:
+    if packed["format_version"] not in READ_VERSIONS:
         raise CheckpointError(
             f"the checkpoint is packed in format version {packed['format_version']!r}, and this dynaexq reads "
-            f"{FORMAT_VERSION}; install the version of dynaexq that wrote it, or quantize the source again"
+            f"{' and '.join(map(str, READ_VERSIONS))}; install the version of dynaexq that wrote it, or quantize the "
+            "source again"
         )
     if packed.get("dtype", "float16") not in DTYPES:
         raise CheckpointError(
             f"config.json: expected packed to have a dtype among {', '.join(DTYPES)}, got {packed['dtype']!r}; fetch "
             "the file again"
         )
-    Settings(tiers=packed["tiers"], group_size=packed["group_size"], quantizer=packed["quantizer"])
+    Settings(tiers=packed["tiers"], **_settled_by(packed))
+
+
+def _settled_by(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the bytes of a packed checkpoint leave no choice of."""
+    return {
+        "group_size": packed["group_size"],
+        "quantizer": packed["quantizer"],
+        "scale_bits": packed.get("scale_bits", 16),  # the first version of the format knew no other
+    }
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DynaExqConfig  # in the place of the stand-in

@@ -7,7 +7,6 @@ target until it is complete, so an interrupted conversion goes on where it stopp
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dynaexq.checkpoint import INDEX, PackedWriter, ShardWriter, link_or_copy, replaced, write_index
 from dynaexq.errors import CheckpointError, SettingsError
-from dynaexq.hf.calibration import moments_for
+from dynaexq.hf.calibration import calibration_for
 from dynaexq.hf.checkpoint_source import (
     CheckpointSource,
     TensorFile,
@@ -36,8 +35,9 @@ from dynaexq.hf.packed_dense import packed_weight
 from dynaexq.hf.planning import inspect_model, make_codec, plan, resolve_device, with_dense_chosen
 from dynaexq.hf.quantized_source import PACKINGS, open_checkpoint
 from dynaexq.hf.save import SHARD_METADATA, packed_config, refuse_foreign_weights, write_guard
-from dynaexq.quantization import ExpertCodec, LinearCodec, Moments
+from dynaexq.quantization import ExpertCodec, LinearCodec
 from dynaexq.settings import Settings, parse_bytes
+from dynaexq.weights.calibration import Calibration
 from dynaexq.weights.packed_experts import packed_shape
 from dynaexq.weights.quantize_experts import encode_all
 
@@ -91,18 +91,18 @@ def quantize_checkpoint(
     settings = with_dense_chosen(settings, model, layers, torch.device("cpu"))
     codec = _choose_codec(model, layers, settings)
     budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
-    moments = moments_for(settings, layers)
-    dense = _DenseLayers(model, dense_codecs(model, layers, settings), shards, resolve_device(settings), moments)
+    calibration = calibration_for(settings, layers)
+    dense = _DenseLayers(model, dense_codecs(model, layers, settings), shards, resolve_device(settings), calibration)
     made_from = quantization_of(model.config).get("quant_method")
     stored = packed_config(config, codec, budget, settings.dense, made_from)
     shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
     keys = experts.keys
     others = sum(entry.nbytes for shard in shards for key, entry in shard.entries.items() if key not in keys)
-    with replaced(target, _fingerprint(shards, stored, moments), shape.nbytes + others) as staging:
+    with replaced(target, _fingerprint(shards, stored, calibration), shape.nbytes + others) as staging:
         writer = PackedWriter(staging, shape, parse_bytes(max_shard_size, "max_shard_size"), SHARD_METADATA)
         try:
             device = resolve_device(settings)
-            for layer, first, encoded in encode_all(experts, codec, device, writer.first_layer, moments):
+            for layer, first, encoded in encode_all(experts, codec, device, writer.first_layer, calibration):
                 writer.write(layer, first, encoded.base, encoded.upgrade, encoded.errors)
             files = writer.finish()
         except BaseException:
@@ -155,12 +155,11 @@ def _choose_codec(model: Any, layers: list[SparseLayer], settings: Settings) -> 
     return make_codec(layers[0], tiers, settings)
 
 
-def _fingerprint(shards: Iterable[TensorFile], config: DynaExqConfig, moments: Moments | None) -> str:
+def _fingerprint(shards: Iterable[TensorFile], config: DynaExqConfig, calibration: Calibration | None) -> str:
     """What a conversion depends on: the source's files as they are now, and how they are packed."""
-    parts = (moments.up, moments.down, moments.tokens, *moments.dense.values()) if moments else ()
-    known = [zlib.crc32(part.numpy().data) for part in parts]
+    known = calibration and calibration.fingerprint
     files = [(shard.path.name, shard.path.stat().st_size, shard.path.stat().st_mtime_ns) for shard in shards]
-    return json.dumps({"files": files, "packed": config.packed, "moments": known}, sort_keys=True)
+    return json.dumps({"files": files, "packed": config.packed, "calibration": known}, sort_keys=True)
 
 
 def _copy_dense(shards: Sequence[TensorFile], experts: set[str], staging: Path) -> dict[str, str]:
@@ -192,7 +191,7 @@ class _DenseLayers:
 
     Args:
         codecs: by path; without any, nothing is packed.
-        moments: what is known of their inputs.
+        calibration: what is known of their inputs.
     """
 
     def __init__(
@@ -201,9 +200,9 @@ class _DenseLayers:
         codecs: dict[str, LinearCodec],
         shards: Sequence[TensorFile],
         device: torch.device,
-        moments: Moments | None,
+        calibration: Calibration | None,
     ):
-        self._codecs, self._device, self._moments = codecs, device, moments
+        self._codecs, self._device, self._calibration = codecs, device, calibration
         places = {key: shard for shard in shards for key in shard.entries} if codecs else {}
         found = {name: (places[key], key) for key, name in parameter_names(model, places).items()}
         tied = getattr(model, "all_tied_weights_keys", {})
@@ -228,7 +227,7 @@ class _DenseLayers:
             for path, codec in tqdm(self._codecs.items(), desc="packing dense layers", unit="layer"):
                 shard, key = self._sources[path]
                 weight = shard.read(key).to(self._device, codec.dtype)
-                writer.write(f"{path}.packed", 0, packed_weight(path, weight, codec, self._moments))
+                writer.write(f"{path}.packed", 0, packed_weight(path, weight, codec, self._calibration))
             writer.close()
         except BaseException:
             writer.abandon()

@@ -15,11 +15,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import SettingsError
-from dynaexq.hf.calibration import moments_for
+from dynaexq.hf.calibration import calibration_for
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.packed_dense import DenseFormat, PackedDense, packed_twin
-from dynaexq.quantization import LinearCodec, Moments
+from dynaexq.quantization import LinearCodec
 from dynaexq.settings import Settings
+from dynaexq.weights.calibration import Calibration
 
 OWN = ("int4", "int8")
 """The formats of `dense` that are ours."""
@@ -32,7 +33,7 @@ NF4_TABLE_NBYTES = 64
 def dense_quantizer(settings: Settings, dtype: torch.dtype, pre_quantized: bool) -> HfQuantizer:
     """What loads and saves the dense layers as `settings.dense`; bitsandbytes multiplies in `dtype`."""
     if settings.dense in OWN:
-        return PackedDense(_format(settings), pre_quantized, partial(moments_for, settings))
+        return PackedDense(_format(settings), pre_quantized, partial(calibration_for, settings))
     if settings.dense == "bnb-8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
     else:
@@ -45,17 +46,17 @@ def quantized_linears(
     layers: Sequence[SparseLayer],
     settings: Settings,
     device: torch.device,
-    moments: Moments | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[str, nn.Module]:
     """Quantized twins, on `device`, of the linear layers of a loaded model, by path; the model is left alone.
 
     Args:
-        moments: what is known of the inputs; bitsandbytes does not use it.
+        calibration: what is known of the inputs; bitsandbytes does not use it.
     """
     if settings.dense in OWN:
         codecs = _format(settings).codecs(model, layers)
         return {
-            path: packed_twin(path, model.get_submodule(path), codec, device, settings.activations, moments)
+            path: packed_twin(path, model.get_submodule(path), codec, device, settings.activations, calibration)
             for path, codec in codecs.items()
         }
     return {path: _quantized(linear, str(settings.dense), device) for path, linear in _linears(model)}
@@ -95,7 +96,9 @@ def dense_codecs(model: Any, layers: Sequence[SparseLayer], settings: Settings) 
 
 
 def _format(settings: Settings) -> DenseFormat:
-    return DenseFormat(str(settings.dense), settings.group_size, settings.quantizer, settings.activations)
+    return DenseFormat(
+        str(settings.dense), settings.group_size, settings.quantizer, settings.scale_bits, settings.activations
+    )
 
 
 def _quantized_nbytes(linear: nn.Linear, dense: str) -> int:

@@ -4,6 +4,7 @@ Every class under `@use_experts_implementation` carries the same flags, paramete
 named here: a module with `has_gate` and `down_proj` is a layer of experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from dynaexq.errors import PatchError, UnsupportedModelError
 from dynaexq.hf.compat import is_distributed, text_config
 from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.experts import MixedPrecisionExperts
+from dynaexq.safeguards.weak_method import WeakMethod
 from dynaexq.types import ExpertShape
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -245,6 +247,11 @@ _ALIASES = {
     "relu2": ("relu2",),
 }
 """Our names, and those under which Transformers has the same function."""
+
+
+def activation_of(experts: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What an expert does between its matrices, `[n, up_rows] -> [n, intermediate_size]`; does not keep it alive."""
+    return WeakMethod(experts._apply_gate) if experts.has_gate else experts.act_fn
 
 
 def activation_name(experts: Any) -> str | None:

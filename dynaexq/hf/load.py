@@ -15,7 +15,7 @@ from torch import nn
 
 from dynaexq.checkpoint import MARK, PackedReader
 from dynaexq.errors import SettingsError, UnsupportedModelError
-from dynaexq.hf.calibration import moments_for
+from dynaexq.hf.calibration import calibration_for
 from dynaexq.hf.checkpoint_source import CheckpointSource, open_shards, stored_names
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
@@ -115,7 +115,7 @@ class CheckpointLoad:
         """The experts in `files`, checked against the model."""
         if self._stored is None:
             source = CheckpointSource(self.model, self.layers, open_shards(files))
-            return SixteenBitCheckpoint(source, moments_for(self.settings, self.layers))
+            return SixteenBitCheckpoint(source, calibration_for(self.settings, self.layers))
         if self.settings.calibration is not None:
             raise SettingsError(
                 f"calibration={self.settings.calibration!r} was given, and the checkpoint is packed: its codes are "

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
-from dynaexq.hf.discovery import SparseLayer, activation_name
+from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
 from dynaexq.hf.grouped_attention import use_grouped_attention
 from dynaexq.hf.packed_dense import untie
 from dynaexq.kernels import ExpertLayer
@@ -132,11 +132,15 @@ class ModelPatch:
         """Connect `layers`, in the order of `runtime`, to their bytes."""
         for index, layer in enumerate(layers):
             experts = layer.experts
-            activation = WeakMethod(experts._apply_gate) if experts.has_gate else experts.act_fn
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
             base = runtime.stored.base[index]
             constant = ExpertLayer(
-                runtime.codec, base, activation, post_norm, activation_name(experts), runtime.settings.activations
+                runtime.codec,
+                base,
+                activation_of(experts),
+                post_norm,
+                activation_name(experts),
+                runtime.settings.activations,
             )
             self._undo_steps.callback(_disconnect, layer)
             experts.connect(constant, runtime.ports(index), tuple(layer.parameters))

@@ -14,8 +14,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import QuantizationError
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.quantization import LARGEST_WEIGHT, LinearCodec, Moments
+from dynaexq.quantization import LARGEST_WEIGHT, LinearCodec
 from dynaexq.runtime.linear import PackedLinear
+from dynaexq.weights.calibration import Calibration
 
 SMALLEST = 32
 """Rows or columns of a matrix below which packing saves nothing that counts, such as the gate of a shared expert."""
@@ -28,6 +29,7 @@ class DenseFormat:
     tier: str
     group_size: int
     method: str
+    scale_bits: int
     activations: str = "auto"
 
     def codecs(self, model: Any, layers: Sequence[SparseLayer]) -> dict[str, LinearCodec]:
@@ -45,6 +47,7 @@ class DenseFormat:
                 "int8" if linear is head else self.tier,
                 self.group_size,
                 self.method,
+                self.scale_bits,
             )
             for path, linear in packable_linears(model, layers)
         }
@@ -74,15 +77,15 @@ def packed_twin(
     codec: LinearCodec,
     device: torch.device,
     activations: str,
-    moments: Moments | None = None,
+    calibration: Calibration | None = None,
 ) -> PackedLinear:
     """`linear` packed, on `device`; a QuantizationError names its `path` if no code represents it."""
     bias = None if linear.bias is None else linear.bias.detach().to(device)
-    block = packed_weight(path, linear.weight.detach().to(device), codec, moments)
+    block = packed_weight(path, linear.weight.detach().to(device), codec, calibration)
     return PackedLinear(codec, block, bias, activations).train(linear.training)
 
 
-def packed_weight(path: str, weight: Tensor, codec: LinearCodec, moments: Moments | None = None) -> Tensor:
+def packed_weight(path: str, weight: Tensor, codec: LinearCodec, calibration: Calibration | None = None) -> Tensor:
     """The block of the weight of the layer at `path`, where that lies. Raises as `packed_twin` does."""
     largest = float(weight.abs().amax())  # NaN and infinity survive amax
     if not largest <= LARGEST_WEIGHT:
@@ -90,7 +93,7 @@ def packed_weight(path: str, weight: Tensor, codec: LinearCodec, moments: Moment
             f"{path}: expected finite weights of at most {LARGEST_WEIGHT:g}, found {largest:g}; repair the "
             "checkpoint, or leave dense out"
         )
-    inputs = None if moments is None else moments.of_dense(path, weight.shape[1], weight.device)
+    inputs = None if calibration is None else calibration.of_dense(path, weight.shape[1], weight.device)
     return codec.encode(weight, inputs)[0]
 
 
@@ -105,7 +108,8 @@ class PackedDense(HfQuantizer):
 
     Args:
         pre_quantized: whether the checkpoint holds them packed.
-        moments: reads what is known of their inputs, given the model's sparse layers, before the weights are loaded.
+        calibration: reads what is known of their inputs, given the model's sparse layers, before the weights are
+            loaded.
     """
 
     requires_calibration = False
@@ -114,17 +118,17 @@ class PackedDense(HfQuantizer):
         self,
         quantization_config: DenseFormat,
         pre_quantized: bool = False,
-        moments: Callable[[Sequence[SparseLayer]], Moments | None] = lambda layers: None,
+        calibration: Callable[[Sequence[SparseLayer]], Calibration | None] = lambda layers: None,
     ):
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         self._codecs: dict[str, LinearCodec] = {}
-        self._read_moments = moments
-        self._moments: Moments | None = None
+        self._read_calibration = calibration
+        self._calibration: Calibration | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         layers = find_sparse_layers(model, on_meta=True)
         self._codecs = self.quantization_config.codecs(model, layers)
-        self._moments = None if self.pre_quantized else self._read_moments(layers)
+        self._calibration = None if self.pre_quantized else self._read_calibration(layers)
         for path, codec in self._codecs.items() if self.pre_quantized else ():
             linear = model.get_submodule(path)
             with torch.device("meta"):
@@ -136,10 +140,10 @@ class PackedDense(HfQuantizer):
         for path, codec in () if self.pre_quantized else self._codecs.items():
             linear = model.get_submodule(path)
             activations = self.quantization_config.activations
-            twin = packed_twin(path, linear, codec, linear.weight.device, activations, self._moments)
+            twin = packed_twin(path, linear, codec, linear.weight.device, activations, self._calibration)
             model.set_submodule(path, twin)
             untie(model, path)
-        self._moments = None
+        self._calibration = None
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dynaexq.errors import PatchError, UnsupportedModelError
-from dynaexq.hf.calibration import moments_for
+from dynaexq.hf.calibration import calibration_for
 from dynaexq.hf.checkpoint_source import CheckpointSource
 from dynaexq.hf.config import DynaExqConfig, as_config
 from dynaexq.hf.dense import dense_quantizer, quantized_linears
@@ -90,11 +90,11 @@ def patch(
     source = LiveSource(layers) if checkpoint is None else _source_in(Path(checkpoint), model, layers)
     held = held_bytes(model, target)
     settings = with_dense_chosen(settings, model, layers, target, held=held)
-    moments = moments_for(settings, layers)
-    twins = quantized_linears(model, layers, settings, target, moments) if settings.dense else {}
+    known = calibration_for(settings, layers)
+    twins = quantized_linears(model, layers, settings, target, known) if settings.dense else {}
     plan = make_plan(inspect_model(model, layers, settings), settings, target, held)
     codec = make_codec(layers[0], plan.tiers, settings, device=target)
-    loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, moments))
+    loaded = DeviceRuntime(model, plan, codec, settings, target, QuantizingLoader(source, known))
     return _commit(ModelPatch(model, layers, wrapper), loaded, source, twins, config)
 
 

@@ -68,7 +68,7 @@ def inspect_model(
     """
     first = layers[0]
     shape, num_experts = first.shape(), num_experts or first.num_experts
-    sized = partial(tier_sizes, shape, first.dtype, settings.group_size)
+    sized = partial(tier_sizes, shape, first.dtype, settings.group_size, settings.scale_bits)
     context = context_for(model, settings) if context is None else context
     return ModelSpec(
         name=type(model).__name__,
@@ -242,7 +242,8 @@ def make_codec(
     """
     dtype = dtype or layer.dtype
     arrangement = ROW_BY_ROW if device is None else arrangement_on(device, dtype)
-    return ExpertCodec(layer.shape(), dtype, tiers, settings.group_size, settings.quantizer, arrangement)
+    options = settings.group_size, settings.quantizer, settings.scale_bits
+    return ExpertCodec(layer.shape(), dtype, tiers, *options, arrangement)
 
 
 def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.device | None = None) -> int:

@@ -153,7 +153,9 @@ def packed_config(
         "dtype": str(codec.dtype).removeprefix("torch."),
         "group_size": options.pop("group_size", 64),
         "quantizer": options.pop("quantizer", "als"),
+        "scale_bits": codec.form.bits,
     }
+    options.pop("scale_bits", None)
     made_from = made_from or (config.packed or {}).get("made_from")
     if made_from is not None:
         packed["made_from"] = made_from

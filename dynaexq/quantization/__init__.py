@@ -4,14 +4,14 @@ from dynaexq.quantization.arrangement import IN_STRIPS, ROW_BY_ROW, Arrangement
 from dynaexq.quantization.codec import Encoded, ExpertCodec, ExpertWeights, tier_layout, tier_sizes
 from dynaexq.quantization.layout import BlockLayout
 from dynaexq.quantization.linear_codec import LinearCodec
-from dynaexq.quantization.moments import BLOCK, ExpertInputs, Inputs, Moments
+from dynaexq.quantization.moments import PRIOR_TOKENS, ExpertInputs, Inputs, blended
 from dynaexq.quantization.quantize import LARGEST_WEIGHT, check_representable
 from dynaexq.quantization.tier_conversion import convert, offered, pieces, rebase
 
 __all__ = [
-    "BLOCK",
     "IN_STRIPS",
     "LARGEST_WEIGHT",
+    "PRIOR_TOKENS",
     "ROW_BY_ROW",
     "Arrangement",
     "BlockLayout",
@@ -21,7 +21,7 @@ __all__ = [
     "ExpertWeights",
     "Inputs",
     "LinearCodec",
-    "Moments",
+    "blended",
     "check_representable",
     "convert",
     "offered",

@@ -29,11 +29,11 @@ class Arrangement(ABC):
 
     @abstractmethod
     def write_meta(self, part: Tensor, rows: slice, meta: Tensor) -> None:
-        """Put scales and minima, `[n, groups, rows, 2]`, into the part of all rows, float16 `[n, groups, N, 2]`."""
+        """Put grids `[n, groups, rows, 2]` into the part of all rows, `[n, blocks, N, groups of a block, 2]`."""
 
     @abstractmethod
     def read_meta(self, part: Tensor) -> Tensor:
-        """The scales and minima of such a part, `[n, groups, N, 2]`."""
+        """The grids of such a part, `[n, groups, N, 2]`."""
 
     @abstractmethod
     def take_plane(self, part: Tensor, bits: int, block: int) -> None:
@@ -45,7 +45,7 @@ class Arrangement(ABC):
 
     @abstractmethod
     def take_meta(self, part: Tensor) -> None:
-        """Arrange scales and minima, `[n, groups, N, 2]`, that lie row by row, in place."""
+        """Arrange the grids of such a part, which lie row by row, in place."""
 
     @abstractmethod
     def give_meta(self, part: Tensor) -> None:
@@ -54,7 +54,7 @@ class Arrangement(ABC):
 
 @dataclass(frozen=True)
 class RowByRow(Arrangement):
-    """Each row by itself, as `bitplanes` has it; scales and minima side by side."""
+    """Each row by itself, as `bitplanes` has it; the two numbers of a grid side by side."""
 
     def write_plane(self, part: Tensor, rows: slice, codes: Tensor, bits: int, block: int) -> None:
         part[:, rows].copy_(pack_plane(codes, bits, block))
@@ -63,10 +63,10 @@ class RowByRow(Arrangement):
         return unpack_plane(part, bits, block)
 
     def write_meta(self, part: Tensor, rows: slice, meta: Tensor) -> None:
-        part[:, :, rows].copy_(meta)
+        part[:, :, rows].copy_(meta.unflatten(1, (part.shape[1], -1)).transpose(2, 3))
 
     def read_meta(self, part: Tensor) -> Tensor:
-        return part
+        return part.transpose(2, 3).flatten(1, 2)
 
     def take_plane(self, part: Tensor, bits: int, block: int) -> None:
         pass
@@ -87,8 +87,8 @@ class InStrips(Arrangement):
 
     A word of a plane has the codes of one row in 8 neighboring columns (4 bits) or 16 (2 bits): byte j has that of
     column j in its lowest bits, then that of column 4 + j, and so on. The words of the rows of a strip follow one
-    another, column by column. Of scales and minima, each strip has, group by group, the scales of its rows and then
-    their minima. The last strip has the rows that are left. A strip takes the bytes that its rows would take alone.
+    another, column by column. Of grids, each strip has, group by group, the scales of its rows and then their other
+    numbers. The last strip has the rows that are left. A strip takes the bytes that its rows would take alone.
     """
 
     HEIGHT: ClassVar = 16
@@ -119,10 +119,10 @@ class InStrips(Arrangement):
         ROW_BY_ROW.write_plane(part, slice(None), self.read_plane(part, bits, block).to(torch.uint8), bits, block)
 
     def take_meta(self, part: Tensor) -> None:
-        self.write_meta(part, slice(None), part.clone())
+        self.write_meta(part, slice(None), ROW_BY_ROW.read_meta(part).clone())
 
     def give_meta(self, part: Tensor) -> None:
-        part.copy_(self.read_meta(part))
+        ROW_BY_ROW.write_meta(part, slice(None), self.read_meta(part))
 
     @staticmethod
     def _by_rows(part: Tensor) -> Tensor:

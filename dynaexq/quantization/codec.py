@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from dynaexq.quantization.arrangement import ROW_BY_ROW, Arrangement
-from dynaexq.quantization.layout import BlockLayout, MatrixLayout
+from dynaexq.quantization.grid_format import GRID_FORMATS, GridFormat
+from dynaexq.quantization.layout import Array, BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import ExpertInputs
 from dynaexq.quantization.plane_codec import (
     BASE_PLANES,
     REFINE_PLANES,
-    Array,
     Plane,
     PlaneCodec,
     code_arrays,
@@ -84,6 +84,7 @@ class TierLayout:
     Attributes:
         matrices: how each of the two matrices is cut up.
         planes, refine_planes: of the base's code, and those that an upgrade adds to it.
+        form: how the grids of codes are stored.
         base, upgrade: the parts of a base block and of an upgrade slot.
     """
 
@@ -91,6 +92,7 @@ class TierLayout:
     matrices: dict[str, MatrixLayout]
     planes: tuple[Plane, ...]
     refine_planes: tuple[Plane, ...]
+    form: type[GridFormat]
     base: BlockLayout
     upgrade: BlockLayout
 
@@ -100,8 +102,11 @@ class TierLayout:
         return Tier(base, self.base.nbytes), Tier(upgrade[0], self.upgrade.nbytes) if upgrade else None
 
 
-def tier_layout(shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], group_size: int) -> TierLayout:
+def tier_layout(
+    shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], group_size: int, scale_bits: int
+) -> TierLayout:
     """The layout of an expert at one or two tiers, the base first; see `ExpertCodec` for the arguments."""
+    form = GRID_FORMATS[scale_bits]
     matrices = {
         "up": MatrixLayout.of(shape.up_rows, shape.hidden_size, group_size),
         "down": MatrixLayout.of(shape.hidden_size, shape.intermediate_size, group_size),
@@ -120,21 +125,22 @@ def tier_layout(shape: ExpertShape, dtype: torch.dtype, tiers: tuple[str, ...], 
     def code_block(planes: tuple[Plane, ...]) -> BlockLayout:
         arrays: list[Array] = []
         for name, matrix in matrices.items():
-            arrays += [*code_arrays(name, matrix, planes), *bias(name)]
+            arrays += [*code_arrays(name, matrix, planes, form), *bias(name)]
         return BlockLayout(arrays)
 
     base, upgrade = tiers[0], tiers[1] if len(tiers) > 1 else None
     planes, refine = BASE_PLANES.get(base, ()), REFINE_PLANES.get((base, upgrade), ()) if upgrade else ()
     base_block = dense_block() if base == "fp16" else code_block(planes)
     refinement = BlockLayout([array for name in matrices for array in plane_arrays(name, matrices[name], refine)])
-    return TierLayout(tiers, matrices, planes, refine, base_block, dense_block() if upgrade == "fp16" else refinement)
+    upgrade_block = dense_block() if upgrade == "fp16" else refinement
+    return TierLayout(tiers, matrices, planes, refine, form, base_block, upgrade_block)
 
 
 def tier_sizes(
-    shape: ExpertShape, dtype: torch.dtype, group_size: int, choices: Iterable[tuple[str, ...]]
+    shape: ExpertShape, dtype: torch.dtype, group_size: int, scale_bits: int, choices: Iterable[tuple[str, ...]]
 ) -> tuple[tuple[Tier, Tier | None], ...]:
     """Base and upgrade with their bytes, for each of several tiers; see `ExpertCodec` for the arguments."""
-    return tuple(tier_layout(shape, dtype, tiers, group_size).sizes() for tiers in choices)
+    return tuple(tier_layout(shape, dtype, tiers, group_size, scale_bits).sizes() for tiers in choices)
 
 
 class ExpertCodec(PlaneCodec):
@@ -144,7 +150,8 @@ class ExpertCodec(PlaneCodec):
         dtype: the model's floating dtype: of 16-bit blocks and of biases.
         group_size: weights that share a scale; the largest of 128, 64, 32 up to it that divides K is taken.
         method: `"als"` or `"rtn"`.
-        arrangement: how planes and scales lie; see `PlaneCodec`.
+        scale_bits: of the scale of a group, and of its zero point or minimum: 8 or 16; see `grid_format`.
+        arrangement: how planes and grids lie; see `PlaneCodec`.
     """
 
     def __init__(
@@ -154,10 +161,11 @@ class ExpertCodec(PlaneCodec):
         tiers: tuple[str, ...],
         group_size: int = 64,
         method: str = "als",
+        scale_bits: int = 8,
         arrangement: Arrangement = ROW_BY_ROW,
     ):
-        layout = tier_layout(shape, dtype, tiers, group_size)
-        super().__init__(layout.matrices, tiers, layout.planes, layout.refine_planes, method, arrangement)
+        layout = tier_layout(shape, dtype, tiers, group_size, scale_bits)
+        super().__init__(layout.matrices, tiers, layout.planes, layout.refine_planes, method, layout.form, arrangement)
         self.shape, self.dtype = shape, dtype
         self.base_layout, self.upgrade_layout = layout.base, layout.upgrade
         self.base, self.upgrade = layout.sizes()

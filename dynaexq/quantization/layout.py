@@ -3,9 +3,11 @@
 The base block of an int4 expert with hidden size 64 and intermediate size 32, gated, in groups of 64:
 
     byte     0  up.top4     int32   [64, 8]      64 rows of 64 codes, 8 codes to a word
-          2048  up.meta     float16 [1, 64, 2]   (scale, minimum) of each row's one group
-          2304  down.top4   int32   [64, 8]      64 rows of 32 codes, padded to 64
-          4352  down.meta   float16 [1, 64, 2]
+          2048  up.meta     uint8   [1, 64, 1, 2] scale and zero point of each row's one group
+          2176  up.unit     float32 [1]          what the scales are counted in
+          2240  down.top4   int32   [64, 8]      64 rows of 32 codes, padded to 64
+          4288  down.meta   uint8   [1, 64, 1, 2]
+          4416  down.unit   float32 [1]
           4608  end         a multiple of 256
 
 Every part begins on a cache line. An upgrade slot has the missing planes only, laid out the same way: `up.low4` and
@@ -52,9 +54,17 @@ class MatrixLayout:
     def num_groups(self) -> int:
         return self.padded // self.group_size
 
+    @property
+    def groups_per_block(self) -> int:
+        return self.block // self.group_size
+
     def words(self, bits: int) -> tuple[int, int]:
         """Shape of a plane of `bits`: int32 `[N, K * bits / 32]`."""
         return self.rows, self.padded * bits // 32
+
+
+Array = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a part that has no place yet."""
 
 
 class Part(NamedTuple):
@@ -78,7 +88,7 @@ class BlockLayout:
     ([('codes', 0), ('scale', 64)], 256)
     """
 
-    def __init__(self, arrays: list[tuple[str, torch.dtype, tuple[int, ...]]]):
+    def __init__(self, arrays: list[Array]):
         parts, end = [], 0
         for name, dtype, shape in arrays:
             part = Part(name, dtype, shape, _aligned(end, PART_ALIGNMENT))

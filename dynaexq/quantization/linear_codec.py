@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.quantization.arrangement import ROW_BY_ROW, Arrangement
+from dynaexq.quantization.grid_format import GRID_FORMATS
 from dynaexq.quantization.layout import BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import Inputs
 from dynaexq.quantization.plane_codec import BASE_PLANES, PlaneCodec, code_arrays
@@ -19,7 +20,7 @@ class LinearCodec(PlaneCodec):
     """Bytes of a matrix `[rows, columns]` at `tier`, `"int4"` or `"int8"`; the other arguments as in `ExpertCodec`.
 
     >>> LinearCodec(4096, 2048, torch.bfloat16, "int4").nbytes / (4096 * 2048)
-    0.5625
+    0.531280517578125
     """
 
     def __init__(
@@ -30,12 +31,13 @@ class LinearCodec(PlaneCodec):
         tier: str,
         group_size: int = 64,
         method: str = "als",
+        scale_bits: int = 8,
         arrangement: Arrangement = ROW_BY_ROW,
     ):
-        matrix = MatrixLayout.of(rows, columns, group_size)
-        super().__init__({WEIGHT: matrix}, (tier,), BASE_PLANES[tier], (), method, arrangement)
+        matrix, form = MatrixLayout.of(rows, columns, group_size), GRID_FORMATS[scale_bits]
+        super().__init__({WEIGHT: matrix}, (tier,), BASE_PLANES[tier], (), method, form, arrangement)
         self.dtype, self.matrix = dtype, matrix
-        self.layout = BlockLayout(code_arrays(WEIGHT, matrix, self.planes))
+        self.layout = BlockLayout(code_arrays(WEIGHT, matrix, self.planes, form))
 
     @property
     def nbytes(self) -> int:

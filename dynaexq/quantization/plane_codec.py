@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dynaexq.quantization.arrangement import IN_STRIPS, ROW_BY_ROW, Arrangement
-from dynaexq.quantization.layout import BlockLayout, MatrixLayout
+from dynaexq.quantization.grid_format import GridFormat
+from dynaexq.quantization.layout import Array, BlockLayout, MatrixLayout
 from dynaexq.quantization.moments import Inputs
 from dynaexq.quantization.quantize import Code, dequantize, dequantize_at, quantize
 from dynaexq.types import BITS
@@ -29,8 +30,6 @@ class Plane(NamedTuple):
     shift: int
 
 
-Array = tuple[str, torch.dtype, tuple[int, ...]]
-
 _TOP2, _MIDDLE2, _TOP4, _LOW4 = Plane("top2", 2, 6), Plane("middle2", 2, 4), Plane("top4", 4, 4), Plane("low4", 4, 0)
 
 BASE_PLANES = {"int2": (_TOP2,), "int4": (_TOP4,), "int8": (_TOP4, _LOW4)}
@@ -42,9 +41,9 @@ def plane_arrays(name: str, matrix: MatrixLayout, planes: tuple[Plane, ...]) -> 
     return [(f"{name}.{plane.name}", torch.int32, matrix.words(plane.bits)) for plane in planes]
 
 
-def code_arrays(name: str, matrix: MatrixLayout, planes: tuple[Plane, ...]) -> list[Array]:
+def code_arrays(name: str, matrix: MatrixLayout, planes: tuple[Plane, ...], form: type[GridFormat]) -> list[Array]:
     """The planes of a matrix and what its codes mean."""
-    return [*plane_arrays(name, matrix, planes), (f"{name}.meta", torch.float16, (matrix.num_groups, matrix.rows, 2))]
+    return [*plane_arrays(name, matrix, planes), *form.arrays(name, matrix)]
 
 
 class PlaneCodec:
@@ -54,7 +53,8 @@ class PlaneCodec:
         matrices: how each is cut up, by name.
         planes, refine_planes: of the base's code, and those that an upgrade adds to it.
         method: `"als"` or `"rtn"`.
-        arrangement: how planes and scales lie in the blocks that it writes and reads.
+        form: how grids are stored.
+        arrangement: how planes and grids lie in the blocks that it writes and reads.
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class PlaneCodec:
         planes: tuple[Plane, ...],
         refine_planes: tuple[Plane, ...],
         method: str,
+        form: type[GridFormat],
         arrangement: Arrangement = ROW_BY_ROW,
     ):
         self.matrices, self.tiers, self.method, self.arrangement = matrices, tiers, method, arrangement
-        self.planes, self.refine_planes = planes, refine_planes
+        self.planes, self.refine_planes, self.form = planes, refine_planes, form
 
     @property
     def fit_bits(self) -> int:
@@ -91,12 +92,13 @@ class PlaneCodec:
         per_row = len(matrix) * self.matrices[name].padded
         at_once = max(1, CODED_AT_ONCE[matrix.is_cuda] // per_row // IN_STRIPS.HEIGHT) * IN_STRIPS.HEIGHT
         step = at_once if inputs is None else matrix.shape[1]
-        squares = []
+        squares, form = [], self.form.of_weights(matrix)
+        form.write_unit(base_parts, name)
         for first in range(0, matrix.shape[1], step):
             rows = slice(first, first + step)
-            code = self._quantize(name, matrix[:, rows], inputs)
+            code = self._quantize(name, matrix[:, rows], inputs, form)
             squares.append(self._squares(name, matrix[:, rows], code))
-            meta = torch.stack([code.scale, code.minimum], -1).transpose(1, 2)
+            meta = form.pack((code.scale, code.minimum)).transpose(1, 2)
             self.arrangement.write_meta(base_parts[f"{name}.meta"], rows, meta)
             self._write_planes(base_parts, name, code, self.planes, rows)
             self._write_planes(upgrade_parts, name, code, self.refine_planes, rows)
@@ -142,17 +144,17 @@ class PlaneCodec:
             for plane in planes
         )
         values = reduce(torch.bitwise_or, codes)
-        scale, minimum = self.arrangement.read_meta(parts[f"{name}.meta"]).transpose(1, 2).unbind(-1)
+        meta = self.arrangement.read_meta(parts[f"{name}.meta"]).transpose(1, 2)
+        scale, minimum = self.form.of_parts(parts, name).unpack(meta)
         return dequantize(values, scale, minimum, bits)[..., : layout.columns].to(dtype)
 
-    def _quantize(self, name: str, matrix: Tensor, inputs: Sequence[Inputs] | None) -> Code:
+    def _quantize(self, name: str, matrix: Tensor, inputs: Sequence[Inputs] | None, form: GridFormat) -> Code:
         layout = self.matrices[name]
         if layout.padded > layout.columns:
             # Padding repeats the row, so that a group keeps the spread of the weights it really holds.
             matrix = matrix.repeat(1, 1, -(-layout.padded // layout.columns))[..., : layout.padded]
-        return quantize(
-            matrix, layout.group_size, self.fit_bits, self.method, not self.refine_planes, self.coarse, inputs
-        )
+        unshrink = not self.refine_planes
+        return quantize(matrix, layout.group_size, self.fit_bits, self.method, unshrink, self.coarse, inputs, form)
 
     def _squares(self, name: str, matrix: Tensor, code: Code) -> Tensor:
         """Sums over each row, `[n, N, tiers + 1]`: squared errors of the reading at each tier, squared weights."""

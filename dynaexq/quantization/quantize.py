@@ -1,12 +1,12 @@
 """From weights to integer codes: one 8-bit grid, read to the bits that are resident. It knows no layout.
 
-A group of G weights along K shares a float16 `scale` and `minimum`. A weight's code q is an integer in [0, 255]; its
-top b bits q_b, read at the center of their bin, stand for
+A group of G weights along K shares a `scale` and a `minimum` (`grid_format`). A weight's code q is an integer in
+[0, 255]; its top b bits q_b, read at the center of their bin, stand for
 
     w_b = minimum + scale / 16 * (2**(8 - b) * q_b + (2**(8 - b) - 1) / 2)        b = 2, 4 or 8
 
 so one code serves every precision and refining it only adds bits. `scale` is the step of the 4-bit reading, not of the
-8-bit one: that keeps it clear of float16's subnormals. Rounding to the nearest 8-bit level and dropping bits equals
+8-bit one: that keeps a float16 clear of its subnormals. Rounding to the nearest 8-bit level and dropping bits equals
 rounding to the nearest b-bit level, whichever b the grid was fitted for.
 
 Grids come from `scales`: *round to nearest* spans the group's range, *alternating least squares* minimizes the error.
@@ -17,12 +17,12 @@ the mean square of what they meet, and what one column errs by is fed back to th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dynaexq.errors import QuantizationError
 from dynaexq.quantization.gptq import fed_back
-from dynaexq.quantization.moments import Inputs
+from dynaexq.quantization.grid_format import GridFormat, HalfGrids
+from dynaexq.quantization.moments import Inputs, InputsOfMatrices
 from dynaexq.quantization.scales import Target, center, fitted_grid, nearest, range_grid, unshrunk
 
 LARGEST_WEIGHT = 32768.0  # half of float16's range, so that minimum and scale stay finite
@@ -32,7 +32,7 @@ COARSE = Target(2, weight=0.5, length=1.1)
 
 @dataclass(frozen=True)
 class Code:
-    """Coded matrices: `values` uint8 `[..., N, K]` of the 8-bit grid, `scale`, `minimum` float16 `[..., N, K/G]`."""
+    """Coded matrices: `values` uint8 `[..., N, K]` of the 8-bit grid, `scale`, `minimum` float32 `[..., N, K/G]`."""
 
     values: Tensor
     scale: Tensor
@@ -47,6 +47,7 @@ def quantize(
     unshrink: bool = False,
     coarse: bool = False,
     inputs: Sequence[Inputs] | None = None,
+    form: GridFormat | None = None,
 ) -> Code:
     """Fit codes to finite `weights` `[..., N, K]`, K a multiple of `group_size`.
 
@@ -58,20 +59,22 @@ def quantize(
         coarse: whether the reading at two bits will be served too; not together with `unshrink`.
         inputs: of each of the matrices `[n, N, K]`, where they are known: the error of the outputs is minimized then,
             and not that of the weights; readings finer than `fit_bits` are of no use.
+        form: how the grids of these weights will be stored; None for two float16.
 
     `"rtn"` spans the range of each group, and uses none of the last three.
     """
+    form = form or HalfGrids()
     targets = (Target(fit_bits), COARSE) if coarse else (Target(fit_bits),)
     *lead, columns = weights.shape
     if method == "als" and inputs is not None:
-        importance, factor = (torch.stack(parts) for parts in zip(*(i.padded(columns) for i in inputs), strict=True))
-        return Code(*fed_back(weights.float(), group_size, targets, unshrink, importance, factor))
+        known = InputsOfMatrices.of(inputs, columns)
+        return Code(*fed_back(weights.float(), group_size, targets, unshrink, form, known))
     groups = weights.float().contiguous().view(*lead, columns // group_size, group_size)
-    grid = range_grid(groups, fit_bits) if method == "rtn" else fitted_grid(groups, targets)
+    grid = range_grid(groups, fit_bits, form) if method == "rtn" else fitted_grid(groups, targets, form)
     values = nearest(groups, grid)
     if unshrink and method == "als":
-        grid = unshrunk(groups, values, grid, fit_bits)
-    return Code(values.view(*lead, columns), *(part.squeeze(-1).half() for part in grid))
+        grid = unshrunk(groups, values, grid, fit_bits, form)
+    return Code(values.view(*lead, columns), *(part.squeeze(-1) for part in grid))
 
 
 def dequantize(values: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:

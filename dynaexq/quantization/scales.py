@@ -1,9 +1,9 @@
 """Fit the scale and minimum of each group of weights by alternating least squares.
 
-A group of G weights and its code are `[..., G]`; scale and minimum are `[..., 1]`, rounded to float16 as they will be
-stored. A *target* is a number of bits at which the code will be read. Several targets share one code: their levels
-are stacked, and one least-squares problem serves them all. `importance` weighs the error of each weight; it is the
-mean square of the input that the weight meets, so that the weighted error is that of the output.
+A group of G weights and its code are `[..., G]`; scale and minimum are `[..., 1]`, rounded as they will be stored
+(`grid_format`). A *target* is a number of bits at which the code will be read. Several targets share one code: their
+levels are stacked, and one least-squares problem serves them all. `importance` weighs the error of each weight; it is
+the mean square of the input that the weight meets, so that the weighted error is that of the output.
 
 Least squares returns the projection of the weights, which is shorter than they are, by 1 - error**2; through gate, up
 and down the loss of length multiplies. So the coarser of two targets is fitted to weights that are longer (`length`),
@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dynaexq.quantization.grid_format import Grid, GridFormat
 
 ROUNDS = 10
 STARTS = (1.0, 0.8, 0.6)
@@ -40,8 +42,6 @@ class Target(NamedTuple):
 
 
 Targets = tuple[Target, ...]
-Grid = tuple[Tensor, Tensor]
-"""Scale and minimum."""
 
 
 def center(bits: int) -> float:
@@ -61,38 +61,43 @@ def nearest(groups: Tensor, grid: Grid) -> Tensor:
     return ((groups - minimum) / step).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def range_grid(groups: Tensor, bits: int, share: float = 1.0) -> Grid:
+def range_grid(groups: Tensor, bits: int, form: GridFormat, share: float = 1.0) -> Grid:
     """The grid that spans at `bits` bits a `share` of the range of each group, round its middle."""
     low, high = groups.aminmax(dim=-1, keepdim=True)
+    if form.reaches_zero:
+        low, high = low.clamp_max(0), high.clamp_min(0)
     step = (high - low) * (share / (2**bits - 1))
-    return _stored(step * 2.0 ** (bits - 4), low + (high - low) * ((1 - share) / 2), center(bits))
+    return form.rounded(step * (2.0 ** (bits - 4) * form.slack), low + (high - low) * ((1 - share) / 2), center(bits))
 
 
-def fitted_grid(groups: Tensor, targets: Targets, importance: Tensor | None = None) -> Grid:
+def fitted_grid(groups: Tensor, targets: Targets, form: GridFormat, importance: Tensor | None = None) -> Grid:
     """Alternating least squares: the best grid for the codes, the nearest codes of the grid, and again.
 
-    A group that ends worse than its range grid, as rounding to float16 can make it, keeps that one.
+    A group that ends worse than its range grid, as rounding can make it, keeps that one.
 
     Args:
         targets: the finest first.
         importance: `[..., G]`, to broadcast with `groups`; None where all weights count alike.
     """
     first = targets[0]
-    start = range_grid(groups, first.bits)
+    start = range_grid(groups, first.bits, form)
     if first.bits == 2:
-        tried = [_alternate(groups, range_grid(groups, 2, share), targets, ROUNDS_TO_CHOOSE) for share in STARTS]
-        grid = _alternate(groups, _best(groups, tried, targets, None), targets, ROUNDS_TOGETHER)
+        starts = (range_grid(groups, 2, form, share) for share in STARTS)
+        tried = [_alternate(groups, grid, targets, form, ROUNDS_TO_CHOOSE) for grid in starts]
+        grid = _alternate(groups, _best(groups, tried, targets, None), targets, form, ROUNDS_TOGETHER)
     else:
-        grid = _alternate(groups, start, (first,), ROUNDS if len(targets) == 1 else ROUNDS_TOGETHER)
+        grid = _alternate(groups, start, (first,), form, ROUNDS if len(targets) == 1 else ROUNDS_TOGETHER)
         if len(targets) > 1:
-            grid = _alternate(groups, grid, targets, ROUNDS_TOGETHER)
+            grid = _alternate(groups, grid, targets, form, ROUNDS_TOGETHER)
     if importance is not None:
-        weighed = _alternate(groups, grid, targets, ROUNDS, importance)
+        weighed = _alternate(groups, grid, targets, form, ROUNDS, importance)
         grid = _best(groups, [grid, weighed], targets, importance)
     return _best(groups, [start, grid], targets, importance)
 
 
-def unshrunk(groups: Tensor, values: Tensor, grid: Grid, bits: int, importance: Tensor | None = None) -> Grid:
+def unshrunk(
+    groups: Tensor, values: Tensor, grid: Grid, bits: int, form: GridFormat, importance: Tensor | None = None
+) -> Grid:
     """The grid stretched round the center of its reading by (|w|^2 / <w, w_hat>)**0.7, centred, at `bits` bits."""
     scale, minimum = grid
     level = levels(values, bits)
@@ -101,31 +106,35 @@ def unshrunk(groups: Tensor, values: Tensor, grid: Grid, bits: int, importance: 
     along = _mean(weights * (level - middle) * scale, importance)
     stretch = torch.where(along > 0, _mean(weights.square(), importance) / along, 1.0).clamp(1.0, 4.0)
     stretch = stretch**UNSHRINK_POWER
-    stretched = _stored(scale * stretch, minimum + scale * middle, middle)
+    stretched = form.rounded(scale * stretch, minimum + scale * middle, middle)
     return _choose(stretched[1].isfinite(), stretched, grid)  # a giant may leave float16's range
 
 
-def _alternate(groups: Tensor, grid: Grid, targets: Targets, rounds: int, importance: Tensor | None = None) -> Grid:
+def _alternate(
+    groups: Tensor, grid: Grid, targets: Targets, form: GridFormat, rounds: int, importance: Tensor | None = None
+) -> Grid:
+    """The grid after so many rounds, rounded once, at the end: steps that are smaller than rounding are steps too."""
     mean = _mean(groups, importance)
     away = groups - mean
     for _ in range(rounds):
-        grid = _least_squares(mean, away, nearest(groups, grid), targets, importance)
-    return grid
+        scale, middle = _least_squares(away, nearest(groups, grid), targets, importance)
+        grid = scale, mean - scale * middle
+    return form.rounded(scale, mean, middle)
 
 
-def _least_squares(mean: Tensor, away: Tensor, values: Tensor, targets: Targets, importance: Tensor | None) -> Grid:
-    """The grid with the least squared error, summed over `targets`, for given codes of `mean + away`."""
+def _least_squares(away: Tensor, values: Tensor, targets: Targets, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scale with the least squared error, summed over `targets`, for given codes of weights that are `away` from
+    their mean, and the level that stands for the mean."""
     stacked = [levels(values, target.bits) for target in targets]
     total = sum(target.weight for target in targets)
-    middle = sum(
-        target.weight / total * _mean(level, importance) for target, level in zip(targets, stacked, strict=True)
-    )
-    along = spread = torch.zeros_like(mean)
+    middle = along = spread = away.new_zeros(*away.shape[:-1], 1)
+    for target, level in zip(targets, stacked, strict=True):
+        middle = middle + target.weight / total * _mean(level, importance)
     for target, level in zip(targets, stacked, strict=True):
         level -= middle
         along = along + target.weight * target.length * _mean(level * away, importance)
         spread = spread + target.weight * _mean(level.square(), importance)
-    return _stored((along / spread.clamp_min(1e-9)).clamp_min(0), mean, middle)
+    return (along / spread.clamp_min(1e-9)).clamp_min(0), middle
 
 
 def _errors(groups: Tensor, grid: Grid, targets: Targets, importance: Tensor | None) -> Tensor:
@@ -158,9 +167,3 @@ def _mean(parts: Tensor, importance: Tensor | None) -> Tensor:
 
 def _choose(condition: Tensor, grid: Grid, otherwise: Grid) -> Grid:
     return torch.where(condition, grid[0], otherwise[0]), torch.where(condition, grid[1], otherwise[1])
-
-
-def _stored(scale: Tensor, value: Tensor, level: Tensor | float) -> Grid:
-    """The grid of `scale` on which `level` stands for `value`, rounded to float16 as it will be stored."""
-    scale = scale.half().float()
-    return scale, (value - scale * level).half().float()

@@ -183,7 +183,7 @@ def _spec(header: TraceHeader, settings: Settings, dense: int) -> ModelSpec:
     if header.expert is None:
         raise SettingsError("the trace does not say what shape an expert has, and so not how large it is")
     shape, dtype = header.expert, getattr(torch, header.dtype)
-    pairs = tier_sizes(shape, dtype, settings.group_size, tier_choices(settings.tiers))
+    pairs = tier_sizes(shape, dtype, settings.group_size, settings.scale_bits, tier_choices(settings.tiers))
     num_layers, num_experts = header.shape
     weights = num_layers * num_experts * shape.num_weights
     workspace = DeviceMemory.workspace_bytes(num_layers, num_experts)

@@ -179,7 +179,9 @@ class PackedLoader:
 
     def _open_store(self, codec: ExpertCodec, settings: Settings) -> HostStore:
         slot_nbytes = codec.upgrade_layout.nbytes
-        as_stored = tier_layout(codec.shape, self.stored.dtype, codec.tiers, settings.group_size).upgrade
+        as_stored = tier_layout(
+            codec.shape, self.stored.dtype, codec.tiers, settings.group_size, settings.scale_bits
+        ).upgrade
         store: HostStore = PackedStore(self.reader, pieces(self.stored, as_stored))
         if as_stored.parts != codec.upgrade_layout.parts:
             store = ConvertedStore(store, as_stored, codec.upgrade_layout)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import numpy as np
 import torch
@@ -11,13 +10,16 @@ from tqdm import tqdm
 
 from dynaexq.errors import StoreError
 from dynaexq.memory import DiskStore, HostStore, RamStore
-from dynaexq.quantization import Encoded, ExpertCodec, Moments, check_representable
+from dynaexq.quantization import Encoded, ExpertCodec, check_representable
 from dynaexq.settings import Settings
+from dynaexq.weights.calibration import Calibration
 from dynaexq.weights.sources import ExpertSource, LoadResult, SelectableSource
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_AT_ONCE = 2**22  # read together
+WEIGHTS_AT_ONCE = {False: 2**22, True: 2**25}
+"""Read and coded together, without a calibration and with one, whose steps go through columns one after the other."""
+
 PROGRESS_FROM = 2**28  # weights; below that quantizing takes a few seconds
 
 
@@ -25,11 +27,11 @@ class QuantizingLoader:
     """Experts quantized from their 16-bit weights.
 
     Args:
-        moments: of their inputs, layer by layer and expert by expert as in `source`, where they are known.
+        calibration: of their inputs, layer by layer and expert by expert as in `source`, where they are known.
     """
 
-    def __init__(self, source: ExpertSource, moments: Moments | None = None):
-        self.source, self.moments = source, moments
+    def __init__(self, source: ExpertSource, calibration: Calibration | None = None):
+        self.source, self.calibration = source, calibration
 
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
         """See `ExpertLoader`. A weight that no code represents is a QuantizationError."""
@@ -37,7 +39,7 @@ class QuantizingLoader:
         store = self._open_store(codec, settings)
         errors = np.zeros((source.num_layers, source.num_experts, len(codec.tiers)))
         try:
-            for layer, first, encoded in encode_all(source, codec, base.device, moments=self.moments):
+            for layer, first, encoded in encode_all(source, codec, base.device, calibration=self.calibration):
                 last = first + len(encoded.base)
                 base[layer, first:last].copy_(encoded.base)
                 errors[layer, first:last] = encoded.errors
@@ -61,20 +63,20 @@ class SixteenBitCheckpoint:
     """A checkpoint with 16-bit experts; see `sources.ExpertCheckpoint`.
 
     Args:
-        moments: of the inputs of all its experts, where they are known.
+        calibration: of the inputs of all its experts, where they are known.
     """
 
     base = None
 
-    def __init__(self, source: SelectableSource, moments: Moments | None):
-        self.source, self._moments = source, moments
+    def __init__(self, source: SelectableSource, calibration: Calibration | None):
+        self.source, self._calibration = source, calibration
 
     def prefetch(self) -> None:
         """Nothing: the base has yet to be quantized."""
 
     def loader(self, layers: Sequence[int], first_expert: int, num_experts: int) -> QuantizingLoader:
         part = layers, first_expert, num_experts
-        return QuantizingLoader(self.source.select(*part), self._moments and self._moments.select(*part))
+        return QuantizingLoader(self.source.select(*part), self._calibration and self._calibration.select(*part))
 
 
 class SourceStore:
@@ -123,7 +125,7 @@ def encode_all(
     codec: ExpertCodec,
     device: torch.device,
     first_layer: int = 0,
-    moments: Moments | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[tuple[int, int, Encoded]]:
     """Encode the experts of `source` on `device`, from `first_layer` on: (layer, first expert, n experts as bytes).
 
@@ -133,18 +135,18 @@ def encode_all(
         QuantizationError: names the tensor and the expert whose weight cannot be coded.
     """
     num_layers, num_experts = source.num_layers - first_layer, source.num_experts
-    at_once = max(1, WEIGHTS_AT_ONCE // codec.shape.num_weights)
+    at_once = max(1, WEIGHTS_AT_ONCE[calibration is not None] // codec.shape.num_weights)
     expert_nbytes = codec.shape.num_weights * codec.dtype.itemsize
     quiet = num_layers * num_experts * codec.shape.num_weights < PROGRESS_FROM
     total = num_layers * num_experts * expert_nbytes
     with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", disable=quiet) as progress, torch.no_grad():
         for layer in range(first_layer, source.num_layers):
-            inputs = moments.of_layer(layer, codec.shape.intermediate_size, device) if moments else None
             for first in range(0, num_experts, at_once):
                 weights = source.read(layer, first, min(first + at_once, num_experts))
                 if codec.planes:
                     check_representable(weights.up, f"{source.name(layer)}, first matrix", first)
                     check_representable(weights.down, f"{source.name(layer)}, second matrix", first)
-                known = None if inputs is None else list(islice(inputs, len(weights.up)))
-                yield layer, first, codec.encode(weights.map(lambda part: part.to(device)), known)
+                here = weights.map(lambda part: part.to(device))
+                known = None if calibration is None else [*calibration.of_experts(layer, first, here, codec.shape)]
+                yield layer, first, codec.encode(here, known)
                 progress.update(len(weights.up) * expert_nbytes)

@@ -58,7 +58,7 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "qual
 @pytest.mark.parametrize("row", json.loads(RESULTS.read_text())["bytes"], ids=lambda row: str(row["bits per weight"]))
 def test_auto_takes_the_ladder_that_was_measured_best_of_these_bytes(row: dict[str, Any]) -> None:
     shape = ExpertShape(256, 64, 128, has_bias=False, transposed=False)  # the embedded model's
-    pairs = tier_sizes(shape, torch.bfloat16, 64, TIER_CHOICES)
+    pairs = tier_sizes(shape, torch.bfloat16, 64, 8, TIER_CHOICES)
     budget = int(4 * 32 * shape.num_weights * row["bits per weight"] / 8)
     plan = plan_memory(spec(pairs, 4, 32), budget)
     assert " + ".join(plan.tiers) == row["best that is offered"]

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from dynaexq.checkpoint import (
     FORMAT_VERSION,
     INDEX,
+    READ_VERSIONS,
     PackedReader,
     PackedShape,
     PackedStore,
@@ -420,8 +421,9 @@ def test_a_shard_without_tensors_ends_with_its_header(tmp_path: Path) -> None:
     found.close()
 
 
-def test_files_that_exist_are_of_version_1() -> None:
-    assert FORMAT_VERSION == 1, "a new version has to read the old ones"
+def test_files_of_every_version_so_far_are_read() -> None:
+    assert READ_VERSIONS == (1, 2), "a new version has to read the old ones; tests/data has one of version 1"
+    assert READ_VERSIONS[-1] == FORMAT_VERSION
 
 
 def test_a_process_that_is_killed_leaves_the_old_directory(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SAYS = {
     "trace_and_simulate": "of the removable error",
     "custom_policy": "upgraded experts per layer:",
     "evaluate_your_text": "nats per token",
-    "expert_parallel": "one process: 9,379,648 bytes",
+    "expert_parallel": "one process: 9,215,808 bytes",
 }
 
 

@@ -83,6 +83,7 @@ def case(
     group_size: int = 64,
     arrangement: Arrangement = IN_STRIPS,
     activations: str = "int16",
+    scale_bits: int = 8,
 ) -> Case:
     """Random experts at `tiers`, those in UPGRADED with their upgrade, and random rows for `top_k_index`."""
     index = distinct_choices(21, 3) if top_k_index is None else top_k_index
@@ -90,7 +91,7 @@ def case(
     up = torch.randn(EXPERTS, *(shape.up_rows, shape.hidden_size)[::flip]) * 0.2
     down = torch.randn(EXPERTS, *(shape.hidden_size, shape.intermediate_size)[::flip]) * 0.2
     biases = (torch.randn(EXPERTS, shape.up_rows), torch.randn(EXPERTS, shape.hidden_size)) if shape.has_bias else ()
-    codec = ExpertCodec(shape, dtype, tiers, group_size, arrangement=arrangement)
+    codec = ExpertCodec(shape, dtype, tiers, group_size, scale_bits=scale_bits, arrangement=arrangement)
     encoded = codec.encode(ExpertWeights(*(part.to(dtype) for part in (up, down, *biases))))
     activation = silu_gate if shape.up_rows == 2 * shape.intermediate_size else squared_relu
     return Case(

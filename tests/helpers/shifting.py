@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from dynaexq.quantization.grid_format import ByteGrids
 from dynaexq.quantization.quantize import dequantize, quantize
 from dynaexq.types import BITS
 
@@ -52,9 +53,9 @@ def as_quantized(original: nn.Module, model: nn.Module) -> nn.Module:
             for expert, bits in enumerate(model.dynaexq.tiers()[layer].tolist()):
                 for weights in (block.experts.gate_up_proj[expert], block.experts.down_proj[expert]):
                     if bits < 16:
-                        code = quantize(weights, 64, fit_bits, "rtn")
+                        code = quantize(weights[None], 64, fit_bits, "rtn", form=ByteGrids.of_weights(weights[None]))
                         kept = code.values & (0xFF << (8 - bits) & 0xFF)
-                        weights.copy_(dequantize(kept, code.scale, code.minimum, bits))
+                        weights.copy_(dequantize(kept, code.scale, code.minimum, bits)[0])
     return naive
 
 

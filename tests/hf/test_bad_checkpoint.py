@@ -145,7 +145,10 @@ SIXTEEN_BIT = {
     "experts in eight bits": (in_eight_bits, "quantized already .* is torch.float8_e4m3fn.*give the 16-bit"),
 }
 PACKED = {
-    "another format version": (of_another_version, "packed in format version 7, and this dynaexq reads 1; install"),
+    "another format version": (
+        of_another_version,
+        "packed in format version 7, and this dynaexq reads 1 and 2; install",
+    ),
     "no format version": (without_a_version, "expected packed to hold format_version, group_size"),
     "another pair": (of_another_pair, r"expected .*packed.* to be .* from config.json, found"),
 }

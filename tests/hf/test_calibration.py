@@ -1,33 +1,36 @@
 """Calibration: what is gathered, what it is good for, and that every way of loading makes the same of it."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import patching
 import pytest
 import torch
 from models import tiny_model, tokens
 from numerics import assert_close
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import dynaexq
+from dynaexq.checkpoint import write_tensors
 from dynaexq.cli.app import app
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import documents
 from dynaexq.errors import CheckpointError, QuantizationError, SettingsError, UnsupportedModelError
 from dynaexq.evaluate import evaluate, reference_logits, windows_of
-from dynaexq.hf.calibration import gather_moments, generated_windows, load_moments, save_moments
+from dynaexq.hf.calibration import calibrate_checkpoint, calibration_for, gather, generated_windows
 from dynaexq.hf.dense import quantized_linears
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.packed_dense import calibrated_linears
-from dynaexq.quantization import ExpertCodec, ExpertInputs, ExpertWeights, Inputs, Moments
+from dynaexq.quantization import ExpertCodec, ExpertInputs, ExpertWeights, Inputs
 from dynaexq.settings import Settings
 from dynaexq.types import ExpertShape
+from dynaexq.weights.calibration import CalibrationSample, DenseMoments, LayerMoments, Met
+from dynaexq.weights.calibration_file import KIND_OF_MOMENTS, read_calibration, write_calibration
 
 SHAPE = ExpertShape(hidden_size=96, intermediate_size=80, up_rows=160, has_bias=False, transposed=False)  # both padded
 TEXT = 60_000  # characters
@@ -73,16 +76,21 @@ def some_experts(count: int) -> tuple[ExpertWeights, list[ExpertInputs]]:
     return weights, [ExpertInputs(up, moments_of(80, seed)) for seed in range(count)]
 
 
+def known_of(model: torch.nn.Module, path: Path) -> CalibrationSample:
+    return calibration_for(Settings(calibration=path), find_sparse_layers(model))
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "granitemoe"])
-def test_what_is_gathered_is_what_the_matrices_meet(family):
+@torch.no_grad()
+def test_what_is_known_of_an_expert_is_what_its_matrices_meet(family, tmp_path):
     model, met = tiny_model(family), []
     layers = find_sparse_layers(model)
     layer, shape = layers[-1], layers[-1].shape()
     hook = layer.experts.register_forward_hook(lambda module, args, output: met.append((args, output)))
-    moments = gather_moments(model, tokens(3, 9))
+    dynaexq.calibrate(model, tmp_path / "c.safetensors", tokens(3, 90))
     hook.remove()
-    up, down = torch.zeros_like(moments.up[-1]), torch.zeros(layer.num_experts, *[shape.intermediate_size] * 2)
-    mass, seen = torch.zeros(layer.num_experts), torch.zeros(layer.num_experts)
+    up, down = (torch.zeros(layer.num_experts, size, size) for size in (shape.hidden_size, shape.intermediate_size))
+    of_layer, seen = torch.zeros_like(up[0]), torch.zeros(layer.num_experts)
     for (rows, index, weights), output in met:
         expected = torch.zeros_like(output)
         for t in range(len(rows)):
@@ -90,15 +98,35 @@ def test_what_is_gathered_is_what_the_matrices_meet(family):
                 units = units_of(layer, rows[t], expert)
                 expected[t] += weight * output_of(layer, units, expert)
                 units = units / units.square().mean().sqrt()
-                up += weight**2 * rows[t].outer(rows[t])
+                up[expert] += weight**2 * rows[t].outer(rows[t])
+                of_layer += weight**2 * rows[t].outer(rows[t])
                 down[expert] += weight**2 * units.outer(units)
-                mass[expert] += weight**2
                 seen[expert] += 1
         torch.testing.assert_close(expected, output, rtol=1e-3, atol=1e-5)  # the units are those of the model
-    torch.testing.assert_close(moments.up[-1], up / mass.sum(), rtol=1e-3, atol=1e-5)
-    found = moments.down[-1, :, 0, : shape.intermediate_size, : shape.intermediate_size]
-    torch.testing.assert_close(found, down / mass.clamp_min(1e-12)[:, None, None], rtol=1e-3, atol=1e-5)
-    assert torch.equal(moments.tokens[-1], seen.long())
+    known = known_of(model, tmp_path / "c.safetensors")
+    found = list(known.of_experts(len(layers) - 1, 2, layer.weights().map(lambda part: part[2:5]), shape))
+    assert len(found) == 3
+    for expert, inputs in enumerate(found, 2):
+        for name, own, prior in (("up", up, of_layer), ("down", down, torch.eye(shape.intermediate_size))):
+            blend = seen[expert] * in_units(own[expert]) + 64 * in_units(prior)
+            assert_close(name, in_units(blend), getattr(inputs, name).moments, 2e-3)
+
+
+def in_units(moments: Tensor) -> Tensor:
+    """Of their mean square."""
+    return moments / moments.diagonal().mean().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def test_a_part_of_the_model_knows_the_same_of_its_experts(tmp_path):
+    model = tiny_model("qwen3_moe")
+    dynaexq.calibrate(model, tmp_path / "c.safetensors", tokens(3, 50))
+    layer, known = find_sparse_layers(model)[1], known_of(model, tmp_path / "c.safetensors")
+    of_all = list(known.of_experts(1, 0, layer.weights(), layer.shape()))
+    of_part = known.select([1], 4, 4).of_experts(0, 1, layer.weights().map(lambda part: part[5:7]), layer.shape())
+    for whole, part in zip(of_all[5:7], of_part, strict=True):
+        assert torch.equal(whole.up.moments, part.up.moments)
+        assert torch.equal(whole.down.moments, part.down.moments)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_next"])
@@ -110,7 +138,7 @@ def test_dense_layers_are_known_by_what_they_meet_and_those_that_meet_the_same_s
         linear.register_forward_hook(lambda module, args, output, path=path: met.setdefault(path, []).append(args[0]))
         for path, linear in expected.items()
     ]
-    dense = gather_moments(model, tokens(3, 9)).dense
+    _, dense = gather(model, tokens(3, 9))
     for hook in hooks:
         hook.remove()
     assert dense.keys() == expected.keys()
@@ -178,16 +206,35 @@ def test_a_ladder_that_leads_to_int8_stays_as_it_is():
 
 
 @pytest.mark.parametrize("tokens_seen", [0, 5])
-def test_an_expert_that_was_hardly_ever_routed_is_quantized_nearly_as_if_nothing_were_known(tokens_seen):
-    units = torch.randn(max(1, tokens_seen), 64)
-    down = (units.T @ units / len(units) * (tokens_seen > 0))[None, None, None]
-    moments = Moments(("l",), torch.eye(96)[None], down, torch.tensor([[tokens_seen]]))
-    (known,) = moments.of_layer(0, 64, torch.device("cpu"))
-    weights = ExpertWeights(torch.randn(1, 128, 96), torch.randn(1, 96, 64))
+def test_an_expert_that_was_hardly_ever_routed_is_quantized_no_worse_than_if_nothing_were_known(tokens_seen):
     shape = ExpertShape(96, 64, 128, has_bias=False, transposed=False)
+    met = Met(torch.randn(500, 96), torch.ones(500, 1).short(), torch.ones(500, 1))
+    met.top_k_index[:tokens_seen] = 0
+    known = CalibrationSample(("l",), {"l": silu_gate}, lambda name: met, DenseMoments(), "")
+    weights = ExpertWeights(torch.randn(1, 128, 96), torch.randn(1, 96, 64))
     codec = ExpertCodec(shape, torch.float32, ("int2",))
-    plain, aware = codec.encode(weights).errors, codec.encode(weights, [known]).errors
-    assert aware == pytest.approx(plain, rel=0.06)
+    inputs = list(known.of_experts(0, 0, weights, shape))
+    assert (codec.encode(weights, inputs).errors <= 1.06 * codec.encode(weights).errors).all()
+
+
+def silu_gate(rows: Tensor) -> Tensor:
+    gate, up = rows.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def test_a_model_that_does_not_fit_is_read_layer_by_layer(text, tmp_path, monkeypatch):
+    calibrate_checkpoint(embedded_model(), text, tmp_path / "whole.safetensors")
+    available = 10 * 2**20  # of 15 MB
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=available))
+    calibrate_checkpoint(embedded_model(), text, tmp_path / "by_layers.safetensors")
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    whole, by_layers = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "by_layers"))
+    assert whole.keys() == by_layers.keys()
+    for name, part in whole.items():
+        if name.startswith("rows"):
+            assert_close(name, part.float(), by_layers[name].float(), 2e-2)
+        elif name.startswith("dense"):
+            assert_close(name, part.float(), by_layers[name].float(), 1e-2)
 
 
 def test_a_calibrated_model_is_nearer_to_the_original_in_what_it_was_not_calibrated_on(calibrated):
@@ -207,10 +254,10 @@ def test_so_are_dense_layers_in_4_bits(calibrated):
     model = original()
     windows = windows_of(AutoTokenizer.from_pretrained(embedded_model()), documents("code"), 4, 128)
     reference, kl = reference_logits(model, windows), {}
-    moments = load_moments(calibrated)
-    for known in (None, moments):
+    for calibration in (None, calibrated):
         patched = original()
         layers = find_sparse_layers(patched)
+        known = calibration_for(Settings(calibration=calibration), layers)
         settings = Settings(hbm_budget=1, dense="int4")
         for path, twin in quantized_linears(patched, layers, settings, torch.device("cpu"), known).items():
             patched.set_submodule(path, twin)
@@ -240,9 +287,10 @@ def test_the_command_calibrates_on_a_text_and_keeps_what_it_found(text, tmp_path
     command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2", "--hbm-budget", "1GB"]
     result = CliRunner().invoke(app, [*command, "--calibrate", str(text)])
     assert result.exit_code == 0, result.output
-    moments = load_moments(tmp_path / "packed.moments.safetensors")
-    assert int(moments.tokens.sum()) % (4 * 4 * 512) == 0  # layers, choices, windows
-    assert moments.tokens.sum() > 0
+    found = load_file(tmp_path / "packed.calibration.safetensors")
+    assert [f"rows.{i}" in found for i in range(5)] == [True] * 4 + [False]
+    assert len(found["rows.0"]) % 512 == 0
+    assert found["rows.0"].dtype == torch.bfloat16
 
 
 def test_a_model_is_calibrated_on_its_own_words_where_there_are_no_others(tmp_path, monkeypatch):
@@ -271,56 +319,95 @@ def test_own_words_are_the_same_again_and_leave_the_random_state_alone():
         generated_windows(torch.nn.Linear(2, 2))
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    shared = torch.rand(8, 8).half()
+SHAPE_OF_FILES = ExpertShape(8, 24, 48, has_bias=False, transposed=False)
+
+
+def read(path: Path, layers: tuple[str, ...] = ("a.experts",)) -> CalibrationSample | LayerMoments:
+    return read_calibration(path, layers, 3, SHAPE_OF_FILES, [silu_gate] * len(layers))
+
+
+def some_met(count: int = 5) -> Met:
+    return Met(torch.randn(count, 8).bfloat16(), torch.randint(0, 3, (count, 2)).short(), torch.rand(count, 2))
+
+
+def write_moments(path: Path, **changes: Tensor) -> None:
+    parts = {"up": torch.rand(1, 8, 8), "down": torch.rand(1, 3, 1, 64, 64), "tokens": torch.tensor([[1, 2, 3]])}
+    write_tensors(path, parts | changes, {"kind": KIND_OF_MOMENTS, "layers": '["a.experts"]'})
+
+
+def test_what_is_written_comes_back(tmp_path):
+    shared, met, path = torch.rand(8, 8).half(), some_met(), tmp_path / "c.safetensors"
     dense = {"q": shared, "k": shared, "o": torch.rand(4, 4).half()}
-    parts = torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]])
-    moments, path = Moments(("a.experts",), *parts, dense), tmp_path / "m.safetensors"
-    save_moments(moments, path)
-    found = load_moments(path)
-    assert found.layers == moments.layers
-    assert all(torch.equal(getattr(found, part), getattr(moments, part)) for part in ("up", "down", "tokens"))
-    assert found.dense.keys() == dense.keys()
-    assert all(torch.equal(found.dense[name], dense[name]) for name in dense)
-    with safe_open(path, "pt") as file:
-        assert sum(name.startswith("dense.") for name in file.keys()) == 2, "what is shared is written once"  # noqa: SIM118
+    write_calibration(path, {"a.experts": met}, dense)
+    found = read(path)
+    assert found.layers == ("a.experts",)
+    assert all(map(torch.equal, found.read("a.experts"), met))
+    assert found.dense.of_path.keys() == dense.keys()
+    assert all(torch.equal(found.dense.of_path[name], dense[name]) for name in dense)
+    assert sum(name.startswith("dense.") for name in load_file(path)) == 2, "what is shared is written once"
+    fingerprint = found.fingerprint
+    write_calibration(path, {"a.experts": some_met()}, dense)
+    assert read(path).fingerprint != fingerprint
 
 
-def test_moments_of_before_dense_layers_had_any_still_serve(tmp_path):
-    parts = torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]])
-    save_moments(Moments(("a.experts",), *parts), tmp_path / "m.safetensors")
-    found = load_moments(tmp_path / "m.safetensors")
+def test_files_of_before_dense_layers_had_any_moments_still_serve(tmp_path):
+    write_moments(tmp_path / "m.safetensors")
+    found = read(tmp_path / "m.safetensors")
     assert found.of_dense("q", 8, torch.device("cpu")) is None
+    weights = ExpertWeights(torch.randn(2, 48, 8), torch.randn(2, 8, 24))
+    known = list(found.of_experts(0, 1, weights, SHAPE_OF_FILES))
+    assert [(len(inputs.up.moments), len(inputs.down.moments)) for inputs in known] == [(8, 24)] * 2
 
 
 def test_moments_of_another_width_are_refused_by_name():
-    parts = torch.rand(1, 8, 8), torch.rand(1, 3, 1, 64, 64), torch.tensor([[1, 2, 3]])
-    moments = Moments(("a.experts",), *parts, {"a.q_proj": torch.eye(4).half()})
     with pytest.raises(QuantizationError, match=r"a\.q_proj: expected moments of 8 inputs, calibration has 4"):
-        moments.of_dense("a.q_proj", 8, torch.device("cpu"))
+        DenseMoments({"a.q_proj": torch.eye(4).half()}).inputs("a.q_proj", 8, torch.device("cpu"))
 
 
-def test_moments_of_another_model_are_refused_by_name(calibrated):
+def test_what_belongs_to_another_model_is_refused_by_name(calibrated, tmp_path):
     model = tiny_model("qwen3_moe")
     with pytest.raises(CheckpointError, match=r"belongs to another model.*mlp\.experts.*calibrate this model"):
         dynaexq.patch(model, "1GB", tiers=("int2",), calibration=calibrated)
     assert not hasattr(model, "dynaexq")
+    write_moments(tmp_path / "m.safetensors", tokens=torch.tensor([[1, 2]]))
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        read(tmp_path / "m.safetensors")
 
 
-def test_a_file_that_holds_no_moments_is_refused():
-    with pytest.raises(CheckpointError, match="no dynaexq-moments"):
-        load_moments(embedded_model() / "model.safetensors")
+def test_a_file_of_something_else_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="what dynaexq's calibration writes"):
+        read(embedded_model() / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"there is no .*; dynaexq\.calibrate"):
-        load_moments(embedded_model() / "moments.safetensors")
+        read(embedded_model() / "calibration.safetensors")
+    met = some_met()
+    for wrong in (met._replace(rows=met.rows[:4]), met._replace(top_k_weights=met.top_k_weights[:, :1])):
+        write_calibration(tmp_path / "c.safetensors", {"a.experts": wrong}, {})
+        with pytest.raises(CheckpointError, match="is something else"):
+            read(tmp_path / "c.safetensors")
 
 
-def test_moments_that_are_not_finite_are_refused(tmp_path):
-    moments = Moments(("a.experts",), torch.full((1, 8, 8), torch.nan), torch.rand(1, 3, 1, 64, 64), torch.ones(1, 3))
-    dense = replace(moments, up=torch.ones(1, 8, 8), dense={"q": torch.full((2, 2), torch.inf).half()})
-    for damaged in (moments, dense):
-        save_moments(damaged, tmp_path / "m.safetensors")
+def test_a_file_that_was_damaged_is_refused_where_it_is_read(tmp_path):
+    path = tmp_path / "c.safetensors"
+    write_calibration(path, {"a.experts": some_met()}, {})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        read(path).read("a.experts")
+
+
+def test_figures_that_are_not_finite_are_refused(tmp_path):
+    path, met = tmp_path / "c.safetensors", some_met()
+    for wrong in (met._replace(rows=met.rows * torch.inf), met._replace(top_k_weights=met.top_k_weights / 0 * 0)):
+        write_calibration(path, {"a.experts": wrong}, {})
         with pytest.raises(CheckpointError, match="not finite"):
-            load_moments(tmp_path / "m.safetensors")
+            read(path).read("a.experts")
+    write_calibration(path, {"a.experts": met}, {"q": torch.full((2, 2), torch.inf).half()})
+    with pytest.raises(CheckpointError, match="not finite"):
+        read(path)
+    write_moments(path, up=torch.full((1, 8, 8), torch.nan))
+    with pytest.raises(CheckpointError, match="not finite"):
+        read(path)
 
 
 def test_a_packed_checkpoint_cannot_be_calibrated_any_more(calibrated, tmp_path):
@@ -347,10 +434,10 @@ def test_a_text_of_a_few_words_is_refused(tmp_path):
     assert "expected at least 512 tokens" in str(result.exception)
 
 
-def test_a_model_that_the_memory_cannot_hold_is_not_loaded(text, tmp_path, monkeypatch):
+def test_a_model_that_the_memory_cannot_hold_does_not_write_its_own_text(tmp_path, monkeypatch):
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr("dynaexq.hf.calibration.psutil.virtual_memory", lambda: memory)
     command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2"]
-    result = CliRunner().invoke(app, [*command, "--calibrate", str(text)])
+    result = CliRunner().invoke(app, [*command, "--calibrate", "self"])
     assert isinstance(result.exception, CheckpointError)
-    assert "1,000 are free; calibrate on a machine that holds it" in str(result.exception)
+    assert "1,000 are free; give a text, which it reads layer by layer" in str(result.exception)

@@ -310,7 +310,7 @@ def test_only_the_standard_gate_has_a_name():
 
 def test_structures_have_the_sizes_that_c_gives_them():
     assert ctypes.sizeof(native._Part) == 16
-    assert ctypes.sizeof(native._Reading) == 8 * 11
-    assert ctypes.sizeof(native._Matrix) == 8 * (4 + 2 * 11)
-    assert ctypes.sizeof(native._Layer) == 8 * (2 * 26 + 7)
+    assert ctypes.sizeof(native._Reading) == 8 * 13
+    assert ctypes.sizeof(native._Matrix) == 8 * (4 + 2 * 13)
+    assert ctypes.sizeof(native._Layer) == 8 * (2 * 30 + 7)
     assert ctypes.sizeof(native._Call) == 8 * 18

@@ -74,8 +74,8 @@ def _three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tiers", TIERS, ids="+".join)
 def test_a_layer_follows_the_reference(program, tmp_path, tiers):
     for name, shape in UGLY.items():
-        for num_tokens, activations in ((1, "int16"), (40, "int16"), (1, "int8"), (40, "int8")):
-            got = fused(tiers, torch.bfloat16, shape, num_tokens, activations=activations)
+        for num_tokens, activations, bits in ((1, "int16", 8), (40, "int16", 16), (1, "int8", 16), (40, "int8", 8)):
+            got = fused(tiers, torch.bfloat16, shape, num_tokens, activations=activations, scale_bits=bits)
             kernel = KernelProgram(program.command, tmp_path, got.upgrades)
             run = native.NativeLayer(got.layer, torch.bfloat16, kernel)
             output = run(got.hidden_states, got.top_k_index, got.top_k_weights, got.upgrades.entries)
@@ -88,7 +88,8 @@ def test_a_layer_follows_the_reference(program, tmp_path, tiers):
 def test_so_do_other_dtypes_and_gradients(program, tmp_path, tiers, dtype):
     if program.all_bfloat16:
         pytest.skip("it takes bfloat16 alone")
-    got = case(tiers, dtype, UGLY["200 and 90, transposed, bias"], activation_name="silu")
+    scale_bits = 8 if dtype == torch.float32 else 16
+    got = case(tiers, dtype, UGLY["200 and 90, transposed, bias"], activation_name="silu", scale_bits=scale_bits)
     run = native.NativeLayer(got.layer, dtype, KernelProgram(program.command, tmp_path, got.upgrades))
     arguments = got.hidden_states, got.top_k_index, got.top_k_weights
     output = run(*arguments, got.upgrades.entries)

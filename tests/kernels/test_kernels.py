@@ -59,6 +59,15 @@ def test_the_cpu_paths_follow_the_reference_for_every_kind_of_expert(tiers, shap
     assert_close(f"{tiers} {shape}", got.run(reference.expert_mlp), got.run(kernel.expert_mlp), allowed)
 
 
+@pytest.mark.parametrize("tiers", [("int2", "int8"), ("int4", "fp16")], ids="+".join)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@each_dtype
+@each_kernel
+def test_scales_in_16_bit_as_earlier_versions_had_them(tiers, shape, dtype, kernel):
+    got = case(tiers, dtype, shape, scale_bits=16)
+    assert_close(f"{tiers} {shape}", naive(got).to(dtype), got.run(kernel.expert_mlp), 2 * TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize(
     "top_k_index",
     [
@@ -103,7 +112,8 @@ def assert_gradients_of_the_reference(
     """That they are as near as `TOLERANCE` allows, for sums that are `longer` than those of SHAPES."""
     rows, weights = (tensor.clone().requires_grad_() for tensor in (got.hidden_states, got.top_k_weights))
     output = reference.expert_mlp(rows, got.top_k_index, weights, got.layer, got.upgrades)
-    grad = torch.randn_like(output)
+    # It leans towards the output, so that the weights' gradients are no small differences of large sums.
+    grad = torch.randn_like(output) + output.detach() / output.detach().square().mean().sqrt().clamp_min(1e-6)
     expected = torch.autograd.grad(output, (rows, weights), grad)
     found = gradients_of(grad, got.hidden_states, got.top_k_index, got.top_k_weights, got.layer, got.upgrades)
     for name, truth, result in zip(("rows", "weights"), expected, found, strict=True):
@@ -140,6 +150,12 @@ def test_gradients_with_a_norm_behind_the_experts_and_where_none_is_here(gradien
     got = case(("int4", "int8"), torch.float32, top_k_index=elsewhere)
     grads = gradients_of(got.hidden_states, got.hidden_states, elsewhere, got.top_k_weights, got.layer, got.upgrades)
     assert not any(grad.any() for grad in grads)
+
+
+@each_gradient
+def test_gradients_through_scales_in_16_bit(gradients_of):
+    got = case(("int2", "int4"), torch.float32, top_k_index=with_foreign_ids(), scale_bits=16)
+    assert_gradients_of_the_reference(got, gradients_of)
 
 
 @pytest.mark.parametrize("experts_at_once", [1, 3])

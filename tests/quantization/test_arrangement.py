@@ -39,24 +39,30 @@ def test_codes_come_back_and_what_lies_by_rows_is_taken_and_given_back(rows, col
         assert torch.equal(taken, part)
 
 
-@given(st.integers(1, 70), st.integers(1, 5))
-def test_scales_and_minima_come_back(rows, groups):
-    meta = torch.rand(2, groups, rows, 2).half()
+@given(
+    st.integers(1, 70), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.sampled_from([torch.float16, torch.uint8])
+)
+def test_grids_come_back(rows, blocks, groups_per_block, dtype):
+    meta = torch.randint(0, 256, (2, blocks * groups_per_block, rows, 2)).to(dtype)
+    by_rows = torch.zeros(2, blocks, rows, groups_per_block, 2, dtype=dtype)
+    ROW_BY_ROW.write_meta(by_rows, slice(0, rows), meta)
+    assert torch.equal(ROW_BY_ROW.read_meta(by_rows), meta)
+    assert torch.equal(by_rows[1, -1, -1], meta[1, -groups_per_block:, -1]), "those of a row in a block lie together"
     for strips in STRIPS:
-        taken, written = meta.clone(), torch.zeros_like(meta)
+        taken, written = by_rows.clone(), torch.zeros_like(by_rows)
         strips.take_meta(taken)
         strips.write_meta(written, slice(0, rows), meta)
         assert torch.equal(taken, written)
         assert torch.equal(strips.read_meta(taken), meta)
         strips.give_meta(taken)
-        assert torch.equal(taken, meta)
+        assert torch.equal(taken, by_rows)
 
 
 @pytest.mark.parametrize("arrangement", BOTH)
 def test_rows_may_be_written_a_few_strips_at_a_time(arrangement):
     part, codes, block = plane(70, 128, 4)
     meta = torch.rand(2, 2, 70, 2).half()
-    whole, at_once, scales = torch.zeros_like(part), torch.zeros_like(part), (torch.zeros_like(meta), meta.clone())
+    whole, at_once, scales = torch.zeros_like(part), torch.zeros_like(part), torch.zeros(2, 2, 1, 70, 2, 2).half()
     arrangement.write_plane(whole, slice(0, 70), codes, 4, block)
     arrangement.write_meta(scales[1], slice(0, 70), meta)
     for rows in (slice(0, 32), slice(32, 64), slice(64, 96)):
@@ -84,7 +90,7 @@ def test_a_word_of_a_strip_has_a_row_and_its_bytes_have_every_fourth_column(bits
 
 def test_a_strip_has_scales_then_minima_group_by_group():
     meta = torch.arange(2 * 3 * 20 * 2).view(2, 3, 20, 2).half()
-    part = torch.zeros_like(meta)
+    part = torch.zeros(2, 3, 20, 1, 2).half()
     IN_STRIPS.write_meta(part, slice(0, 20), meta)
     flat = part[1].flatten()
     assert torch.equal(flat[: 3 * 32].view(3, 2, 16), meta[1, :, :16].transpose(1, 2))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.quantization import ExpertCodec, ExpertWeights
+from dynaexq.quantization.grid_format import ByteGrids
 from dynaexq.quantization.layout import MatrixLayout
 from dynaexq.quantization.plane_codec import REFINE_PLANES
 from dynaexq.quantization.quantize import dequantize, quantize
@@ -40,6 +41,7 @@ LARGEST_ERROR = {"int2": 0.37, "int4": 0.088, "int8": 0.007, "fp16": 0.0}
 
 each_pair = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
 each_code = pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if "fp16" not in tiers], ids="+".join)
+each_format = pytest.mark.parametrize("scale_bits", [8, 16])
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
@@ -71,24 +73,18 @@ def readings(codec: ExpertCodec, weights: ExpertWeights) -> list[ExpertWeights]:
     return [codec.decode(encoded.base, upgrade, codec.dtype) for upgrade in upgrades]
 
 
-BITS_A_WEIGHT = {  # (group of 64, group of 128)
-    "int2": (2.5, 2.25),
-    "int4": (4.5, 4.25),
-    "int8": (8.5, 8.25),
-    "fp16": (16, 16),
-}
-
-
-@pytest.mark.parametrize(("group_size", "column"), [(64, 0), (128, 1)])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@each_format
 @each_pair
-def test_blocks_and_slots_have_the_documented_bits_a_weight(tiers, group_size, column):
+def test_blocks_and_slots_have_the_documented_bits_a_weight(tiers, scale_bits, group_size):
     shape = ExpertShape(hidden_size=256, intermediate_size=512, up_rows=1024, has_bias=False, transposed=False)
-    codec = ExpertCodec(shape, torch.bfloat16, tiers, group_size)
-    bits = [tier.nbytes * 8 / shape.num_weights for tier in (codec.base, codec.upgrade) if tier]
-    expected = [BITS_A_WEIGHT[tier][column] for tier in tiers]
+    codec = ExpertCodec(shape, torch.bfloat16, tiers, group_size, scale_bits=scale_bits)
+    found = [tier.nbytes * 8 / shape.num_weights for tier in (codec.base, codec.upgrade) if tier]
+    bits = [BITS[tier] + 2 * scale_bits / group_size if tier != "fp16" else 16 for tier in tiers]
     if tiers in REFINE_PLANES:  # what the base holds already is not stored twice
-        expected[1] -= expected[0]
-    assert bits == expected
+        bits[1] -= bits[0]
+    units = 256 * 8 / shape.num_weights if scale_bits == 8 and tiers[0] != "fp16" else 0  # a block's least growth
+    assert found == [bits[0] + units, *bits[1:]]
 
 
 def test_sixteen_bit_blocks_of_a_float32_model_are_counted_at_32():
@@ -209,21 +205,29 @@ def test_a_transposed_source_is_coded_to_the_same_bytes(tiers):
 def naive_weight(
     parts: dict[str, Tensor], name: str, planes, layout: MatrixLayout, bits: int, n: int, k: int
 ) -> float:
-    """One weight from the words and metadata of its expert, as the docstrings of `packing` and `quantizer` say."""
+    """One weight from the words and metadata of its expert, as `bitplanes`, `quantize` and `grid_format` say."""
     code = 0
     for plane in planes:
         width = layout.block * plane.bits // 32
         position, h = divmod(k % layout.block, 2 * width)
         word = int(parts[f"{name}.{plane.name}"][n, k // layout.block * width + h // 2])
         code |= (word >> h % 2 * 16 + position * plane.bits & 2**plane.bits - 1) << plane.shift
-    scale, minimum = parts[f"{name}.meta"][k // layout.group_size, n].tolist()
-    return minimum + scale / 16 * (code + (2 ** (8 - bits) - 1) / 2)
+    meta = parts[f"{name}.meta"]  # [blocks, N, groups of a block, 2]
+    block, group = divmod(k // layout.group_size, meta.shape[2])
+    scale, other = meta[block, n, group].tolist()
+    center = code + (2 ** (8 - bits) - 1) / 2
+    if f"{name}.unit" not in parts:
+        return other + scale / 16 * center
+    exponent, mantissa = divmod(scale, 32)
+    scale = (1 + mantissa / 32) * 2.0 ** (exponent - 15) if exponent else mantissa / 32 * 2.0**-14
+    return float(parts[f"{name}.unit"]) * scale / 16 * (center - other)
 
 
 @each_code
+@each_format
 @pytest.mark.parametrize("shape", [SMALL, SHAPES["H=256 I=64"]], ids=["padded", "whole blocks"])
-def test_the_bytes_of_a_code_mean_what_is_documented(shape, tiers):
-    codec = ExpertCodec(shape, torch.float32, tiers)
+def test_the_bytes_of_a_code_mean_what_is_documented(shape, tiers, scale_bits):
+    codec = ExpertCodec(shape, torch.float32, tiers, scale_bits=scale_bits)
     encoded = codec.encode(random_weights(shape, n=1))
     parts = codec.base_layout.view(encoded.base)
     if encoded.upgrade is not None:
@@ -243,7 +247,8 @@ def test_a_base_is_fitted_for_its_own_depth_and_unshrunk_unless_it_will_be_refin
     weights, bits = random_weights(SHAPES["H=256 I=64"]), BITS[tiers[0]]
     refined = tiers in REFINE_PLANES
     coarse = tiers == ("int2", "int4")
-    code = quantize(weights.up, 64, fit_bits=4 if refined else bits, unshrink=not refined, coarse=coarse)
+    form = ByteGrids.of_weights(weights.up)
+    code = quantize(weights.up, 64, fit_bits=4 if refined else bits, unshrink=not refined, coarse=coarse, form=form)
     expected = dequantize(code.values & -(1 << 8 - bits) % 256, code.scale, code.minimum, bits)
     assert torch.equal(readings(ExpertCodec(SHAPES["H=256 I=64"], torch.float32, tiers), weights)[0].up, expected)
 

@@ -22,11 +22,13 @@ from hypothesis import strategies as st
 
 from dynaexq.checkpoint import Shard, write_tensors
 from dynaexq.errors import CheckpointError, DynaExqError, HotnessError, SettingsError, TraceError
-from dynaexq.hf.calibration import KIND, load_moments
 from dynaexq.hf.checkpoint_source import INDEX, checkpoint_files, open_shards
 from dynaexq.runtime.hotness_snapshot import read_snapshot, write_snapshot
 from dynaexq.settings import parse_bytes
 from dynaexq.traces.trace_file import Trace, TraceHeader, TraceWindow, TraceWriter
+from dynaexq.types import ExpertShape
+from dynaexq.weights.calibration import CalibrationSample, Met
+from dynaexq.weights.calibration_file import KIND_OF_MOMENTS, read_calibration, write_calibration
 
 LAYERS, EXPERTS = ["a", "b"], 8
 SECONDS = 5.0
@@ -67,7 +69,20 @@ def torch_shard(path: Path) -> None:
 
 def write_moments(path: Path) -> None:
     parts = {"up": torch.ones(2, 4, 4), "down": torch.ones(2, 8, 1, 64, 64), "tokens": torch.ones(2, 8).long()}
-    write_tensors(path, parts, {"kind": KIND, "layers": json.dumps(LAYERS)})
+    write_tensors(path, parts, {"kind": KIND_OF_MOMENTS, "layers": json.dumps(LAYERS)})
+
+
+def write_sample(path: Path) -> None:
+    met = Met(torch.ones(3, 4), torch.zeros(3, 2).short(), torch.ones(3, 2))
+    write_calibration(path, dict.fromkeys(LAYERS, met), {"q": torch.eye(4).half()})
+
+
+def read_moments(path: Path) -> None:
+    shape = ExpertShape(4, 64, 128, has_bias=False, transposed=False)
+    found = read_calibration(path, LAYERS, EXPERTS, shape, [torch.relu] * len(LAYERS))
+    if isinstance(found, CalibrationSample):
+        for layer in LAYERS:
+            found.read(layer)
 
 
 class Kind:
@@ -80,7 +95,8 @@ class Kind:
 KINDS = {
     "shard": Kind("x.safetensors", torch_shard, read_whole_shard, CheckpointError),
     "index": Kind(INDEX, write_index, read_index, CheckpointError),
-    "moments": Kind("m.safetensors", write_moments, load_moments, CheckpointError),
+    "moments": Kind("m.safetensors", write_moments, read_moments, CheckpointError),
+    "calibration": Kind("c.safetensors", write_sample, read_moments, CheckpointError),
     "hotness": Kind(
         "h.safetensors",
         lambda path: write_snapshot(path, "M", dict.fromkeys(LAYERS, np.ones(EXPERTS))),
@@ -222,7 +238,9 @@ CORPUS = {
     "layers that are 7": ("hotness", hotness(layers="7")),
     "layers that are lists": ("hotness", hotness(layers="[[],1]")),
     "hotness that is not finite": ("hotness", hotness(struct.pack("<16d", *[float("nan")] * 16))),
-    "moments without layers": ("moments", safetensors({"__metadata__": {"kind": KIND}, **FIGURES}, bytes(12))),
+    "moments without layers": (
+        "moments", safetensors({"__metadata__": {"kind": KIND_OF_MOMENTS}, **FIGURES}, bytes(12))
+    ),
     "metadata that is text": ("moments", safetensors({"__metadata__": "x", **FIGURES}, bytes(12))),
 }  # fmt: skip
 

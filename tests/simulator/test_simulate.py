@@ -146,7 +146,7 @@ def test_a_budget_buys_slots_of_the_size_the_codec_gives(shifting: Trace) -> Non
     settings = Settings(hbm_budget="15GB", tiers=("int2", "int4"))
     machine = simulate(shifting, settings).outcome.machine
     assert machine.slot_nbytes == 3 * 2048 * 768 // 4  # two bits per weight
-    spare = 15e9 - shifting.header.dense - 48 * 128 * (3 * 2048 * 768 // 4 + 3 * 2048 * 768 // 64 * 4)
+    spare = 15e9 - shifting.header.dense - 48 * 128 * (3 * 2048 * 768 // 4 + 3 * 2048 * 768 // 64 * 2)
     assert machine.num_slots == pytest.approx(spare / machine.slot_nbytes, rel=0.01)
 
 

@@ -50,7 +50,7 @@ _NOWHERE = _Part(-1, 0)
 
 
 class _Reading(ctypes.Structure):
-    _fields_ = [*_fields("kind"), ("planes", _Part * 3), ("meta", _Part), ("bias", _Part)]
+    _fields_ = [*_fields("kind"), ("planes", _Part * 3), ("meta", _Part), ("unit", _Part), ("bias", _Part)]
 
 
 class _Matrix(ctypes.Structure):
@@ -203,7 +203,7 @@ class NativeLinear:
         self._entry = (ctypes.c_int64 * 1)()
         layout = codec.matrix if codec else MatrixLayout.of(block.shape[0], block.shape[1], GROUP)
         if codec is None:
-            reading = _Reading(DENSE, (_Part * 3)(_Part(0, 0), _NOWHERE, _NOWHERE), _NOWHERE, _NOWHERE)
+            reading = _Reading(DENSE, (_Part * 3)(_Part(0, 0), _NOWHERE, _NOWHERE), _NOWHERE, _NOWHERE, _NOWHERE)
         else:
             reading = _reading(WEIGHT, [plane.name for plane in codec.planes], codec.layout)
         self._rows, self._columns = layout.rows, layout.columns
@@ -333,5 +333,5 @@ def _reading(name: str, planes: list[str], base: BlockLayout | None, upgrade: Bl
     found = (_Part * 3)(_NOWHERE, _NOWHERE, _NOWHERE)
     for plane in planes:
         found[ROLES[plane]] = offsets[f"{name}.{plane}"]
-    meta, bias = (offsets.get(f"{name}.{part}", _NOWHERE) for part in ("meta", "bias"))
-    return _Reading(KINDS[tuple(planes)], found, meta, bias)
+    others = (offsets.get(f"{name}.{part}", _NOWHERE) for part in ("meta", "unit", "bias"))
+    return _Reading(KINDS[tuple(planes)], found, *others)

@@ -72,11 +72,37 @@ def as_floats(fractions, POWER: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_scales(meta, BITS: tl.constexpr):
-    """(scale, offset) `[R]` of a group, so that a weight read at `BITS` bits is `scale * floats + offset`."""
+def load_grids(base, row, block, matrix: tl.constexpr):
+    """The grids of all groups of one block, in two words `[R]`, of which the second is the first again if one holds
+    them; none where they have 16 bits, which `grid_of` loads group by group."""
+    if matrix.unit >= 0:
+        NBYTES: tl.constexpr = 2 * matrix.codes // matrix.group
+        WORD: tl.constexpr = tl.uint16 if NBYTES == 2 else tl.uint32 if NBYTES == 4 else tl.uint64
+        WORDS: tl.constexpr = 2 if NBYTES == 16 else 1
+        words = (base + matrix.meta).to(tl.pointer_type(WORD)) + (block * matrix.rows + row) * WORDS
+        first = tl.load(words)  # [R]
+        second = first
+        if WORDS == 2:
+            second = tl.load(words + 1)
+        return first, second
+    else:
+        return row, row
+
+
+@triton.jit
+def grid_of(grids, base, row, block, GROUP: tl.constexpr, BITS: tl.constexpr, matrix: tl.constexpr):
+    """(scale, offset) `[R]` of a block's group, so that a weight read at `BITS` bits is `scale * floats + offset`, in
+    units of the matrix where it has one. See `quantization.grid_format`."""
     CENTER: tl.constexpr = (2 ** (8 - BITS) - 1) / 32
     ADDED: tl.constexpr = 17 if BITS == 8 else 16
-    word = tl.load(meta)  # [R], scale and minimum
-    scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, minimum + (CENTER - ADDED) * scale
+    if matrix.unit >= 0:
+        pair = (grids[GROUP // 4] >> (GROUP % 4 * 16)).to(tl.uint16)  # [R], scale and zero point
+        scale = ((pair & 0xFF) << 5).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        zero = (pair >> 8).to(tl.float32)
+        return scale, (CENTER - ADDED - zero / 16) * scale
+    else:
+        words = (base + matrix.meta).to(tl.pointer_type(tl.uint32)) + row
+        word = tl.load(words + (block * (matrix.codes // matrix.group) + GROUP) * matrix.rows)  # [R]
+        scale = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        return scale, minimum + (CENTER - ADDED) * scale

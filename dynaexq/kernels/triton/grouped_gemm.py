@@ -10,7 +10,14 @@ Shapes: R weight rows of a tile, M pairs of a block.
 import triton
 import triton.language as tl
 
-from dynaexq.kernels.triton.dequant import as_floats, load_plane, load_scales, merge_planes, piece_fractions
+from dynaexq.kernels.triton.dequant import (
+    as_floats,
+    grid_of,
+    load_grids,
+    load_plane,
+    merge_planes,
+    piece_fractions,
+)
 
 
 @triton.jit
@@ -98,15 +105,16 @@ def load_sum(sums, group, WIDTH: tl.constexpr, matrix: tl.constexpr):
 def coded_product(
     product, x, x_mask, sums, base, upgrade, row, DEPTH: tl.constexpr, matrix: tl.constexpr, tiling: tl.constexpr
 ):
-    """`product [R, M]` plus that of rows `row` of the codes in `base` and `upgrade`, read at `DEPTH` bits."""
+    """The product `[R, M]` of rows `row` of the codes in `base` and `upgrade`, read at `DEPTH` bits, added up in
+    `product`, which is zero."""
     PIECES: tl.constexpr = matrix.group // matrix.piece
     GROUPS: tl.constexpr = matrix.codes // matrix.group
     PADDED: tl.constexpr = matrix.padded > matrix.columns
-    meta = (base + matrix.meta).to(tl.pointer_type(tl.uint32)) + row
     for block in tl.range(0, matrix.padded // matrix.codes):
         high, low = load_codes(base, upgrade, row, block, DEPTH, matrix)
+        grids = load_grids(base, row, block, matrix)
         for g in tl.static_range(GROUPS):
-            scale, offset = load_scales(meta + (block * GROUPS + g) * matrix.rows, DEPTH)  # [R], [R]
+            scale, offset = grid_of(grids, base, row, block, g, DEPTH, matrix)  # [R], [R]
             partial = tl.zeros_like(product)  # [R, M]
             for p in tl.static_range(g * PIECES, (g + 1) * PIECES):
                 columns = block * matrix.codes + p * matrix.piece + tl.arange(0, matrix.piece)  # [C]
@@ -122,6 +130,8 @@ def coded_product(
                 total = load_sum(sums, block * GROUPS + g, tiling.sum_width, matrix)  # [M]
                 product += partial * scale[:, None]
                 product += offset[:, None] * total[None, :]
+    if matrix.unit >= 0:
+        product *= tl.load((base + matrix.unit).to(tl.pointer_type(tl.float32)))
     return product
 
 

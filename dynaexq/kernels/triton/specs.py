@@ -23,7 +23,8 @@ class Matrix:
         high: offset in the base block of the plane with a code's top bits.
         middle: offset in the upgrade of the two bits below, where the base has but two.
         low: offset of an 8-bit code's low nibble, in the base block if the base is int8, else in the upgrade.
-        meta: offset in the base block of scales and minima.
+        meta: offset in the base block of scales and zero points, or minima.
+        unit: offset in the base block of what scales of 8 bits are counted in; -1 where they have 16.
         dense: offset of the 16-bit weights, in the base block if the base is 16-bit, else in the upgrade.
         bias: offset of the bias in the base block, or -1.
         codes: columns of one block of codes.
@@ -43,6 +44,7 @@ class Matrix:
     middle: int
     low: int
     meta: int
+    unit: int
     dense: int
     bias: int
     codes: int
@@ -93,6 +95,7 @@ class Matrix:
             middle=offsets.get(f"{name}.middle2", 0),
             low=offsets.get(f"{name}.low4", 0),
             meta=offsets.get(f"{name}.meta", 0),
+            unit=offsets.get(f"{name}.unit", -1),
             dense=offsets.get(f"{name}.weight", 0),
             bias=offsets.get(f"{name}.bias", -1),
             codes=layout.block,

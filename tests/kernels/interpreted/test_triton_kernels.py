@@ -82,6 +82,13 @@ def test_every_group_size(tiers, group_size, regime):
     compare(f"{tiers} {group_size} {regime}", got)
 
 
+@pytest.mark.parametrize("tiers", MOST_PLANES, ids="+".join)
+@pytest.mark.parametrize("regime", ["few", "many"], indirect=True)
+def test_scales_in_16_bit_as_earlier_versions_had_them(tiers, regime):
+    got = case_by_rows(tiers, torch.float16, GATED, distinct_choices(3, 2), scale_bits=16)
+    compare(f"{tiers} {regime}", got)
+
+
 @pytest.mark.parametrize("tiers", [("int2", "int4"), ("int4", "int8"), ("fp16",)], ids="+".join)
 @each_regime
 def test_bfloat16(tiers, regime):

@@ -101,6 +101,10 @@ struct Avx2 {
   }
 
   static Floats load_float16(const uint16_t* from) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
+  static Floats load_middle_bytes(const uint8_t* from) {
+    const __m128i halves = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)from));
+    return _mm256_cvtph_ps(_mm_slli_epi16(halves, BYTE_IN_FLOAT16));
+  }
 };
 
 using Vector = Avx2;

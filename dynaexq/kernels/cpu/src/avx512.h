@@ -127,6 +127,11 @@ struct Avx512 {
   static Floats load_float16(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
   }
+  // FLOATS bytes in the middle of float16 numbers.
+  static Floats load_middle_bytes(const uint8_t* from) {
+    const __m256i halves = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
+    return _mm512_cvtph_ps(_mm256_slli_epi16(halves, BYTE_IN_FLOAT16));
+  }
 };
 
 using Vector = Avx512;

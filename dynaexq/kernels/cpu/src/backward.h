@@ -51,8 +51,7 @@ void decode_strip(const Strip& strip, int64_t first, float (*weights)[SPAN]) {
     }
   for (int n = 0; n < STRIP; n++)
     for (int k = 0; k < SPAN; k += V::FLOATS) {
-      const uint16_t* meta = strip.meta + (first + k) / UNIT / strip.units_a_group * 2 * STRIP + n;
-      const float scale = from_float16(meta[0]), minimum = from_float16(meta[STRIP]);
+      const auto [scale, minimum] = grid_at(strip, (first + k) / UNIT / strip.units_a_group, n);
       const auto step = V::fill(scale * meaning.unit), offset = V::fill(std::fma(scale, meaning.center, minimum));
       V::store(weights[n] + k, V::multiply_add(V::floats(bytes[n] + k), step, offset));
     }

@@ -28,7 +28,8 @@ struct MatrixView {
   Kind kind;
   Planes planes;         // of all rows
   const void* dense;     // [rows, columns], or [columns, rows] where transposed
-  const uint16_t* meta;  // float16, of each strip [num_groups, 2, rows of the strip]: scales, minima
+  const uint8_t* meta;   // of each strip [num_groups, 2, rows of the strip], float16 or bytes: scales, minima or zeros
+  const float* unit;     // of scales that are bytes, or null
   const void* bias;      // [rows], or null
   Dtype dtype;
   bool transposed;
@@ -45,7 +46,7 @@ struct Inputs {
 struct Scratch {
   Element* panel;             // [PANEL, padded]
   uint32_t *bytes, *widened;  // [padded / 4, STRIP]: codes put together; the planes of a strip of fewer rows
-  uint16_t* meta;             // [num_groups, 2, STRIP]: of such a strip
+  uint16_t* meta;             // [num_groups, 2, STRIP], or as many bytes: of such a strip
   float *first, *second;      // [rows, TILE]: results
   float* strip;               // [rows, TILE]: those of a strip of which some are not wanted
 };
@@ -53,9 +54,38 @@ struct Scratch {
 // STRIP rows of a matrix; where it ends before, the last of them are of no matter.
 struct Strip {
   Planes planes;
-  const uint16_t* meta;  // float16 [num_groups, 2, STRIP]
+  const uint8_t* meta;  // [num_groups, 2, STRIP], float16 or bytes
+  float unit;           // of bytes, or 0
   int64_t groups, units_a_group;
 };
+
+// What the codes of a group mean: weight = scale / 16 * code + minimum.
+template <typename Floats>
+struct Grid {
+  Floats scale, minimum;
+};
+
+// Of the rows of a strip from `row` on, as many as a vector holds.
+inline Grid<V::Floats> grids_at(const Strip& strip, int64_t group, int row) {
+  const int64_t scales = group * 2 * STRIP + row, others = scales + STRIP;
+  if (strip.unit == 0) {
+    const auto* halves = (const uint16_t*)strip.meta;
+    return {V::load_float16(halves + scales), V::load_float16(halves + others)};
+  }
+  const auto scale = V::multiply(V::load_middle_bytes(strip.meta + scales), V::fill(strip.unit));
+  return {scale, V::multiply(scale, V::multiply(V::floats(strip.meta + others), V::fill(-1.0f / 16)))};
+}
+
+// Of one row.
+inline Grid<float> grid_at(const Strip& strip, int64_t group, int row) {
+  const int64_t scale_at = group * 2 * STRIP + row, other = scale_at + STRIP;
+  if (strip.unit == 0) {
+    const auto* halves = (const uint16_t*)strip.meta;
+    return {from_float16(halves[scale_at]), from_float16(halves[other])};
+  }
+  const float scale = from_float16(uint16_t(strip.meta[scale_at] << BYTE_IN_FLOAT16)) * strip.unit;
+  return {scale, scale * (strip.meta[other] * (-1.0f / 16))};
+}
 
 // `lines` times `width` words, each line to the beginning of one of STRIP words.
 template <typename Word>
@@ -71,7 +101,8 @@ inline Strip strip_at(const MatrixView& matrix, int64_t first, Scratch& scratch)
   const Matrix& layout = *matrix.layout;
   const int64_t groups = layout.padded / layout.group, height = std::min<int64_t>(STRIP, layout.rows - first);
   Planes planes = matrix.planes.at(KIND, first * layout.padded);
-  const uint16_t* meta = matrix.meta + first * groups * 2;
+  const int64_t bytes = matrix.unit ? 1 : 2;  // of a scale
+  const uint8_t* meta = matrix.meta + first * groups * 2 * bytes;
   if (height < STRIP) {
     const int64_t lines = layout.padded / 32;  // for each bit of a plane
     uint32_t* room = scratch.widened;
@@ -80,9 +111,10 @@ inline Strip strip_at(const MatrixView& matrix, int64_t first, Scratch& scratch)
     if constexpr (has_middle(KIND)) planes.middle = widen(planes.middle, lines * 2, height, room);
     room += has_middle(KIND) ? lines * 2 * STRIP : 0;
     if constexpr (has_low(KIND)) planes.low = widen(planes.low, lines * 4, height, room);
-    meta = widen(meta, groups * 2, height, scratch.meta);
+    if (matrix.unit) meta = widen(meta, groups * 2, height, (uint8_t*)scratch.meta);
+    else meta = (const uint8_t*)widen((const uint16_t*)meta, groups * 2, height, scratch.meta);
   }
-  return {planes, meta, groups, layout.group / UNIT};
+  return {planes, meta, matrix.unit ? *matrix.unit : 0, groups, layout.group / UNIT};
 }
 
 // What a code of so many bits stands for: weight = scale * unit * (code - middle) + (scale * center + minimum).
@@ -128,8 +160,7 @@ void multiply_strip(const Strip& strip, const Row* rows, float* out) {
             part = Of::template dot<DEPTH>(part, codes[i], numbers);
           }
       }
-      const uint16_t* meta = strip.meta + group * 2 * STRIP + word;
-      const auto scale = V::load_float16(meta), minimum = V::load_float16(meta + STRIP);
+      const auto [scale, minimum] = grids_at(strip, group, word);
       const auto step = V::multiply(scale, V::fill(meaning.unit));
       const auto offset = V::multiply_add(scale, V::fill(meaning.center), minimum);
       for (int m = 0; m < ROWS; m++) {
@@ -172,7 +203,7 @@ Strip joined(const Strip& strip, uint32_t* bytes) {
       load_codes<KIND>(strip.planes, unit, word, codes);
       for (int i = 0; i < 4; i++) V::store(bytes + (unit * 4 + i) * STRIP + word, codes[i]);
     }
-  return {{bytes, nullptr, nullptr}, strip.meta, strip.groups, strip.units_a_group};
+  return {{bytes, nullptr, nullptr}, strip.meta, strip.unit, strip.groups, strip.units_a_group};
 }
 
 // Rows [first, first + count) of codes, wherever strips begin.

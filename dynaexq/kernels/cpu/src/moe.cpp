@@ -228,7 +228,8 @@ class Forward {
             .kind = Kind(reading.kind),
             .planes = {(const uint32_t*)planes[0], (const uint32_t*)planes[1], (const uint32_t*)planes[2]},
             .dense = planes[0],
-            .meta = (const uint16_t*)find(reading.meta, base, upgrade),
+            .meta = find(reading.meta, base, upgrade),
+            .unit = (const float*)find(reading.unit, base, upgrade),
             .bias = find(reading.bias, base, upgrade),
             .dtype = Dtype(layer.dtype),
             .transposed = layer.transposed != 0};

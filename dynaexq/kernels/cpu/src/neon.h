@@ -70,10 +70,7 @@ struct Neon {
     if constexpr (INDEX > 0) v = vshrq_n_u32(v, 8 * INDEX);
     return vcvtq_f32_u32(vandq_u32(v, vdupq_n_u32(0xFF)));
   }
-  static Floats floats(const uint8_t* from) {
-    const uint8x8_t four = vreinterpret_u8_u32(vdup_n_u32(uint32_t(unaligned(from))));
-    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(four))));
-  }
+  static Floats floats(const uint8_t* from) { return vcvtq_f32_u32(vmovl_u16(halves(from))); }
 
   static void store_rows(const Words (&columns)[4], uint8_t* to, int64_t stride) {
     const uint32x4x2_t ac = vzipq_u32(columns[0], columns[2]), bd = vzipq_u32(columns[1], columns[3]);
@@ -100,8 +97,16 @@ struct Neon {
   }
 
   static Floats load_float16(const uint16_t* from) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))); }
+  static Floats load_middle_bytes(const uint8_t* from) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vshl_n_u16(halves(from), BYTE_IN_FLOAT16)));
+  }
 
  private:
+  // FLOATS bytes, each in 16 bits.
+  static uint16x4_t halves(const uint8_t* from) {
+    const uint8x8_t four = vreinterpret_u8_u32(vdup_n_u32(uint32_t(unaligned(from))));
+    return vget_low_u16(vmovl_u8(four));
+  }
   static Words mask_halves(Words v) { return vandq_u32(v, vdupq_n_u32(0x00FF00FF)); }
   // The products of both halves of each word with the two numbers.
   static Ints add_pairs(Ints sums, Words halves, const int16_t* numbers) {

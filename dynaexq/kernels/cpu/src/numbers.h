@@ -28,6 +28,9 @@ inline float from_float16(uint16_t bits) { return std::bit_cast<__fp16>(bits); }
 inline uint16_t to_float16(float value) { return std::bit_cast<uint16_t>(__fp16(value)); }
 #endif
 
+// A byte has the lowest three bits of a float16's exponent and the topmost five of its mantissa.
+constexpr int BYTE_IN_FLOAT16 = 5;
+
 inline int32_t unaligned(const void* from) {
   int32_t word;
   std::memcpy(&word, from, sizeof word);
