@@ -6,8 +6,9 @@ belongs to. The experts of a model that is larger than the memory at hand are re
 offloading: all of the text passes in one forward, so that each is read once.
 """
 
+import inspect
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def calibrate_checkpoint(
     """`calibrate` with the 16-bit checkpoint `source` and the text of a file, or the model's own.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged, or larger than the memory at hand and to write its own
-            text, the text is too short, or there is no space.
+        CheckpointError: the checkpoint is incomplete, damaged, or too large to write a text of its own, the text is
+            too short, or there is no space.
     """
     read_config(source)
     needed = sum(file.stat().st_size for file in checkpoint_files(source, variant))
@@ -71,21 +72,24 @@ def calibrate_checkpoint(
     windows = None if text is None else text_windows(AutoTokenizer.from_pretrained(source), text)
     if needed <= available:
         calibrate(load(device_map={"": device or "cpu"}).eval(), path, windows)
-        return
-    if windows is None:
+    elif windows is not None:
+        _calibrate_by_layers(load, meta_model(source), torch.stack(windows), path, device or "cpu")
+    else:
         raise CheckpointError(
             f"the model would write its text token by token, {source} takes {needed:,} bytes and {available:,} are "
             "free; give a text, which it reads layer by layer, or calibrate on a machine that holds it"
         )
-    skeleton = meta_model(source)
+
+
+def _calibrate_by_layers(
+    load: Callable[..., Any], skeleton: nn.Module, windows: Tensor, path: Path, device: str
+) -> None:
+    """`calibrate` with the experts beside `path` on the disk, where they take as much room as in memory."""
     experts = {layer.name for layer in find_sparse_layers(skeleton, on_meta=True)}
+    places = dict(_places(skeleton, experts, device))
     with tempfile.TemporaryDirectory(dir=path.absolute().parent) as offloaded:
-        model = load(
-            device_map=dict(_places(skeleton, experts, device or "cpu")),
-            offload_folder=offloaded,
-            experts_implementation="eager",
-        )
-        write_calibration(path, *gather(model.eval(), [torch.stack(windows)], on_disk=True))
+        model = load(device_map=places, offload_folder=offloaded, experts_implementation="eager").eval()
+        write_calibration(path, *gather(model, [windows], on_disk=True))
 
 
 def _places(module: nn.Module, experts: set[str], device: str, path: str = "") -> Iterator[tuple[str, str]]:
@@ -123,13 +127,15 @@ def gather(
         linear.register_forward_pre_hook(partial(dense.before_forward, path), with_kwargs=True)
         for path, linear in calibrated_linears(model, layers)
     ]
+    # The logits of all of a text would take more than all of its rows.
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     row_nbytes = len(layers) * layers[0].shape().hidden_size * layers[0].dtype.itemsize
     left = MOST_NBYTES // row_nbytes
     try:
         with tqdm(desc="calibrating", unit="token", unit_scale=True) as progress:
             for window in windows:
                 ids = (window if window.ndim == 2 else window[None])[: max(1, left // window.shape[-1])]
-                model(ids.to(device), use_cache=False, logits_to_keep=1)
+                model(ids.to(device), use_cache=False, **options)
                 progress.update(ids.numel())
                 left -= ids.numel()
                 if left <= 0:

@@ -217,6 +217,12 @@ def test_an_expert_that_was_hardly_ever_routed_is_quantized_no_worse_than_if_not
     assert (codec.encode(weights, inputs).errors <= 1.06 * codec.encode(weights).errors).all()
 
 
+def test_a_model_without_a_head_is_calibrated_as_well(tmp_path):
+    model = tiny_model("qwen3_moe").model
+    dynaexq.calibrate(model, tmp_path / "c.safetensors", tokens(3, 20))
+    assert known_of(model, tmp_path / "c.safetensors").layers[0] == "layers.0.mlp.experts"
+
+
 def silu_gate(rows: Tensor) -> Tensor:
     gate, up = rows.chunk(2, -1)
     return F.silu(gate) * up
