@@ -49,12 +49,16 @@ void decode_strip(const Strip& strip, int64_t first, float (*weights)[SPAN]) {
       load_codes<KIND>(strip.planes, (first + k) / UNIT, word, codes);
       V::store_rows(codes, bytes[word] + k, SPAN);
     }
-  for (int n = 0; n < STRIP; n++)
-    for (int k = 0; k < SPAN; k += V::FLOATS) {
-      const auto [scale, minimum] = grid_at(strip, (first + k) / UNIT / strip.units_a_group, n);
-      const auto step = V::fill(scale * meaning.unit), offset = V::fill(std::fma(scale, meaning.center, minimum));
-      V::store(weights[n] + k, V::multiply_add(V::floats(bytes[n] + k), step, offset));
+  for (int k = 0; k < SPAN; k += V::FLOATS) {
+    float steps[STRIP], offsets[STRIP];
+    for (int row = 0; row < STRIP; row += V::FLOATS) {
+      const auto [scale, minimum] = grids_at(strip, (first + k) / UNIT / strip.units_a_group, row);
+      V::store(steps + row, V::multiply(scale, V::fill(meaning.unit)));
+      V::store(offsets + row, V::multiply_add(scale, V::fill(meaning.center), minimum));
     }
+    for (int n = 0; n < STRIP; n++)
+      V::store(weights[n] + k, V::multiply_add(V::floats(bytes[n] + k), V::fill(steps[n]), V::fill(offsets[n])));
+  }
 }
 
 // sums[m] [SPAN] += factors[m][row] * weights[row][first : first + SPAN], over all rows.

@@ -26,7 +26,8 @@ struct Part {
 };
 
 // The three planes are top, middle, low; a DENSE matrix is the first of them.
-// What codes mean lies in `meta`, as bytes where there is a `unit` for them, else as float16 (quantization/grid_format.py).
+// What codes mean lies in `meta`, as bytes where there is a `unit` for them, else as float16
+// (quantization/grid_format.py).
 struct Reading {
   int64_t kind;
   Part planes[3], meta, unit, bias;

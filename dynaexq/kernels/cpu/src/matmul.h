@@ -26,11 +26,11 @@ constexpr int64_t AHEAD = 4096;  // bytes of a plane that are fetched beforehand
 struct MatrixView {
   const Matrix* layout;
   Kind kind;
-  Planes planes;         // of all rows
-  const void* dense;     // [rows, columns], or [columns, rows] where transposed
-  const uint8_t* meta;   // of each strip [num_groups, 2, rows of the strip], float16 or bytes: scales, minima or zeros
-  const float* unit;     // of scales that are bytes, or null
-  const void* bias;      // [rows], or null
+  Planes planes;        // of all rows
+  const void* dense;    // [rows, columns], or [columns, rows] where transposed
+  const uint8_t* meta;  // of each strip [num_groups, 2, rows of the strip], float16 or bytes: scales, minima or zeros
+  const float* unit;    // of scales that are bytes, or null
+  const void* bias;     // [rows], or null
   Dtype dtype;
   bool transposed;
 };
@@ -60,13 +60,12 @@ struct Strip {
 };
 
 // What the codes of a group mean: weight = scale / 16 * code + minimum.
-template <typename Floats>
 struct Grid {
-  Floats scale, minimum;
+  V::Floats scale, minimum;
 };
 
 // Of the rows of a strip from `row` on, as many as a vector holds.
-inline Grid<V::Floats> grids_at(const Strip& strip, int64_t group, int row) {
+inline Grid grids_at(const Strip& strip, int64_t group, int row) {
   const int64_t scales = group * 2 * STRIP + row, others = scales + STRIP;
   if (strip.unit == 0) {
     const auto* halves = (const uint16_t*)strip.meta;
@@ -74,17 +73,6 @@ inline Grid<V::Floats> grids_at(const Strip& strip, int64_t group, int row) {
   }
   const auto scale = V::multiply(V::load_middle_bytes(strip.meta + scales), V::fill(strip.unit));
   return {scale, V::multiply(scale, V::multiply(V::floats(strip.meta + others), V::fill(-1.0f / 16)))};
-}
-
-// Of one row.
-inline Grid<float> grid_at(const Strip& strip, int64_t group, int row) {
-  const int64_t scale_at = group * 2 * STRIP + row, other = scale_at + STRIP;
-  if (strip.unit == 0) {
-    const auto* halves = (const uint16_t*)strip.meta;
-    return {from_float16(halves[scale_at]), from_float16(halves[other])};
-  }
-  const float scale = from_float16(uint16_t(strip.meta[scale_at] << BYTE_IN_FLOAT16)) * strip.unit;
-  return {scale, scale * (strip.meta[other] * (-1.0f / 16))};
 }
 
 // `lines` times `width` words, each line to the beginning of one of STRIP words.
