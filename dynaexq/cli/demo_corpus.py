@@ -2,7 +2,8 @@
 
 The embedded model is trained on this text and the demo, tests and benchmarks draw their workloads from the part
 that training never saw. Nothing is downloaded: prose is the standard library's docstrings and `pydoc` topics, code
-is its source with the docstrings taken out, arithmetic is generated. This module knows nothing of tokens or models.
+is its source with the docstrings taken out, arithmetic is generated. `Corpus` puts a directory of other text in their
+place. This module knows nothing of tokens or models.
 """
 
 import ast
@@ -12,6 +13,7 @@ import sysconfig
 import warnings
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,8 @@ _NOT_LIBRARY = {
 }
 _HELD_OUT_ONE_IN = 10
 _SHORTEST_DOCSTRING = 160  # characters; below this a docstring is a label, not prose
+
+_BLOCK, _PIECE = 40_000, 4_000  # characters of a file that fall in one split, and of one document
 
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "June", "Kim", "Leo", "Mia", "Ned", "Olga")
 _THINGS = ("apples", "books", "coins", "stamps", "pears", "cards", "marbles", "pens", "eggs", "tickets")
@@ -55,6 +59,44 @@ def documents(domain: Domain, split: Split = "held-out", seed: int = 0) -> Itera
     texts = list(_prose(split) if domain == "prose" else _code(split))
     rng.shuffle(texts)
     yield from texts
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Kinds of text, each in a part to train on and a part held out.
+
+    Args:
+        directory: of files `KIND.txt`, each the text of one kind; None for the three kinds of every Python.
+    """
+
+    directory: Path | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Their names, in a fixed order. Raises FileNotFoundError where the directory has none."""
+        if self.directory is None:
+            return DOMAINS
+        found = tuple(sorted(path.stem for path in self.directory.glob("*.txt")))
+        if not found:
+            raise FileNotFoundError(f"expected files KIND.txt in {self.directory}, one for each kind of text")
+        return found
+
+    def documents(self, kind: str, split: Split = "held-out", seed: int = 0) -> Iterator[str]:
+        """Yield the documents of one kind in a shuffled order fixed by `seed`; see `documents`.
+
+        Of a file, one block of 40,000 characters in ten is held out; a document is a tenth of a block.
+        """
+        if self.directory is None:
+            yield from documents(kind, split, seed)  # type: ignore[arg-type]  # which says what is wrong with it
+            return
+        text = (self.directory / f"{kind}.txt").read_text(encoding="utf-8")
+        blocks = (text[at : at + _BLOCK] for at in range(0, len(text), _BLOCK))
+        kept = [
+            block for index, block in enumerate(blocks) if (index % _HELD_OUT_ONE_IN == 0) == (split == "held-out")
+        ]
+        pieces = [block[at : at + _PIECE] for block in kept for at in range(0, len(block), _PIECE)]
+        random.Random(f"{seed}/{split}").shuffle(pieces)
+        yield from pieces
 
 
 def _in_split(name: str, split: Split) -> bool:

@@ -1,6 +1,9 @@
 """Train the embedded model: a Qwen3-MoE of 7.6 million parameters on the text of `dynaexq.cli.demo_corpus`.
 
     python examples/tiny-moe/train.py --output-dir /tmp/tiny-moe
+    python examples/tiny-moe/train.py --output-dir /tmp/second --text DIR --num-experts 64 --num-experts-per-tok 6
+
+The second command makes a model of other sizes on other text (`debian_text.py` writes some), to see what carries over.
 
 Four layers of 32 experts (top-4), hidden size 256, a byte-level BPE of 2,048 tokens. Weights and optimizer stay in
 float32 while training (matrix products run in bfloat16 autocast); they are rounded once, to bfloat16, when saved.
@@ -22,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from dynaexq.cli.demo_corpus import DOMAINS, documents
+from dynaexq.cli.demo_corpus import Corpus
 
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
@@ -47,8 +50,8 @@ def unbind_experts_forward(experts, hidden_states, top_k_index, top_k_weights):
     return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with digits split one by one, trained on equal shares of the three domains."""
+def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with digits split one by one, trained on equal shares of every kind of text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -60,11 +63,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    share = sum(map(len, documents("prose", "train")))
+    share = sum(map(len, corpus.documents(corpus.kinds[0], "train")))
     texts = []
-    for domain in DOMAINS:
+    for kind in corpus.kinds:
         remaining = share
-        for text in documents(domain, "train"):
+        for text in corpus.documents(kind, "train"):
             texts.append(text[:remaining])
             remaining -= len(text)
             if remaining <= 0:
@@ -79,10 +82,10 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, domain: str, split: str) -> torch.Tensor:
-    """All documents of one domain as one row of token ids, each document closed by the end-of-text token."""
-    texts = documents(domain, split)
-    if domain == "arithmetic":
+def token_stream(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, kind: str, split: str) -> torch.Tensor:
+    """All documents of one kind as one row of token ids, each document closed by the end-of-text token."""
+    texts = corpus.documents(kind, split)
+    if kind == "arithmetic":  # which never ends
         texts = itertools.islice(texts, ARITHMETIC_DOCUMENTS if split == "train" else 50)
     ids = tokenizer([text + END_OF_TEXT for text in texts])["input_ids"]
     return torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int32)
@@ -91,10 +94,10 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, domain: str, split: str) ->
 def batch_of(
     streams: dict[str, torch.Tensor], batch_size: int, length: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """`[batch_size, length]` windows at random places, the domains mixed in the shares of `MIXTURE`."""
+    """`[batch_size, length]` windows at random places, mixed as `MIXTURE` says, other kinds evenly."""
     rows = []
-    for domain, share in MIXTURE.items():
-        stream = streams[domain]
+    for kind, stream in streams.items():
+        share = MIXTURE.get(kind, 1 / len(streams))
         starts = torch.randint(len(stream) - length, (round(share * batch_size),), generator=generator).tolist()
         rows += [stream[start : start + length] for start in starts]
     return torch.stack(rows).long()
@@ -110,7 +113,7 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.T
     return torch.stack(losses).mean()
 
 
-def build_model() -> Qwen3MoeForCausalLM:
+def build_model(num_experts: int, num_experts_per_tok: int) -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -120,8 +123,8 @@ def build_model() -> Qwen3MoeForCausalLM:
         head_dim=64,
         intermediate_size=256,
         moe_intermediate_size=64,
-        num_experts=32,
-        num_experts_per_tok=4,
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
         norm_topk_prob=True,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
@@ -147,10 +150,10 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
 def held_out_loss(model: Qwen3MoeForCausalLM, streams: dict[str, torch.Tensor], length: int) -> dict[str, float]:
     """Mean cross entropy in nats per token over the first windows of each held-out stream."""
     losses = {}
-    for domain, stream in streams.items():
+    for kind, stream in streams.items():
         windows = stream[: min(len(stream) // length, 24) * length].view(-1, length).long()
         with torch.autocast("cpu", torch.bfloat16):
-            losses[domain] = round(float(model(windows, labels=windows).loss), 4)
+            losses[kind] = round(float(model(windows, labels=windows).loss), 4)
     return losses
 
 
@@ -164,6 +167,9 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, output_
 
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where the model and its tokenizer go.")] = Path(__file__).parent,
+    text: Annotated[Path | None, typer.Option(help="Other text: a directory of files KIND.txt.")] = None,
+    num_experts: Annotated[int, typer.Option(help="Experts of each layer.")] = 32,
+    num_experts_per_tok: Annotated[int, typer.Option(help="Experts for each token.")] = 4,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 5000,
     batch_size: Annotated[int, typer.Option(help="Windows a step.")] = 20,
     length: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
@@ -174,11 +180,15 @@ def main(
     """Train the embedded tiny Mixture-of-Experts model on the CPU."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = train_tokenizer()
-    train, held_out = ({d: token_stream(tokenizer, d, split) for d in DOMAINS} for split in ("train", "held-out"))
-    print({domain: len(stream) for domain, stream in train.items()}, "training tokens")
+    corpus = Corpus(text)
+    tokenizer = train_tokenizer(corpus)
+    train, held_out = (
+        {kind: token_stream(tokenizer, corpus, kind, split) for kind in corpus.kinds}
+        for split in ("train", "held-out")
+    )
+    print({kind: len(stream) for kind, stream in train.items()}, "training tokens")
 
-    model = build_model()
+    model = build_model(num_experts, num_experts_per_tok)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
