@@ -56,6 +56,12 @@ BENCHMARKS = (
     Benchmark(
         "layers/contention", "layers/contention.py", "one layer beside a program that uses a core", "contention.json"
     ),
+    Benchmark(
+        "policy/requests",
+        "policy/request_streams.py",
+        "who has the right experts upgraded when requests of several kinds come",
+        "request_streams.json",
+    ),
     Benchmark("quality/dense", "quality/dense.py", "KL and bytes of packed dense layers", "dense.json"),
     Benchmark(
         "quality/activations", "quality/activations.py", "KL of rounded activations on a CPU", "activations.json"

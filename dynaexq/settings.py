@@ -99,13 +99,16 @@ class Options:
             and 4-bit dense layers' outputs. None minimizes that of the weights.
         half_life: tokens after which an observation weighs half in the hotness; 128 unless `alpha` is given.
         alpha: the paper's factor instead: the share of the old hotness kept per step, in [0, 1).
+        num_kinds: kinds of traffic that are told apart, each with a hotness of its own, so that a request meets what
+            its kind needs; 1, as `alpha`, keeps one moving average for everything.
         hysteresis: share by which a newcomer must beat an incumbent's score; at least 0.
-        update_interval: forward passes between two decisions; fewer where these see more than eight tokens each.
+        update_interval: forward passes between two decisions; fewer where these see more than eight tokens each, and
+            one more before each prompt where kinds of traffic are told apart.
         auto_pause: whether `"topn"` holds still until following the traffic would pay, and again where it no longer
             does (see `policy.auto_pause`).
         tau_h, tau_c: hotness above which `"threshold"` promotes, and below which it demotes.
         copy_rate_limit: bytes per second copied to the device (`"500MB"` or an int), or a share in (0, 1] of the
-            measured link (a float); None copies at most 64 MiB per tick.
+            measured link (a float); None copies at most 64 MiB per tick, before a prompt per 32 of its tokens.
         group_size: weights that share one scale: 32, 64 or 128.
         scale_bits: 8, or 16 as earlier versions had it: of the scale of a group, and of its zero point.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).
@@ -129,7 +132,8 @@ class Options:
     calibration: str | os.PathLike[str] | None = None
     half_life: float | None = None
     alpha: float | None = None
-    hysteresis: float = 0.5
+    num_kinds: int = 12
+    hysteresis: float = 0.75
     update_interval: int = 32
     auto_pause: bool = True
     tau_h: float | None = None
@@ -170,7 +174,7 @@ class Settings(Options):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
         if not isinstance(self.auto_pause, bool):
             raise SettingsError(f"auto_pause must be True or False, got {self.auto_pause!r}")
-        for option in ("update_interval", "max_context", "max_batch"):
+        for option in ("num_kinds", "update_interval", "max_context", "max_batch"):
             _whole_number(option, getattr(self, option))
         _number("hysteresis", self.hysteresis, low=0.0)
         self._check_calibration()

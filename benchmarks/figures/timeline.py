@@ -120,9 +120,9 @@ class Timeline:
         if self._device.type == "cuda":
             _wrap(pipeline.copier, "_queue", self._queue_copy)
 
-    def _tick(self, tick: Callable[..., Any]) -> Any:
+    def _tick(self, tick: Callable[..., Any], *arrival: Any) -> Any:
         begin = self._clock.host()
-        ran = tick()
+        ran = tick(*arrival)
         if ran:
             self._spans["tick"].append(("", begin, self._clock.host()))
         return ran

@@ -222,9 +222,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(
-    path: Path, kind: Collection[str], names: Collection[str]
+    path: Path, kind: Collection[str], names: Collection[str], optional: Collection[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors `names` and the metadata of a file of one of `kind`, compared with their checksums if it has any.
+
+    Args:
+        optional: tensors that it may have as well.
 
     Raises:
         CheckpointError: it is of another kind, lacks a tensor, or is damaged.
@@ -233,6 +236,7 @@ def read_tensors(
     try:
         if shard.metadata.get("kind") not in kind or not shard.entries.keys() >= set(names):
             raise CheckpointError(f"{path} is no {next(iter(kind))}, but some other safetensors file")
+        names = [*names, *(name for name in optional if name in shard.entries)]
         tensors = {name: shard.read(name) for name in names}
     finally:
         shard.close()

@@ -24,11 +24,11 @@ from dynaexq.hf.packed_dense import untie
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
+from dynaexq.runtime.door import watch_door
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.few_rows import FewRows, forgotten, mixin_for
 from dynaexq.runtime.linear import PackedLinear
 from dynaexq.runtime.moe import DynaExqMoE
-from dynaexq.runtime.padding import watch_padding
 from dynaexq.safeguards.weak_method import WeakMethod
 from dynaexq.weights.sources import ExpertSource
 
@@ -163,7 +163,7 @@ class ModelPatch:
         for module in self._shown_on():
             module.dynaexq = runtime
             setattr(module, RECORD, self)
-        self._undo_steps.callback(watch_padding(self.model))
+        self._undo_steps.callback(watch_door(self.model))
         if runtime.plan.tiers != EXACT:
             self._undo_steps.callback(use_grouped_attention(self.model))
             self._adopt_few_rows()

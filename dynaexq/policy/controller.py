@@ -13,7 +13,9 @@ from dynaexq.errors import SettingsError
 from dynaexq.policy.auto_pause import AutoPause
 from dynaexq.policy.benefit import Verdict
 from dynaexq.policy.hotness import HotnessTracker
+from dynaexq.policy.kinds import Arrival
 from dynaexq.policy.rate_limit import CopyRateLimiter
+from dynaexq.policy.requests import RequestTracker
 from dynaexq.policy.selection import slots_per_row, threshold, top_n, transitions
 from dynaexq.settings import Settings
 from dynaexq.types import Transition
@@ -170,17 +172,20 @@ class ControlLoop:
     """
 
     def __init__(self, shape: tuple[int, int], gain: np.ndarray, limit: CopyRateLimiter, settings: Settings):
-        self.tracker = HotnessTracker(shape, settings)
+        self.tracker = tracker_for(shape, settings)
         self.controller = PrecisionController(gain, settings)
         self.auto_pause = AutoPause(gain, settings)
         self.limit = limit
         self._stands_still = settings.policy == "frozen"
 
-    def step(self, window: Window, slots: Slots, frozen: bool = False) -> list[Transition]:
+    def step(
+        self, window: Window, slots: Slots, frozen: bool = False, arrival: Arrival | None = None
+    ) -> list[Transition]:
         """One tick: publish what has arrived, take in what was routed, decide, and begin the moves. Never waits.
 
         Args:
             frozen: observe only.
+            arrival: requests that begin after `window`, and that this decision is for.
 
         Returns:
             The moves that began.
@@ -189,10 +194,13 @@ class ControlLoop:
         slots.settle()
         self.tracker.update(window.mass, window.tokens, window.steps)
         self.auto_pause.observe(window.mass, window.tokens, window.upgraded, window.top_k)
+        if arrival is not None:
+            self.tracker.begin(arrival)
         if not slots.num_slots:
             return []
         slots.reclaim()
-        begun = [move for move in self._decide(slots, frozen) if slots.submit(move)]
+        prompt_tokens = arrival.num_tokens if arrival is not None else 0
+        begun = [move for move in self._decide(slots, frozen, prompt_tokens) if slots.submit(move)]
         self.limit.spend(sum(move.promote for move in begun))
         slots.settle()
         return begun
@@ -211,13 +219,13 @@ class ControlLoop:
         """Whether it is worth it here, with the experts `upgraded [L, E]`."""
         return self.auto_pause.verdict(upgraded, frozen or self._stands_still)
 
-    def _decide(self, slots: Slots, frozen: bool) -> list[Transition]:
+    def _decide(self, slots: Slots, frozen: bool, prompt_tokens: int) -> list[Transition]:
         """The moves to begin: none while frozen or while the store rests, only into empty slots while paused."""
         frozen = frozen or self._stands_still
         hotness, controller = self.tracker.hotness, self.controller
         followed = controller.followed(hotness, slots.upgraded, slots.barred, slots.num_slots)
         self.auto_pause.review(followed, slots.upgraded, frozen)
-        allowed = self.limit.promotions()
+        allowed = self.limit.promotions(prompt_tokens)
         if slots.allowance is not None:
             allowed = min(allowed, slots.allowance)
         if frozen or slots.allowance == 0:
@@ -225,6 +233,12 @@ class ControlLoop:
         if self.auto_pause.paused:
             return controller.fill(hotness, slots)[:allowed]
         return controller.choose(hotness, followed, slots, allowed)
+
+
+def tracker_for(shape: tuple[int, int], settings: Settings) -> HotnessTracker:
+    """The tracker that settings ask for: one that knows requests, or the plain moving average."""
+    knows_requests = settings.alpha is None and settings.num_kinds > 1
+    return (RequestTracker if knows_requests else HotnessTracker)(shape, settings)
 
 
 def _checked(wanted: object, score: np.ndarray, num_slots: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Shapes: L layers, E experts per layer. An observation of N tokens in a layer is 
 
 import numpy as np
 
+from dynaexq.policy.kinds import Arrival, LearnedKinds
 from dynaexq.settings import Settings
 
 
@@ -37,15 +38,35 @@ def update_hotness(hotness: np.ndarray, mass: np.ndarray, tokens: np.ndarray, ke
 
 
 class HotnessTracker:
-    """The moving average of what was routed, `hotness [L, E]`.
+    """The moving average of what was routed, `hotness [L, E]`, whatever requests begin meanwhile.
 
     Args:
         shape: (L, E).
     """
 
+    knows_requests = False
+    """Whether it wants to be told where they begin."""
+
     def __init__(self, shape: tuple[int, int], settings: Settings):
         self.hotness = prior_hotness(*shape)
         self._settings = settings
+
+    @property
+    def average(self) -> np.ndarray:
+        """The hotness `[L, E]` to start another run from."""
+        return self.hotness
+
+    @property
+    def learned(self) -> LearnedKinds | None:
+        """The kinds of traffic seen so far, where they are told apart."""
+        return None
+
+    def start_from(self, hotness: np.ndarray, learned: LearnedKinds | None = None) -> None:
+        """Take `hotness [L, E]` for what was seen; `learned` are the kinds that it is the average of, if known."""
+        self.hotness = np.array(hotness, dtype=np.float64)
+
+    def begin(self, arrival: Arrival) -> None:
+        """Requests begin: their prompts are about to be routed."""
 
     def update(self, mass: np.ndarray, tokens: np.ndarray, steps: int) -> None:
         """Take in the routing of the last `steps` forwards: mass `[L, E]`, tokens `[L]`."""

@@ -18,8 +18,10 @@ from dynaexq.kernels import exchange_for
 from dynaexq.memory import DeviceMemory, SwapPipeline, bytes_per_second, copier_for, on_device
 from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.policy.controller import ControlLoop, Window
+from dynaexq.policy.kinds import Arrival, LearnedKinds
 from dynaexq.policy.rate_limit import CopyRateLimiter
 from dynaexq.quantization import ExpertCodec
+from dynaexq.runtime.door import arrival
 from dynaexq.runtime.experts import LayerPorts
 from dynaexq.runtime.health import DEGRADED, OK, STANDING_STILL, Health, HealthMonitor
 from dynaexq.runtime.moe import LayerView
@@ -171,11 +173,15 @@ class DeviceRuntime:
                 self._fill()
 
     @torch.inference_mode(False)  # as above
-    def warm_start(self, hotness: np.ndarray) -> None:
-        """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them."""
+    def warm_start(self, hotness: np.ndarray, learned: LearnedKinds | None = None) -> None:
+        """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them.
+
+        Args:
+            learned: the kinds of traffic that it is the average of, if they are known.
+        """
         self._check_open()
         with self._ticking.turn():
-            self.control.tracker.hotness = np.array(hotness, dtype=np.float64)
+            self.control.tracker.start_from(hotness, learned)
             if self.pipeline.allowance is None:  # else what is there is better than what may not come
                 self.pipeline.keep(self.control.best_set(self.pipeline))
             self._fill()
@@ -229,16 +235,20 @@ class DeviceRuntime:
     def _on_forward(self, tokens: int) -> None:
         if not is_capturing(self.device):
             self.steps.add()
-            self._look()
+            self._look(arrival() if self.control.tracker.knows_requests else None)
             self.steps.add_tokens(tokens)
         elif self.memory.follows_replays:
             self.poller.start()
 
-    def _look(self) -> int:
-        """Tick if it is time, from a forward or from the poller; how many forwards there were so far."""
-        if self.steps.is_due:
+    def _look(self, arrival: Arrival | None = None) -> int:
+        """Tick if it is time, from a forward or from the poller; how many forwards there were so far.
+
+        Args:
+            arrival: requests that begin with the forward, which make it time unless ticks are failing.
+        """
+        if self.steps.is_due or (arrival is not None and self.steps.postponed == 1):
             try:
-                self._try_tick()
+                self._try_tick(arrival)
             except Exception as error:  # whatever it is, generation goes on
                 self._note_failure(error)
             else:
@@ -259,15 +269,15 @@ class DeviceRuntime:
         self.health()
 
     @torch.inference_mode(False)  # as above
-    def _try_tick(self) -> bool:
+    def _try_tick(self, arrival: Arrival | None = None) -> bool:
         with self._ticking.turn(wait=False) as taken:
             if not taken or self.closed:
                 return False
-            self._tick()
+            self._tick(arrival)
             return True
 
-    def _tick(self) -> None:
-        """One tick: what was routed since the last one, and what that decides."""
+    def _tick(self, arrival: Arrival | None) -> None:
+        """One tick: what was routed since the last one, what begins now, and what that decides."""
         if self.ticks % CEILING_INTERVAL == 0:
             self._keep_ceiling()
         self.ticks += 1
@@ -277,7 +287,7 @@ class DeviceRuntime:
         self.totals.add(window)
         if self.listener is not None:
             self.listener(window)
-        self.control.step(window, self.pipeline, self.frozen)
+        self.control.step(window, self.pipeline, self.frozen, arrival)
         if not self.frozen:
             self._failure = ""
         self.health()

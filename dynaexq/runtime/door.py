@@ -1,21 +1,44 @@
-"""Which positions of a batch are padding: seen at the model's door, asked for in every layer of experts.
+"""What a model is given, seen at its door and asked for in its layers of experts: padding, and requests that begin.
 
-A padded position is routed as any other, and says nothing about the traffic. What a forward is given as a mask
-`[batch, length]` is known to its layers for as long as it runs, on its thread.
+A padded position is routed as any other, and says nothing about the traffic. A request begins with a prompt: several
+positions of each row, before anything was cached for them. What a forward is given is known to its layers while it
+runs, on its thread; nothing is known where PyTorch compiles the whole forward, prompts included.
 """
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_IS_TOKEN: ContextVar[Tensor | None] = ContextVar("_IS_TOKEN", default=None)
+from dynaexq.policy.kinds import Arrival
 
 
-def watch_padding(model: nn.Module) -> Callable[[], None]:
-    """Look at the mask of every forward of `model`; what is returned ends that."""
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What one forward is given.
+
+    Attributes:
+        is_token: bool `[batch * length]`, which positions are no padding; None where all are, or it is not known.
+        begins: whether requests begin.
+        ids: `[batch, length]`, or None for embeddings.
+        num_positions: padding included.
+    """
+
+    is_token: Tensor | None = None
+    begins: bool = False
+    ids: Tensor | None = None
+    num_positions: int = 0
+
+
+_NOTHING = _Given()
+_GIVEN: ContextVar[_Given] = ContextVar("_GIVEN", default=_NOTHING)
+
+
+def watch_door(model: nn.Module) -> Callable[[], None]:
+    """Look at what every forward of `model` is given; what is returned ends that."""
     handles = (
         model.register_forward_pre_hook(_enter, with_kwargs=True),
         model.register_forward_hook(_leave, always_call=True),
@@ -33,30 +56,56 @@ def tokens_among(rows: Tensor) -> Tensor | None:
 
     None where all are, or where it is not known.
     """
-    is_token = _IS_TOKEN.get()
+    is_token = _GIVEN.get().is_token
     return is_token.to(rows.device) if is_token is not None and len(is_token) == len(rows) else None
+
+
+def arrival() -> Arrival | None:
+    """The requests that begin with the forward at work, if any do. Waits for a GPU that the words lie on."""
+    given = _GIVEN.get()
+    if not given.begins:
+        return None
+    if given.ids is None:
+        return Arrival.unknown(given.num_positions)
+    ids = given.ids.cpu()
+    is_token = torch.ones_like(ids, dtype=torch.bool) if given.is_token is None else given.is_token.cpu().view_as(ids)
+    return Arrival.of([row[mask].numpy() for row, mask in zip(ids, is_token, strict=True)])
 
 
 def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not torch.compiler.is_compiling():
-        _IS_TOKEN.set(_is_token(args, kwargs))
+        _GIVEN.set(_given(args, kwargs))
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if not torch.compiler.is_compiling():
-        _IS_TOKEN.set(None)
+        _GIVEN.set(_NOTHING)
 
 
-def _is_token(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask of the rows that this forward computes; the mask's first columns may be of what is cached."""
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
     inputs = next((value for value in given if isinstance(value, Tensor)), None)
+    if inputs is None or inputs.ndim < 2 or inputs.shape[1] == 1:  # what is decoded is a token, and begins nothing
+        return _NOTHING
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    if inputs is None or inputs.ndim < 2 or not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None
+    ids = inputs if inputs.ndim == 2 and not inputs.is_floating_point() else None
     batch, length = inputs.shape[:2]
-    if length == 1 or len(mask) != batch or mask.shape[1] < length:  # what is decoded is a token
+    return _Given(_is_token(mask, batch, length), _is_empty(kwargs), ids, batch * length)
+
+
+def _is_token(mask: Any, batch: int, length: int) -> Tensor | None:
+    """The mask of the rows that a forward computes; the mask's first columns may be of what is cached."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or len(mask) != batch or mask.shape[1] < length:
         return None
     rows: Tensor = mask[:, -length:].reshape(-1) != 0
     # On a GPU a look at the mask would wait for it.
     return None if rows.is_cpu and bool(rows.all()) else rows
+
+
+def _is_empty(kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is cached for what is given. A cache of pages holds many requests, of which none is told."""
+    cache = kwargs.get("past_key_values", kwargs.get("cache"))
+    if cache is None:
+        return True
+    length = getattr(cache, "get_seq_length", None)
+    return length is not None and int(length()) == 0

@@ -22,7 +22,7 @@ from dynaexq.kernels import (
 )
 from dynaexq.memory import DeviceMemory
 from dynaexq.quantization import ExpertWeights
-from dynaexq.runtime.padding import tokens_among
+from dynaexq.runtime.door import tokens_among
 from dynaexq.runtime.state_guard import AbsentExperts
 
 _SAVED_APART: ContextVar[bool] = ContextVar("_SAVED_APART", default=False)

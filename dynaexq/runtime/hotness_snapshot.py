@@ -1,10 +1,12 @@
 """Hotness snapshots: what was hot, kept in a file, so that the next run starts where this one ended.
 
-A snapshot is a safetensors file with one tensor, `hotness` float64 `[L, E]`, and in its metadata the names of the
-layers and the class of the model it belongs to.
+A snapshot is a safetensors file with `hotness` float64 `[L, E]` and, where kinds of traffic were told apart, what was
+learned of them (`policy.kinds`): `kind_profiles [K, L, E]`, `kind_tokens [K]`, `kind_words [K, buckets]`. Its metadata
+has the names of the layers and the class of the model it belongs to.
 """
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,40 +14,68 @@ import torch
 
 from dynaexq.checkpoint import read_tensors, write_tensors
 from dynaexq.errors import CheckpointError, HotnessError
+from dynaexq.policy.kinds import WORD_BUCKETS, LearnedKinds
 from dynaexq.safeguards.outside_files import parse_json
 
 VERSION = "1"
 _KIND = "dynaexq hotness snapshot"
 _KINDS = (_KIND, "dynaexq heat profile")  # ✗ in files of before it had its name
+_OF_KINDS = ("kind_profiles", "kind_tokens", "kind_words")
 
 
-def write_snapshot(path: str | Path, model: str, layers: dict[str, np.ndarray]) -> None:
-    """Write one row of hotness `[E]` for each of `layers`; `model` is the name of its class. Raises OSError."""
-    metadata = {"kind": _KIND, "version": VERSION, "model": model, "layers": json.dumps(list(layers))}
-    write_tensors(Path(path), {"hotness": torch.from_numpy(np.stack(list(layers.values())))}, metadata)
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What was hot in some layers.
+
+    Attributes:
+        hotness: `[L, E]`, of all traffic.
+        learned: the kinds of traffic that it is the average of, where they were told apart.
+    """
+
+    hotness: np.ndarray
+    learned: LearnedKinds | None = None
+
+    def of_layers(self, rows: list[int]) -> "Snapshot":
+        """The same of these layers alone, in this order."""
+        learned = self.learned
+        if learned is not None:
+            learned = replace(learned, profiles=learned.profiles[:, rows])
+        return Snapshot(self.hotness[rows], learned)
 
 
-def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: int) -> np.ndarray:
-    """The hotness `[L, E]` of `layers`, in their order.
+def write_snapshot(path: str | Path, model: str, layers: list[str], snapshot: Snapshot) -> None:
+    """Write what was hot in `layers`; `model` is the name of its class. Raises OSError."""
+    arrays, learned = {"hotness": snapshot.hotness}, snapshot.learned
+    if learned is not None:
+        arrays |= dict(zip(_OF_KINDS, (learned.profiles, learned.tokens, learned.words), strict=True))
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    metadata = {"kind": _KIND, "version": VERSION, "model": model, "layers": json.dumps(layers)}
+    write_tensors(Path(path), tensors, metadata)
+
+
+def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: int) -> Snapshot:
+    """What was hot in `layers`, in their order.
 
     Raises:
         HotnessError: not a snapshot, damaged, or of another model.
         FileNotFoundError: there is no such file.
     """
-    owner, names, hotness = _content(Path(path))
+    owner, names, found = _content(Path(path))
     rows = {name: index for index, name in enumerate(names)}
     missing = [name for name in layers if name not in rows]
-    if owner != model or missing or hotness.shape != (len(rows), num_experts):
+    if owner != model or missing or found.hotness.shape != (len(rows), num_experts):
         raise HotnessError(
-            f"{path} belongs to a {owner} with {len(rows)} layers of {hotness.shape[-1]} experts, "
+            f"{path} belongs to a {owner} with {len(rows)} layers of {found.hotness.shape[-1]} experts, "
             f"expected a {model} with {num_experts} experts in each of {len(layers)} layers"
             + (f", {missing[0]} among them" if missing else "")
             + "; save one of this model with runtime.save_hotness"
         )
-    found = hotness[[rows[name] for name in layers]]
-    if not is_hotness(found):
+    snapshot = found.of_layers([rows[name] for name in layers])
+    learned = snapshot.learned
+    parts = () if learned is None else (learned.profiles, learned.tokens, learned.words)
+    if not all(is_hotness(values) for values in (snapshot.hotness, *parts)):
         raise HotnessError(f"{path} holds values that are no hotness (finite and not negative); save it again")
-    return found
+    return snapshot
 
 
 def is_hotness(values: np.ndarray) -> bool:
@@ -53,21 +83,34 @@ def is_hotness(values: np.ndarray) -> bool:
     return bool((np.isfinite(values) & (values >= 0)).all())
 
 
-def _content(path: Path) -> tuple[str, list[str], np.ndarray]:
-    """The model's class, the layers' names, and hotness `[L, E]`."""
+def _content(path: Path) -> tuple[str, list[str], Snapshot]:
+    """The model's class, the layers' names, and what was hot in them."""
     if not path.exists():
         raise FileNotFoundError(f"there is no hotness snapshot {path}; runtime.save_hotness(path) writes one")
     try:
-        tensors, metadata = read_tensors(path, _KINDS, ["hotness"])
+        tensors, metadata = read_tensors(path, _KINDS, ["hotness"], _OF_KINDS)
         if metadata.get("version") != VERSION:
             raise HotnessError(
                 f"{path} is no hotness snapshot of version {VERSION}; runtime.save_hotness(path) writes one"
             )
-        names, hotness = parse_json(metadata["layers"]), tensors["hotness"].double().numpy()
+        arrays = {name: tensor.double().numpy() for name, tensor in tensors.items()}
+        names, hotness = parse_json(metadata["layers"]), arrays["hotness"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or hotness.ndim != 2:
             raise ValueError("expected names of layers, and a table")
-        return metadata["model"], names, hotness
+        return metadata["model"], names, Snapshot(hotness, _learned(arrays))
     except (CheckpointError, KeyError, ValueError) as error:
         if isinstance(error, HotnessError):
             raise
         raise HotnessError(f"{path} cannot be read as a hotness snapshot: {error}; save it again") from error
+
+
+def _learned(arrays: dict[str, np.ndarray]) -> LearnedKinds | None:
+    """The kinds of traffic, if the file has any. Raises ValueError where they do not belong together."""
+    if _OF_KINDS[0] not in arrays:
+        return None
+    profiles, tokens, words = (arrays[name] for name in _OF_KINDS)
+    num_kinds = len(tokens)
+    expected = (num_kinds, *arrays["hotness"].shape), (num_kinds,), (num_kinds, WORD_BUCKETS)
+    if not num_kinds or (profiles.shape, tokens.shape, words.shape) != expected:
+        raise ValueError("the kinds of traffic do not belong together")
+    return LearnedKinds(profiles, tokens, words, recent=np.zeros(num_kinds))

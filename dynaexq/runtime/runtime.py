@@ -19,7 +19,7 @@ from dynaexq.kernels.cpu.team import team
 from dynaexq.policy import Verdict
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.health import Health
-from dynaexq.runtime.hotness_snapshot import is_hotness, read_snapshot, write_snapshot
+from dynaexq.runtime.hotness_snapshot import Snapshot, is_hotness, read_snapshot, write_snapshot
 from dynaexq.runtime.moe import layer_names
 from dynaexq.runtime.report import Report, RoutingTotals
 from dynaexq.settings import Settings, parse_bytes
@@ -120,8 +120,14 @@ class Runtime:
             raise
 
     def save_hotness(self, path: str | Path) -> None:
-        """Write what is hot now to a safetensors file, as a warm start for `load_hotness`."""
-        write_snapshot(path, self._model_name, dict(zip(self._layer_names(), self.hotness(), strict=True)))
+        """Write what has been hot to a safetensors file, as a warm start for `load_hotness`.
+
+        With the kinds of traffic that were told apart, unless the model lies on several devices, where each has its
+        own.
+        """
+        average = self._stacked(lambda part: part.control.tracker.average)
+        learned = self._parts[0].control.tracker.learned if len(self._parts) == 1 else None
+        write_snapshot(path, self._model_name, self._layer_names(), Snapshot(average, learned))
 
     def load_hotness(self, path: str | Path) -> None:
         """Take the hotness that `save_hotness` wrote and choose the upgrades anew, frozen or not; waits for them.
@@ -129,7 +135,9 @@ class Runtime:
         Raises:
             HotnessError: not a hotness snapshot, damaged, or of another model; nothing has changed then.
         """
-        self.warm_start(read_snapshot(path, self._model_name, self._layer_names(), self.plan.num_experts))
+        self._check_open()
+        found = read_snapshot(path, self._model_name, self._layer_names(), self.plan.num_experts)
+        self._start_from(found)
 
     def warm_start(self, hotness: np.ndarray) -> None:
         """Take `hotness [L, E]` for what was observed and choose the upgrades anew, frozen or not; waits for them.
@@ -141,8 +149,7 @@ class Runtime:
         shape = self.hotness().shape
         if np.shape(hotness) != shape or not is_hotness(hotness):
             raise SettingsError(f"hotness must be {shape}, finite and not negative, got {np.shape(hotness)}")
-        for part, rows in zip(self._parts, self._rows, strict=True):
-            part.warm_start(np.asarray(hotness)[rows])
+        self._start_from(Snapshot(np.asarray(hotness)))
 
     def trace(self, path: str | Path) -> Recording:
         """Record what every tick sees, for `dynaexq simulate`, until the recording is closed; use it in a `with`.
@@ -182,7 +189,7 @@ class Runtime:
         return np.where(kinds > 0, kinds, self.plan.base.bits)
 
     def hotness(self) -> np.ndarray:
-        """Moving average of every expert's routing mass per token."""
+        """Routing mass per token that every expert is expected to get: by the kind of the request, and what it did."""
         return self._stacked(lambda part: part.control.tracker.hotness.copy())
 
     def routed_mass(self) -> np.ndarray:
@@ -223,6 +230,11 @@ class Runtime:
             str(self.verdict()),
             str(self.health()),
         )
+
+    def _start_from(self, found: Snapshot) -> None:
+        for part, rows in zip(self._parts, self._rows, strict=True):
+            mine = found.of_layers(rows)
+            part.warm_start(mine.hotness, mine.learned)
 
     def _machine(self) -> dict[str, str]:
         """What is chosen of the machine."""

@@ -21,12 +21,14 @@ MORNING, EVENING = [[[0, 1]], [[2, 3]]], [[[6, 7]], [[0, 5]]]
 def patched(
     tiers: tuple[str, ...] = ("int2", "int4"), slots: int = 4, model: nn.Module | None = None, **options: Any
 ) -> nn.Module:
-    """A tiny float32 model with upgrade slots for four of its sixteen experts; it decides after every forward."""
+    """A tiny float32 model with upgrade slots for four of its sixteen experts; it decides after every forward.
+
+    By the plain moving average, unless told otherwise: what that makes of a few forwards can be said beforehand.
+    """
     # 64 columns in both matrices need no padding, which would not be quantized as the weights are by themselves.
     model = tiny.tiny_qwen3_moe(torch.float32, moe_intermediate_size=64) if model is None else model
-    rt = patching.patch(
-        model, AMPLE, **{"tiers": tiers, "quantizer": "rtn", "update_interval": 1, "half_life": 8} | options
-    )
+    usual = {"quantizer": "rtn", "update_interval": 1, "half_life": 8, "hysteresis": 0.5, "num_kinds": 1}
+    rt = patching.patch(model, AMPLE, **{"tiers": tiers} | usual | options)
     rt.set_budget(rt.memory()["total"] - (16 - slots) * rt.plan.upgrade.nbytes)
     return model
 

@@ -185,7 +185,7 @@ def test_what_is_settled_by_the_codes_cannot_be_asked_for_otherwise(packed: Path
 
 def test_a_configuration_shows_its_dials_and_refuses_others() -> None:
     config = dynaexq.DynaExqConfig(hbm_budget="1GiB")
-    assert (config.hbm_budget, config.hysteresis) == ("1GiB", 0.5)
+    assert (config.hbm_budget, config.hysteresis) == ("1GiB", 0.75)
     config.hysteresis = 0.2
     assert config.settings(stored=False).hysteresis == 0.2
     assert config.to_dict() == {"quant_method": "dynaexq", "hbm_budget": "1GiB", "hysteresis": 0.2}

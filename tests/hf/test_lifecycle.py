@@ -572,7 +572,8 @@ def test_a_runtime_may_be_closed_while_the_model_generates() -> None:
 def test_inference_mode_may_begin_and_end_anywhere(tiers: tuple[str, ...]) -> None:
     model = tiny.tiny_qwen3_moe()
     with torch.inference_mode():
-        rt = patching.patch(model, 150_000, tiers=tiers, quantizer="rtn", update_interval=1, half_life=8)
+        options = {"quantizer": "rtn", "update_interval": 1, "half_life": 8, "num_kinds": 1}
+        rt = patching.patch(model, 150_000, tiers=tiers, **options)
         tiny.logits(model)
         rt.set_budget(200_000)
     tiny.steer(model, [[[0, 1]], [[2, 3]]])

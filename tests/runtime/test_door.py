@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dynaexq
-from dynaexq.runtime.padding import _IS_TOKEN, tokens_among
+from dynaexq.runtime.door import _GIVEN, _NOTHING, _Given, tokens_among
 
 SIZES = (16, 5, 3)
 
@@ -93,12 +93,12 @@ def test_the_mask_of_one_forward_is_forgotten_with_it() -> None:
 
 def test_the_mask_comes_to_the_device_of_the_layer() -> None:
     """Layers of one model may lie on several devices."""
-    _IS_TOKEN.set(torch.tensor([True, False]))
+    _GIVEN.set(_Given(torch.tensor([True, False])))
     try:
         assert tokens_among(torch.empty(2, 4, device="meta")).device.type == "meta"
         assert tokens_among(torch.empty(3, 4)) is None
     finally:
-        _IS_TOKEN.set(None)
+        _GIVEN.set(_NOTHING)
 
 
 @torch.no_grad()

@@ -189,7 +189,7 @@ def test_a_tick_that_goes_on_failing_is_tried_ever_later(
     model = patched(auto_pause=False)
     device, tried = model.dynaexq.devices[0], []
 
-    def fail() -> None:
+    def fail(arrival: object) -> None:
         tried.append(device.steps.total)
         device.steps.take()
         raise RuntimeError("again")

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import dynaexq
 from dynaexq.checkpoint import write_tensors
 from dynaexq.errors import HotnessError, SettingsError
-from dynaexq.runtime.hotness_snapshot import read_snapshot, write_snapshot
+from dynaexq.runtime.hotness_snapshot import Snapshot, read_snapshot, write_snapshot
 
 
 def patched(slots: int = 4, **options: object) -> dynaexq.Runtime:
@@ -85,11 +85,8 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
     write_tensors(path, {"hotness": torch.from_numpy(heat())}, metadata)
     with pytest.raises(HotnessError, match=r"heat\.safetensors is no hotness snapshot of version 1"):
         runtime.load_hotness(path)
-    write_snapshot(
-        path,
-        "Qwen3MoeForCausalLM",
-        {f"model.layers.{i}.mlp": np.full(8, np.nan) for i in (0, 1)},
-    )
+    layers = [f"model.layers.{i}.mlp" for i in (0, 1)]
+    write_snapshot(path, "Qwen3MoeForCausalLM", layers, Snapshot(np.full((2, 8), np.nan)))
     with pytest.raises(HotnessError, match="no hotness"):
         runtime.load_hotness(path)
     for hotness in (heat()[:1], heat() - 1, heat() * np.nan):
@@ -103,7 +100,7 @@ def test_what_is_no_profile_is_refused_by_name(tmp_path: Path) -> None:
     ids=["another class", "another layer", "more experts"],
 )
 def test_each_difference_alone_is_refused(tmp_path: Path, model: str, layers: list[str], num_experts: int) -> None:
-    write_snapshot(tmp_path / "heat", "Model", {"a": np.ones(4), "b": np.ones(4)})
-    assert read_snapshot(tmp_path / "heat", "Model", ["b"], 4).shape == (1, 4)
+    write_snapshot(tmp_path / "heat", "Model", ["a", "b"], Snapshot(np.ones((2, 4))))
+    assert read_snapshot(tmp_path / "heat", "Model", ["b"], 4).hotness.shape == (1, 4)
     with pytest.raises(HotnessError, match="belongs to a Model with 2 layers of 4 experts"):
         read_snapshot(tmp_path / "heat", model, layers, num_experts)

@@ -18,7 +18,7 @@ import torch
 
 from dynaexq.checkpoint import replaced, write_tensors
 from dynaexq.errors import CheckpointError
-from dynaexq.runtime.hotness_snapshot import write_snapshot
+from dynaexq.runtime.hotness_snapshot import Snapshot, write_snapshot
 from dynaexq.safeguards import durable_files
 from dynaexq.safeguards.durable_files import replacing, write_text
 from dynaexq.safeguards.outside_files import open_regular, parse_json, read_bytes, read_json
@@ -31,7 +31,7 @@ def write_trace(path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "json": lambda path: write_text(path, "{}"),
-    "hotness": lambda path: write_snapshot(path, "M", {"a": np.ones(4)}),
+    "hotness": lambda path: write_snapshot(path, "M", ["a"], Snapshot(np.ones((1, 4)))),
     "tensors": lambda path: write_tensors(path, {"a": torch.ones(4)}, {}),
     "trace": write_trace,
 }

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from dynaexq.checkpoint import Shard, write_tensors
 from dynaexq.errors import CheckpointError, DynaExqError, HotnessError, SettingsError, TraceError
 from dynaexq.hf.checkpoint_source import INDEX, checkpoint_files, open_shards
-from dynaexq.runtime.hotness_snapshot import read_snapshot, write_snapshot
+from dynaexq.policy.kinds import WORD_BUCKETS, LearnedKinds
+from dynaexq.runtime.hotness_snapshot import Snapshot, read_snapshot, write_snapshot
 from dynaexq.settings import parse_bytes
 from dynaexq.traces.trace_file import Trace, TraceHeader, TraceWindow, TraceWriter
 from dynaexq.types import ExpertShape
@@ -31,6 +32,8 @@ from dynaexq.weights.calibration import CalibrationSample, Met
 from dynaexq.weights.calibration_file import KIND_OF_MOMENTS, read_calibration, write_calibration
 
 LAYERS, EXPERTS = ["a", "b"], 8
+EVENLY_HOT = np.ones((len(LAYERS), EXPERTS))
+KINDS_OF_TRAFFIC = LearnedKinds(EVENLY_HOT[None], np.ones(1), np.ones((1, WORD_BUCKETS)), np.zeros(1))
 SECONDS = 5.0
 
 
@@ -99,7 +102,7 @@ KINDS = {
     "calibration": Kind("c.safetensors", write_sample, read_moments, CheckpointError),
     "hotness": Kind(
         "h.safetensors",
-        lambda path: write_snapshot(path, "M", dict.fromkeys(LAYERS, np.ones(EXPERTS))),
+        lambda path: write_snapshot(path, "M", LAYERS, Snapshot(EVENLY_HOT, KINDS_OF_TRAFFIC)),
         lambda path: read_snapshot(path, "M", LAYERS, EXPERTS),
         HotnessError,
     ),
