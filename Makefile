@@ -20,7 +20,7 @@ test: $(VENV)/installed
 # What meets Transformers, on the oldest that is supported; the other rooms do not know it.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0 TESTS="tests/hf tests/test_start_up.py \
-		tests/runtime/test_forward.py tests/runtime/test_padding.py tests/test_old_files.py tests/test_evaluate.py \
+		tests/runtime/test_forward.py tests/runtime/test_door.py tests/server tests/test_old_files.py tests/test_evaluate.py \
 		--ignore=tests/hf/test_plan.py --ignore=tests/hf/test_two_at_once.py --ignore=tests/hf/test_calibration.py"
 
 check: $(VENV)/installed format lint types test

@@ -81,3 +81,7 @@ class ReentryError(DynaExqError, RuntimeError):
 
 class HotnessError(DynaExqError, ValueError):
     """A hotness file that cannot be read, or that belongs to another model."""
+
+
+class NoServerError(DynaExqError, OSError):
+    """No server of dynaexq answers at an address."""

@@ -53,20 +53,21 @@ def uniform(stream: Stream, tier: str, group_size: int) -> Assignment:
 
 
 def mix(
-    stream: Stream, tiers: tuple[str, str], bits: float, hotness: Hotness, oracle: bool = False
+    stream: Stream, tiers: tuple[str, str], bits: float, hotness: Hotness, oracle: bool = False, **options: Any
 ) -> Assignment | None:
     """Hot experts upgraded while the stream runs, as many as `bits` a weight allow; None where the base is larger.
 
     Args:
         oracle: the best set for each phase's traffic instead, put in place before it begins.
+        options: of dynaexq, such as `group_size` and `calibration`.
     """
-    model, runtime = stream.patched(0.0, tiers=tiers)
+    model, runtime = stream.patched(0.0, tiers=tiers, **options)
     base = bits_a_weight(runtime, runtime.memory()["base"])
     upgrade = runtime.plan.upgrade.nbytes * 8 / runtime.devices[0].codec.shape.num_weights
     share = min(1.0, (bits - base) / upgrade)
     if share <= 0:
         return None
-    model, runtime = stream.patched(share, tiers=tiers)
+    model, runtime = stream.patched(share, tiers=tiers, **options)
     runtime.warm_start(hotness.calibrated)
     if oracle:
         runtime.freeze()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dynaexq
-from dynaexq.cli.demo_corpus import DOMAINS, documents
+from dynaexq.cli.demo_corpus import Corpus
 from dynaexq.evaluate import evaluate, reference_logits, stream_logits, windows_of
 
 LENGTH = 128
@@ -59,24 +59,36 @@ class Outcome(NamedTuple):
 
 
 class Stream:
-    """Held-out prose, code and arithmetic in turn, `cycles` times over, never twice the same.
+    """Held-out text of each kind in turn, `cycles` times over, never twice the same.
 
     Args:
         path: a checkpoint directory.
         tokens: of each phase, rounded up to whole windows.
         lengths: tokens of the windows, over and over.
+        corpus: the text; prose, code and arithmetic unless it is given.
     """
 
-    def __init__(self, path: Path, tokens: int, cycles: int = 1, lengths: tuple[int, ...] = (LENGTH,)):
+    def __init__(
+        self,
+        path: Path,
+        tokens: int,
+        cycles: int = 1,
+        lengths: tuple[int, ...] = (LENGTH,),
+        corpus: Corpus | None = None,
+    ):
+        self.corpus = corpus or Corpus()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         # The eager experts are what a patched model with fp16 gives to the last bit; see docs/log.md.
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", experts_implementation="eager").eval()
         rounds = -(-tokens // sum(lengths))
-        found = {d: windows_of(self.tokenizer, documents(d), rounds * cycles, sum(lengths)) for d in DOMAINS}
+        found = {
+            kind: windows_of(self.tokenizer, self.corpus.documents(kind), rounds * cycles, sum(lengths))
+            for kind in self.corpus.kinds
+        }
         self.phases = [
             self._phase(domain, found[domain][cycle * rounds : (cycle + 1) * rounds], lengths)
             for cycle in range(cycles)
-            for domain in DOMAINS
+            for domain in self.corpus.kinds
         ]
         self.tokens_a_phase = rounds * sum(lengths)
 
@@ -87,13 +99,13 @@ class Stream:
     def first_cycle(self) -> "Stream":
         """The same stream up to the point where workloads come back."""
         shorter = copy.copy(self)
-        shorter.phases = self.phases[: len(DOMAINS)]
+        shorter.phases = self.phases[: len(self.corpus.kinds)]
         return shorter
 
-    def calibration(self) -> list[Tensor]:
-        """Windows of all domains from the part of the corpus that the model was trained on."""
-        texts = (documents(domain, "train", CALIBRATION_SEED) for domain in DOMAINS)
-        return [w for text in texts for w in windows_of(self.tokenizer, text, CALIBRATION_WINDOWS, LENGTH)]
+    def calibration(self, windows: int = CALIBRATION_WINDOWS) -> list[Tensor]:
+        """So many windows of each kind from the part of the corpus that the model was trained on."""
+        texts = (self.corpus.documents(kind, "train", CALIBRATION_SEED) for kind in self.corpus.kinds)
+        return [w for text in texts for w in windows_of(self.tokenizer, text, windows, LENGTH)]
 
     def hotness(self) -> Hotness:
         """What the 16-bit model routes on the calibration text, which is no part of the stream, and in every phase."""

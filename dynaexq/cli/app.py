@@ -1,4 +1,4 @@
-"""The command line: `dynaexq demo`, `plan`, `quantize`, `simulate`, `version`."""
+"""The command line: `dynaexq demo`, `plan`, `quantize`, `serve`, `top`, `simulate`, `doctor`, `version`."""
 
 import gc
 import os
@@ -236,6 +236,72 @@ def simulate(
         simulation.show()
         if json is not None:
             simulation.write_json(json)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory or a name on the Hub, packed or in 16 bit.")],
+    hbm_budget: Annotated[
+        str | None, typer.Option(help="Bytes for all weights, such as 20GiB; what the checkpoint says if left out.")
+    ] = None,
+    tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
+    dense: Annotated[str | None, typer.Option(help="Dense layers in int8 or int4, or auto.")] = None,
+    policy: Annotated[str | None, typer.Option(help="topn, threshold or frozen.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    continuous_batching: Annotated[
+        bool, typer.Option(help="Compute requests together as they come, or one after the other.")
+    ] = True,
+    hotness: Annotated[
+        str, typer.Option(help="File that keeps what is learned of the traffic between runs; none keeps nothing.")
+    ] = "auto",
+    log_level: Annotated[str, typer.Option(help="Of Transformers: debug, info, warning or error.")] = "warning",
+) -> None:
+    """Serve a model as OpenAI's API, by the server of Transformers; precision follows what is asked.
+
+    Metrics for Prometheus are at /metrics, a live page at /dynaexq, the state of health at /health.
+    """
+    from dynaexq.cli.serving import start
+
+    options = {"tiers": tiers and _tiers_of(tiers), "dense": dense, "hbm_budget": hbm_budget, "policy": policy}
+    start(model, options, hotness, host=host, port=port, device=device,
+          continuous_batching=continuous_batching, log_level=log_level)  # fmt: skip
+
+
+@app.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Address of a server started by dynaexq serve.")] = "127.0.0.1:8000",
+    seconds: Annotated[float, typer.Option(help="Between two looks.", min=0.1)] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the snapshot as JSON and end.")] = False,
+) -> None:
+    """Watch a running server: memory, precision and hotness of every expert, coverage, moves."""
+    import json as formats
+
+    from dynaexq.cli.top import snapshot_of, watch
+
+    if json:
+        typer.echo(formats.dumps(snapshot_of(url)))
+    else:
+        watch(url, seconds, once)
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """Say what this machine has for dynaexq, what is missing and what to do; the exit code is 1 if anything is."""
+    import json as formats
+
+    from dynaexq.cli.doctor import figures, findings
+
+    found = findings()
+    if json:
+        typer.echo(formats.dumps(figures(found), indent=2))
+    else:
+        for area, said, remedy in found:
+            typer.echo(f"{'✗' if remedy else '✓'} {area}: {said}" + (f"\n  → {remedy}" if remedy else ""))
+    if any(finding.remedy for finding in found):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
-from dynaexq.hf.grouped_attention import use_grouped_attention
 from dynaexq.hf.packed_dense import untie
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
@@ -165,7 +164,6 @@ class ModelPatch:
             setattr(module, RECORD, self)
         self._undo_steps.callback(watch_door(self.model))
         if runtime.plan.tiers != EXACT:
-            self._undo_steps.callback(use_grouped_attention(self.model))
             self._adopt_few_rows()
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 

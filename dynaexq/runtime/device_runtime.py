@@ -24,6 +24,7 @@ from dynaexq.quantization import ExpertCodec
 from dynaexq.runtime.door import arrival
 from dynaexq.runtime.experts import LayerPorts
 from dynaexq.runtime.health import DEGRADED, OK, STANDING_STILL, Health, HealthMonitor
+from dynaexq.runtime.history import History
 from dynaexq.runtime.moe import LayerView
 from dynaexq.runtime.report import RoutingTotals
 from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
@@ -71,7 +72,7 @@ class DeviceRuntime:
     ):
         self.plan, self.codec, self.settings, self.device = plan, codec, settings, device
         self.frozen = self.closed = False
-        self.ticks, self.totals = 0, RoutingTotals()
+        self.ticks, self.totals, self.history = 0, RoutingTotals(), History()
         self.listener: Listener | None = None
         self._model = weakref.ref(model)
         self._agreed = plan
@@ -287,7 +288,9 @@ class DeviceRuntime:
         self.totals.add(window)
         if self.listener is not None:
             self.listener(window)
-        self.control.step(window, self.pipeline, self.frozen, arrival)
+        begun = self.control.step(window, self.pipeline, self.frozen, arrival)
+        hotness = self.control.tracker.hotness
+        self.history.add(window, begun, hotness, self.control.controller.score(hotness))
         if not self.frozen:
             self._failure = ""
         self.health()

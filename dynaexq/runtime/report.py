@@ -1,17 +1,18 @@
-"""What happened so far, as numbers and as a table to read. It watches and never steers."""
+"""What happened so far, as totals and as something to read. It watches and never steers."""
 
-import io
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console, RenderableType
-from rich.table import Table
 
 from dynaexq.policy.controller import Window
+from dynaexq.views.html import fragment
+from dynaexq.views.terminal import SnapshotView
 
-WIDTH = 72  # characters of the table
+NARROWEST, WIDEST = 40, 120
+"""Characters of a report as text, whatever the terminal's width."""
 
 
 @dataclass
@@ -43,48 +44,22 @@ class RoutingTotals:
         return self.hot_mass / self.routed_mass if self.routed_mass else 0.0
 
 
-def _shown(name: str, value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.1%}" if name == "hot_coverage" else f"{value:,}"
-
-
 class Report:
-    """A snapshot for people: prints as a table, and shows itself in a notebook."""
+    """A snapshot for people: prints as text, and shows itself in a notebook.
 
-    def __init__(
-        self,
-        memory: dict[str, int],
-        stats: dict[str, Any],
-        tiers: np.ndarray,
-        names: tuple[str, ...],
-        verdict: str,
-        health: str,
-    ):
-        self.memory, self.stats, self.tiers, self.names = memory, stats, tiers, names
-        self.verdict, self.health = verdict, health
+    Args:
+        snapshot: as `Runtime.snapshot` makes it.
+    """
+
+    def __init__(self, snapshot: dict[str, Any]):
+        self.snapshot = snapshot
 
     def __rich__(self) -> RenderableType:
-        table = Table(
-            title=f"dynaexq: {' + '.join(self.names)}",
-            show_header=False,
-            caption=f"{self.verdict}\nhealth: {self.health}",
-            caption_justify="left",
-        )
-        table.add_column(style="bold")
-        table.add_column(justify="right")
-        for part, nbytes in self.memory.items():
-            table.add_row(f"{part} bytes", f"{nbytes:,}")
-        table.add_section()
-        for bits, count in zip(*np.unique(self.tiers, return_counts=True), strict=True):
-            table.add_row(f"experts at {bits} bits", f"{count:,}")
-        table.add_section()
-        for name, value in self.stats.items():
-            table.add_row(name.replace("_", " "), _shown(name, value))
-        return table
+        return SnapshotView(self.snapshot)
 
     def __str__(self) -> str:
-        console = Console(width=WIDTH, force_terminal=False, force_jupyter=False, color_system=None)
+        width = max(NARROWEST, min(WIDEST, shutil.get_terminal_size().columns))
+        console = Console(width=width, force_terminal=False, force_jupyter=False, color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
@@ -92,7 +67,4 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        # Else rich, in a notebook, would show what it is to record.
-        console = Console(record=True, file=io.StringIO(), width=WIDTH, force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return fragment(self.snapshot)

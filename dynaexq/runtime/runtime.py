@@ -25,7 +25,7 @@ from dynaexq.runtime.report import Report, RoutingTotals
 from dynaexq.settings import Settings, parse_bytes
 from dynaexq.traces import TraceHeader
 from dynaexq.traces.recorder import Recorder, Recording
-from dynaexq.types import MemoryPlan
+from dynaexq.types import BITS, MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -221,15 +221,39 @@ class Runtime:
         return Health.merged([part.health() for part in self._parts])
 
     def report(self) -> Report:
-        """Bytes, tiers, traffic, moves, health and verdict as a table; shows itself in a notebook, too."""
-        return Report(
-            self.memory(),
-            {**self.stats(), **self._machine()},
-            self.tiers(),
-            self.plan.tiers,
-            str(self.verdict()),
-            str(self.health()),
-        )
+        """Bytes, tiers, traffic, moves, health and verdict to read; shows itself in a notebook, too."""
+        return Report(self.snapshot())
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that there is to see, as plain data that JSON can hold.
+
+        `bits` and `hotness` are `[num_layers][num_experts]`; `coverage` and `moves` are the latest, oldest first, with
+        seconds since the epoch. On several devices the coverage is that of the first.
+        """
+        health, verdict = self.health(), self.verdict()
+        return {
+            "model": self._model_name,
+            "layers": self._layer_names(),
+            "tiers": list(self.plan.tiers),
+            "tier_bits": [BITS[tier] for tier in self.plan.tiers],
+            "memory": self.memory(),
+            "stats": {**self.stats(), **self._machine()},
+            "bits": self.tiers().tolist(),
+            "hotness": self.hotness().tolist(),
+            "health": {**vars(health), "words": str(health)},
+            "verdict": {**vars(verdict), "words": str(verdict)},
+            "coverage": [vars(moment) for moment in list(self._parts[0].history.moments)],
+            "moves": self._moves(),
+        }
+
+    def _moves(self) -> list[dict[str, Any]]:
+        """The latest moves of all devices, by time, with the layers' numbers in the model."""
+        moves = [
+            {**vars(move), "layer": layers[move.layer]}
+            for part, layers in zip(self._parts, self._rows, strict=True)
+            for move in list(part.history.moves)
+        ]
+        return sorted(moves, key=lambda move: move["at"])
 
     def _start_from(self, found: Snapshot) -> None:
         for part, rows in zip(self._parts, self._rows, strict=True):

@@ -282,6 +282,21 @@ def test_a_static_cache_is_compiled_and_gives_the_same_tokens() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tiers", [("int4",), ("int2", "int8")], ids="-".join)
+def test_continuous_batching_answers_at_every_precision(tiers: tuple[str, ...], attention: str) -> None:
+    """Whatever is changed for speed when some experts are packed: what the model is called must stay."""
+    model = tiny.tiny_qwen3_moe(torch.float32)
+    model.set_attn_implementation(attention)
+    patching.patch(model, "1GiB", tiers=tiers, update_interval=1)
+    assert model.config._attn_implementation == attention
+    limits = ContinuousBatchingConfig(block_size=32, num_blocks=8, max_batch_tokens=32)
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    answers = model.generate_batch([[1, 2, 3], [4, 5, 6, 7]], config, limits, warmup=False)
+    assert [(answer.error, len(answer.generated_tokens)) for answer in answers.values()] == [(None, 5)] * 2
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_continuous_batching_gives_the_same_tokens_and_ticks() -> None:
     model = tiny.tiny_qwen3_moe(torch.float32)
     limits = ContinuousBatchingConfig(block_size=32, num_blocks=8, max_batch_tokens=32)

@@ -1,0 +1,39 @@
+"""dynaexq serve: from options of the command line to those of the server, and where hotness is kept."""
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from dynaexq.checkpoint import QUANT_METHOD
+from dynaexq.hf.config import DynaExqConfig
+from dynaexq.kernels.cpu.cache import cache_directory
+from dynaexq.server.app import ServerOptions, serve
+
+
+def start(model: str, options: dict[str, Any], hotness: str, **server: Any) -> None:
+    """Serve `model`; see `server.app.serve`.
+
+    Args:
+        options: of dynaexq, None where they were not named; a checkpoint that knows its own needs none.
+        hotness: a path, `"auto"` for one of this model's own in the cache directory, or `"none"`.
+    """
+    named = {name: value for name, value in options.items() if value is not None}
+    config = DynaExqConfig(**named) if named or not _knows_its_options(model) else None
+    path = {"auto": default_hotness(model), "none": None}.get(hotness, Path(hotness))
+    serve(ServerOptions(model, config, path, **server))
+
+
+def default_hotness(model: str) -> Path:
+    """A file of this model's own in the cache directory."""
+    full = str(Path(model).resolve()) if Path(model).exists() else model
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name)
+    return cache_directory() / "hotness" / f"{name}-{zlib.crc32(full.encode()):08x}.safetensors"
+
+
+def _knows_its_options(model: str) -> bool:
+    """Whether a checkpoint says itself that it is dynaexq's, packed or annotated."""
+    found, _ = PreTrainedConfig.get_config_dict(model)
+    return (found.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
