@@ -57,6 +57,20 @@ BENCHMARKS = (
         "layers/contention", "layers/contention.py", "one layer beside a program that uses a core", "contention.json"
     ),
     Benchmark(
+        "serving/load",
+        "serving/load.py",
+        "a server under the load of eight clients, with control on and off",
+        "load.json",
+        "the extra serve, and openai",
+    ),
+    Benchmark(
+        "quality/peers",
+        "quality/peers.py",
+        "KL of our codes and mixes beside GPTQ, HQQ and llama.cpp's codes",
+        "peers.json",
+        "llama.cpp's libggml-base.so, for its codes",
+    ),
+    Benchmark(
         "policy/requests",
         "policy/request_streams.py",
         "who has the right experts upgraded when requests of several kinds come",

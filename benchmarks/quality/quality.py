@@ -30,6 +30,9 @@ TIER_CHOICES = (("int2", "int4"), ("int4", "int8"), ("int4", "fp16"), ("int2", "
 PROMPT_AND_STEPS = (512, *[16] * 32)
 PARTS: dict[str, dict[str, Any]] = {
     "dynaexq": {},
+    "one moving average": {"num_kinds": 1},
+    "one moving average, hysteresis 0.5": {"num_kinds": 1, "hysteresis": 0.5},
+    "four kinds": {"num_kinds": 4},
     "layers get equal shares": {"allocation": "per_layer"},
     "half-life 32 tokens": {"half_life": 32},
     "half-life 64 tokens": {"half_life": 64},
@@ -37,7 +40,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "half-life 256 tokens": {"half_life": 256},
     "half-life 512 tokens, hysteresis 0.1": {"half_life": 512, "hysteresis": 0.1},
     "hysteresis 0": {"hysteresis": 0.0},
-    "hysteresis 0.2": {"hysteresis": 0.2},
+    "hysteresis 0.5": {"hysteresis": 0.5},
     "hysteresis 1": {"hysteresis": 1.0},
     "never paused": {"auto_pause": False},
     "never paused, hotness alone": {"policy": HotnessAlone()},

@@ -253,6 +253,8 @@ def serve(
     continuous_batching: Annotated[
         bool, typer.Option(help="Compute requests together as they come, or one after the other.")
     ] = True,
+    max_context: Annotated[int, typer.Option(help="Tokens of a sequence that the cache has room for.", min=1)] = 4096,
+    max_batch: Annotated[int, typer.Option(help="Sequences at once that the cache has room for.", min=1)] = 8,
     hotness: Annotated[
         str, typer.Option(help="File that keeps what is learned of the traffic between runs; none keeps nothing.")
     ] = "auto",
@@ -265,8 +267,8 @@ def serve(
     from dynaexq.cli.serving import start
 
     options = {"tiers": tiers and _tiers_of(tiers), "dense": dense, "hbm_budget": hbm_budget, "policy": policy}
-    start(model, options, hotness, host=host, port=port, device=device,
-          continuous_batching=continuous_batching, log_level=log_level)  # fmt: skip
+    start(model, options, hotness, host=host, port=port, device=device, continuous_batching=continuous_batching,
+          max_context=max_context, max_batch=max_batch, log_level=log_level)  # fmt: skip
 
 
 @app.command()

@@ -21,7 +21,9 @@ def start(model: str, options: dict[str, Any], hotness: str, **server: Any) -> N
         hotness: a path, `"auto"` for one of this model's own in the cache directory, or `"none"`.
     """
     named = {name: value for name, value in options.items() if value is not None}
-    config = DynaExqConfig(**named) if named or not _knows_its_options(model) else None
+    config = None
+    if named or not _knows_its_options(model):
+        config = DynaExqConfig(**named, max_context=server["max_context"], max_batch=server["max_batch"])
     path = {"auto": default_hotness(model), "none": None}.get(hotness, Path(hotness))
     serve(ServerOptions(model, config, path, **server))
 

@@ -17,6 +17,9 @@ from dynaexq.runtime.runtime import Runtime
 from dynaexq.server.hotness_keeper import HotnessKeeper
 from dynaexq.views.html import fragment
 
+PAGE_TOKENS, MOST_TOKENS_AT_ONCE = 256, 1024
+"""Tokens of a page of the cache, and those that one forward computes at most."""
+
 PAGE = Path(__file__).with_name("page.html")
 NEEDS = 'dynaexq serve needs the server of Transformers and prometheus_client: pip install "dynaexq[serve]"'
 
@@ -30,6 +33,8 @@ class ServerOptions:
         config: options of dynaexq; None leaves them to a checkpoint that was made with it.
         hotness: the file that keeps what is learned of the traffic; None keeps nothing.
         continuous_batching: whether requests are computed together as they come.
+        max_context, max_batch: tokens of a sequence, and sequences at once, that the cache of continuous batching has
+            room for; left alone it would take most of the memory that the weights leave.
     """
 
     model: str
@@ -39,6 +44,8 @@ class ServerOptions:
     port: int = 8000
     device: str = "auto"
     continuous_batching: bool = True
+    max_context: int = 4096
+    max_batch: int = 8
     log_level: str = "warning"
 
 
@@ -81,6 +88,9 @@ def serve(options: ServerOptions) -> None:
             Server(
                 force_model=options.model,
                 continuous_batching=options.continuous_batching,
+                cb_block_size=PAGE_TOKENS,
+                cb_num_blocks=-(-options.max_context // PAGE_TOKENS) * options.max_batch,
+                cb_max_batch_tokens=MOST_TOKENS_AT_ONCE,
                 device=options.device,
                 host=options.host,
                 port=options.port,
