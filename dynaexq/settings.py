@@ -146,6 +146,12 @@ class Options:
     max_batch: int = 1
 
 
+CONTROL_OPTIONS = frozenset(
+    ("policy", "allocation", "half_life", "alpha", "num_kinds", "hysteresis", "update_interval", "auto_pause",
+     "tau_h", "tau_c", "copy_rate_limit")
+)  # fmt: skip
+"""Options that can be changed while a model runs; see `Runtime.set_policy`."""
+
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
@@ -181,6 +187,19 @@ class Settings(Options):
         self._check_thresholds()
         self._check_decay()
         self._check_copy_rate_limit()
+
+    def with_control(self, **changes: Any) -> "Settings":
+        """The same but for options of control, as `Runtime.set_policy` takes them.
+
+        Raises:
+            SettingsError: a value that one cannot take.
+        """
+        kept = {field.name: getattr(self, field.name) for field in fields(self)}
+        if changes.get("policy", self.policy) != "threshold":
+            kept |= {"tau_h": None, "tau_c": None}
+        if changes.keys() & {"alpha", "half_life"}:
+            kept |= {"alpha": None, "half_life": None}
+        return Settings(**kept | changes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_given" in self.__dict__:

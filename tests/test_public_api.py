@@ -15,7 +15,7 @@ PUBLIC = {
 RUNTIME = {
     "memory", "tiers", "hotness", "stats", "report", "routed_mass", "tick", "drain", "freeze", "thaw", "set_budget",
     "trace", "verdict", "close", "warm_start", "save_hotness", "load_hotness", "plan", "settings", "devices",
-    "follows_replays", "health", "snapshot",
+    "follows_replays", "health", "snapshot", "pin", "set_policy",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `dynaexq demo`, `plan`, `quantize`, `serve`, `top`, `simulate`, `doctor`, `version`."""
+"""The command line: `dynaexq demo`, `plan`, `quantize`, `serve`, `top`, `hotness`, `simulate`, `doctor`, `version`."""
 
 import gc
 import os
@@ -304,6 +304,40 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings
             typer.echo(f"{'✗' if remedy else '✓'} {area}: {said}" + (f"\n  → {remedy}" if remedy else ""))
     if any(finding.remedy for finding in found):
         raise typer.Exit(1)
+
+
+hotness_app = typer.Typer(help="Look at hotness files, merge and compare them.", no_args_is_help=True)
+app.add_typer(hotness_app, name="hotness")
+
+HotnessFile = Annotated[Path, typer.Argument(help="As runtime.save_hotness or dynaexq serve writes it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+
+
+@hotness_app.command("show")
+def hotness_show(file: HotnessFile, json: AsJson = False) -> None:
+    """Show whose traffic a file has: model, layers, kinds of traffic, and the hottest experts of each layer."""
+    from dynaexq.cli.hotness import show
+
+    show(file, json)
+
+
+@hotness_app.command("merge")
+def hotness_merge(
+    files: Annotated[list[Path], typer.Argument(help="Files of one model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=_writable)],
+) -> None:
+    """Merge what several runs or replicas have learned into one file to start from."""
+    from dynaexq.cli.hotness import merge
+
+    merge(files, output)
+
+
+@hotness_app.command("diff")
+def hotness_diff(one: HotnessFile, other: HotnessFile, json: AsJson = False) -> None:
+    """Compare two files: how much of the traffic of one the best fifth of the experts for the other would cover."""
+    from dynaexq.cli.hotness import diff
+
+    diff(one, other, json)
 
 
 @app.command()

@@ -100,15 +100,23 @@ class PrecisionController:
 
     Args:
         gain: float `[L, E]`, the error that the upgrade removes from each expert.
+
+    Attributes:
+        pins: int8 `[L, E]`: 1 for an expert that must be upgraded, -1 for one that must not, else 0.
     """
 
     def __init__(self, gain: np.ndarray, settings: Settings):
         self.gain = gain
+        self.pins = np.zeros(gain.shape, dtype=np.int8)
         self._settings = settings
 
     def score(self, hotness: np.ndarray) -> np.ndarray:
         """Worth of an upgrade, `[L, E]`."""
         return hotness * self.gain
+
+    def ranked(self, hotness: np.ndarray) -> np.ndarray:
+        """The scores `[L, E]`, with experts that are pinned before or behind all others."""
+        return self._before_and_behind(self.score(hotness))
 
     def choose(self, hotness: np.ndarray, followed: np.ndarray, slots: Slots, max_promotions: int) -> list[Transition]:
         """The moves of one tick.
@@ -121,27 +129,71 @@ class PrecisionController:
         if self._settings.policy == "topn":
             wanted = followed
         else:
-            wanted = self._wanted(score, upgraded, slots.num_slots, hotness)
-        return transitions(score, upgraded, wanted & ~lost, self._free_slots(slots), max_promotions)
+            wanted = self._pinned(self._wanted(score, upgraded, slots.num_slots, hotness), score, slots.num_slots)
+        return transitions(
+            self._before_and_behind(score), upgraded, wanted & ~lost, self._free_slots(slots), max_promotions
+        )
+
+    def pin(self, key: tuple[int, int], pin: int, slots: Slots) -> list[Transition]:
+        """Set one of `pins`; the moves that bring it about.
+
+        Raises:
+            SettingsError: every slot that the expert could have is pinned to another.
+        """
+        pins = self.pins.copy()
+        pins[key] = pin
+        rows = slots_per_row(self._settings.allocation, slots.num_slots, len(pins))
+        pinned = (pins > 0).reshape(len(rows), -1).sum(1)
+        if (pinned > rows).any():
+            raise SettingsError(
+                f"expert {key[1]} of layer {key[0]} cannot be pinned to its upgrade: all {int(rows.min())} slots that "
+                "it could have are pinned to others; unpin one, or give a larger budget"
+            )
+        self.pins = pins
+        upgraded = slots.upgraded
+        if pin < 0:
+            return [Transition(*key, promote=False)] if upgraded[key] else []
+        if not pin or upgraded[key]:
+            return []
+        moves = [Transition(*key, promote=True)]
+        if slots.num_free > 0:
+            return moves
+        row = np.arange(len(pins)) == key[0] if len(rows) > 1 else np.ones(len(pins), dtype=bool)
+        leaving = np.flatnonzero(upgraded & (pins <= 0) & row[:, None])
+        layer, expert = divmod(int(leaving[self.gain.ravel()[leaving].argmin()]), pins.shape[1])
+        return [Transition(layer, expert, promote=False), *moves]
 
     def followed(self, hotness: np.ndarray, upgraded: np.ndarray, barred: np.ndarray, num_slots: int) -> np.ndarray:
         """The set `[L, E]` that following the traffic by `"topn"` would upgrade now, whatever the rule in force."""
         lost = barred & ~upgraded
-        score = np.where(lost, -1.0, self.score(hotness))
-        return self._best(score, upgraded, num_slots, self._settings.hysteresis) & ~lost
+        score = np.where(lost, -1.0, self.ranked(hotness))
+        return self._best(score, upgraded, num_slots, self._settings.hysteresis) & ~lost & (self.pins >= 0)
 
     def fill(self, hotness: np.ndarray, slots: Slots) -> list[Transition]:
         """Promotions that fill the free slots with the best experts, whatever the rule; no expert loses a slot."""
         upgraded, barred = slots.upgraded, slots.barred
-        score = np.where(barred, -1.0, self.score(hotness))
+        score = np.where(barred, -1.0, self.ranked(hotness))
         wanted = self._best(score, upgraded, slots.num_slots, _NEVER_BEATEN)
-        wanted = (wanted | upgraded) & ~(barred & ~upgraded)
+        wanted = (wanted | upgraded) & ~(barred & ~upgraded) & (self.pins >= 0)
         return transitions(score, upgraded, wanted, slots.num_free, slots.num_free)
 
     def _best(self, score: np.ndarray, upgraded: np.ndarray, num_slots: int, hysteresis: float) -> np.ndarray:
         slots = slots_per_row(self._settings.allocation, num_slots, len(score))
         rows = (len(slots), -1)
         return top_n(score.reshape(rows), upgraded.reshape(rows), slots, hysteresis).reshape(score.shape)
+
+    def _before_and_behind(self, score: np.ndarray) -> np.ndarray:
+        """The scores with pinned experts before or behind all others."""
+        return np.where(self.pins > 0, np.inf, np.where(self.pins < 0, -1.0, score))
+
+    def _pinned(self, wanted: np.ndarray, score: np.ndarray, num_slots: int) -> np.ndarray:
+        """`wanted` with what is pinned in it, and, where that is too much, without the worst of the others."""
+        wanted = (wanted | (self.pins > 0)) & (self.pins >= 0)
+        surplus = int(wanted.sum()) - num_slots
+        if surplus > 0:
+            others = np.flatnonzero(wanted & (self.pins == 0))
+            wanted.ravel()[others[np.argsort(score.ravel()[others], kind="stable")][:surplus]] = False
+        return wanted
 
     def _free_slots(self, slots: Slots) -> int | np.ndarray:
         """Free slots of all layers together, or what each layer's share leaves it; negative where it holds more."""
@@ -204,6 +256,16 @@ class ControlLoop:
         self.limit.spend(sum(move.promote for move in begun))
         slots.settle()
         return begun
+
+    def pin(self, key: tuple[int, int], pin: int, slots: Slots) -> None:
+        """Pin one expert, 1 to its upgrade and -1 to its base, or 0 for neither, and begin the moves that this takes.
+
+        Raises:
+            SettingsError: every slot that it could have is pinned to another.
+        """
+        for move in self.controller.pin(key, pin, slots):
+            slots.submit(move)
+            slots.reclaim()
 
     def fill(self, slots: Slots) -> None:
         """Begin to give every free slot to the best expert that lacks one."""

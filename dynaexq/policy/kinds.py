@@ -8,6 +8,7 @@ routing afterwards. Belief in the kinds is a row of shares `[K]`.
 Shapes: L layers, E experts per layer, K kinds. When a request ends is not known here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -72,6 +73,11 @@ class LearnedKinds:
         """One kind, taken for `profile [L, E]`, which rests on `tokens`; on none if it is a guess."""
         profiles = np.array(profile, dtype=np.float64)[None]
         return cls(profiles, np.array([tokens]), np.zeros((1, WORD_BUCKETS)), np.zeros(1))
+
+    @classmethod
+    def joined(cls, several: Sequence["LearnedKinds"]) -> "LearnedKinds":
+        """The kinds of all of `several`."""
+        return cls(*(np.concatenate(parts) for parts in zip(*(learned._parts for learned in several), strict=True)))
 
     @property
     def average(self) -> np.ndarray:

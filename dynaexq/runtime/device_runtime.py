@@ -97,9 +97,7 @@ class DeviceRuntime:
         self.pipeline = SwapPipeline(self.memory.table, self.memory.pool, store, copier, BITS[plan.tiers[-1]])
         weakref.finalize(self, SwapPipeline.forget, self.pipeline)
         weakref.finalize(self, Poller.stop, self.poller)  # the later one goes first
-        limit = CopyRateLimiter(bytes_per_second(settings.copy_rate_limit, device), slot_nbytes)
-        gain = self.errors[..., 0] - self.errors[..., -1]
-        self.control = ControlLoop((plan.num_layers, plan.num_experts), gain, limit, settings)
+        self.control = self._control_by(settings)
         try:
             self._fill()
         except BaseException:
@@ -120,7 +118,7 @@ class DeviceRuntime:
 
     def view(self, layer: int) -> LayerView:
         """What one layer's sparse block shows."""
-        return LayerView(layer, self.control.tracker, self.control.controller, self.pipeline, self.plan.base.bits)
+        return LayerView(layer, WeakMethod(self._control_in_force), self.pipeline, self.plan.base.bits)
 
     @property
     def stored(self) -> StoredExperts:
@@ -187,6 +185,28 @@ class DeviceRuntime:
                 self.pipeline.keep(self.control.best_set(self.pipeline))
             self._fill()
 
+    def pin(self, layer: int, expert: int, pin: int) -> None:
+        """Pin one expert, 1 to its upgrade and -1 to its base, or 0 for neither; waits for its copy.
+
+        Raises:
+            SettingsError: every slot that it could have is pinned to another.
+        """
+        self._check_open()
+        with self._ticking.turn():
+            self.control.pin((layer, expert), pin, self.pipeline)
+            self.pipeline.drain()
+
+    def set_policy(self, settings: Settings) -> None:
+        """Decide as `settings` say from now on, with what was learned of the traffic and what is pinned."""
+        self._check_open()
+        control = self._control_by(settings)
+        with self._ticking.turn():
+            before = self.control
+            control.tracker.start_from(before.tracker.average, before.tracker.learned)
+            control.controller.pins = before.controller.pins
+            self.settings, self.control = settings, control
+            self.steps.update_interval = settings.update_interval
+
     def close(self) -> None:
         """Wait once for what is in flight, then stop for good. A second call finishes what one began."""
         with self._ticking.turn():
@@ -232,6 +252,15 @@ class DeviceRuntime:
     def upgraded(self) -> np.ndarray:
         """Experts with a published upgrade, bool `[L, E]`."""
         return self.memory.table.kinds() > 0
+
+    def _control_in_force(self) -> ControlLoop:
+        return self.control
+
+    def _control_by(self, settings: Settings) -> ControlLoop:
+        rate = bytes_per_second(settings.copy_rate_limit, self.device)
+        gain = self.errors[..., 0] - self.errors[..., -1]
+        limit = CopyRateLimiter(rate, self.memory.pool.slot_nbytes)
+        return ControlLoop((self.plan.num_layers, self.plan.num_experts), gain, limit, settings)
 
     def _on_forward(self, tokens: int) -> None:
         if not is_capturing(self.device):
@@ -318,7 +347,7 @@ class DeviceRuntime:
         self.plan = self._agreed = plan
 
     def _resize(self, num_slots: int) -> None:
-        self.pipeline.resize(num_slots, self.control.controller.score(self.control.tracker.hotness))
+        self.pipeline.resize(num_slots, self.control.controller.ranked(self.control.tracker.hotness))
 
     @torch.inference_mode(False)  # as above
     def _mend(self) -> None:

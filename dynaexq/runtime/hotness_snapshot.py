@@ -6,6 +6,7 @@ has the names of the layers and the class of the model it belongs to.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +77,23 @@ def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: 
     if not all(is_hotness(values) for values in (snapshot.hotness, *parts)):
         raise HotnessError(f"{path} holds values that are no hotness (finite and not negative); save it again")
     return snapshot
+
+
+def open_snapshot(path: str | Path) -> tuple[str, list[str], Snapshot]:
+    """The class of the model that a file belongs to, the names of its layers, and what was hot in them.
+
+    Raises:
+        HotnessError: not a snapshot, or damaged.
+        FileNotFoundError: there is no such file.
+    """
+    return _content(Path(path))
+
+
+def merged(snapshots: Sequence[Snapshot]) -> Snapshot:
+    """One snapshot of several, of the same layers: the mean of their hotness, and the kinds of traffic of all."""
+    learned = [snapshot.learned for snapshot in snapshots if snapshot.learned is not None]
+    kinds = LearnedKinds.joined(learned) if learned else None
+    return Snapshot(np.mean([snapshot.hotness for snapshot in snapshots], axis=0), kinds)
 
 
 def is_hotness(values: np.ndarray) -> bool:

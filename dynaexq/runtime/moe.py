@@ -1,5 +1,6 @@
 """The sparse block of a patched model. Router, shared expert and forward stay the family's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from dynaexq.memory import SlabPool, SwapPipeline
-    from dynaexq.policy.controller import PrecisionController
+    from dynaexq.policy.controller import ControlLoop, PrecisionController
     from dynaexq.policy.hotness import HotnessTracker
 
 
@@ -17,8 +18,7 @@ class LayerView:
     """One layer's row of what the model-wide runtime holds."""
 
     layer: int
-    tracker: "HotnessTracker"
-    controller: "PrecisionController"
+    control: Callable[[], "ControlLoop"]
     pipeline: "SwapPipeline"
     base_bits: int
 
@@ -36,12 +36,12 @@ class DynaExqMoE(nn.Module):
     @property
     def tracker(self) -> "HotnessTracker":
         """The model's hotness tracker."""
-        return self._view.tracker
+        return self._view.control().tracker
 
     @property
     def controller(self) -> "PrecisionController":
         """The model's precision controller."""
-        return self._view.controller
+        return self._view.control().controller
 
     @property
     def pipeline(self) -> "SwapPipeline":
@@ -62,7 +62,7 @@ class DynaExqMoE(nn.Module):
     @property
     def hotness(self) -> np.ndarray:
         """Hotness `[num_experts]` of this layer's experts."""
-        return self._view.tracker.hotness[self._view.layer].copy()
+        return self.tracker.hotness[self._view.layer].copy()
 
 
 def layer_names(model: nn.Module | None, tracker: "HotnessTracker") -> list[str]:

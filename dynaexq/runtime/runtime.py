@@ -22,7 +22,7 @@ from dynaexq.runtime.health import Health
 from dynaexq.runtime.hotness_snapshot import Snapshot, is_hotness, read_snapshot, write_snapshot
 from dynaexq.runtime.moe import layer_names
 from dynaexq.runtime.report import Report, RoutingTotals
-from dynaexq.settings import Settings, parse_bytes
+from dynaexq.settings import CONTROL_OPTIONS, Settings, parse_bytes
 from dynaexq.traces import TraceHeader
 from dynaexq.traces.recorder import Recorder, Recording
 from dynaexq.types import BITS, MemoryPlan
@@ -97,6 +97,45 @@ class Runtime:
     def thaw(self) -> None:
         """Undo `freeze`."""
         self._each(DeviceRuntime.thaw)
+
+    def pin(self, layer: int, expert: int, tier: str | None) -> None:
+        """Hold one expert at a precision, whatever the traffic and the policy; waits for its copy.
+
+        Args:
+            tier: the base or the upgrade of this model, such as `"int4"`; None lets the expert go again.
+
+        Raises:
+            SettingsError: there is no such layer, expert or tier, or every slot is pinned to another expert.
+        """
+        plan = self.plan
+        if not (0 <= layer < plan.num_layers and 0 <= expert < plan.num_experts):
+            raise SettingsError(
+                f"expected a layer below {plan.num_layers} and an expert below {plan.num_experts}, got {layer!r} and "
+                f"{expert!r}"
+            )
+        if tier is not None and tier not in plan.tiers:
+            raise SettingsError(f"expected a tier of {plan.tiers}, or None to unpin, got {tier!r}")
+        pin = 0 if tier is None else 1 if tier == plan.tiers[-1] and len(plan.tiers) > 1 else -1
+        for part, rows in zip(self._parts, self._rows, strict=True):
+            if layer in rows:
+                part.pin(rows.index(layer), expert, pin)
+
+    def set_policy(self, policy: str | Callable[..., Any], **options: Any) -> None:
+        """Decide by another policy from now on, on all devices. What was learned of the traffic and pins stay.
+
+        Args:
+            policy: as `DynaExqConfig(policy=...)`.
+            options: of control, such as `hysteresis=0.5` or `half_life=256`; what is not named stays.
+
+        Raises:
+            SettingsError: an option that is not one of control, or a value that it cannot take.
+        """
+        foreign = sorted(options.keys() - CONTROL_OPTIONS)
+        if foreign:
+            raise SettingsError(f"{', '.join(foreign)} cannot be changed while a model runs; patch again for that")
+        settings = self.settings.with_control(policy=policy, **options)
+        for part in self._parts:
+            part.set_policy(settings)
 
     def set_budget(self, hbm_budget: int | str) -> None:
         """Give every device a new ceiling; it holds when this returns.

@@ -34,7 +34,7 @@ class StepCount:
     """Forwards since the start, and since the last tick."""
 
     def __init__(self, memory: DeviceMemory, update_interval: int):
-        self._memory, self._update_interval = memory, update_interval
+        self._memory, self.update_interval = memory, update_interval
         self._run_here = self._at_tick = self._tokens = 0
         self.postponed = 1
         """How many times the usual interval the next tick waits."""
@@ -56,7 +56,7 @@ class StepCount:
     def is_due(self) -> bool:
         """Whether it is time for a tick."""
         steps = max(self.total - self._at_tick, self._tokens // TOKENS_A_STEP)
-        return steps >= self._update_interval * self.postponed
+        return steps >= self.update_interval * self.postponed
 
     def postpone(self, times: int) -> None:
         """Let the next tick wait so many times the usual interval."""
