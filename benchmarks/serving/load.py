@@ -56,10 +56,10 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         command = [*self._command, "--port", str(port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self._client = openai.OpenAI(base_url=f"{self._url}/v1", api_key="-", max_retries=0)
+        self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0)
         end = time.monotonic() + SECONDS_TO_START
         while not self._answers():
             if time.monotonic() > end or self._process.poll() is not None:
@@ -74,7 +74,7 @@ class Server:
         return True
 
     def snapshot(self) -> dict[str, Any]:
-        with urlopen(f"{self._url}/dynaexq/snapshot", timeout=30) as answer:
+        with urlopen(f"{self.url}/dynaexq/snapshot", timeout=30) as answer:
             return json.load(answer)
 
     def seconds_for(self, prompt: str) -> float:

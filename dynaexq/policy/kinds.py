@@ -145,15 +145,17 @@ class Arrival:
     Attributes:
         bags: float `[R, WORD_BUCKETS]`, the words of each prompt; no rows where they are not known.
         num_tokens: of all prompts together.
+        num_others: requests that go on beside them.
     """
 
     bags: np.ndarray
     num_tokens: int
+    num_others: int = 0
 
     @classmethod
-    def of(cls, prompts: list[np.ndarray]) -> "Arrival":
-        """The arrival of `prompts`, each an array of token ids."""
-        return cls(np.array([bag_of_words(ids) for ids in prompts]), sum(map(len, prompts)))
+    def of(cls, prompts: list[np.ndarray], num_others: int = 0) -> "Arrival":
+        """The arrival of `prompts`, each an array of token ids, beside so many others."""
+        return cls(np.array([bag_of_words(ids) for ids in prompts]), sum(map(len, prompts)), num_others)
 
     @classmethod
     def unknown(cls, num_tokens: int) -> "Arrival":

@@ -3,7 +3,8 @@
 A request begins with a prompt at the model's door. From then on the hotness is the profile of the kinds that it seems
 to be of, worth `half_life` tokens, together with its own counts, which fade as in the moving average. So the choice is
 right for a kind that is known before the first layer runs, and where nothing is recognized it is the moving average
-over a prior. A flow without known beginnings, such as continuous batching, is one endless request.
+over a prior. A flow without known beginnings is one endless request; where requests join others that go on, as in
+continuous batching, all of them are believed in together.
 """
 
 from dataclasses import dataclass, replace
@@ -101,14 +102,16 @@ class RequestTracker(HotnessTracker):
         kinds, last = self._learned_from(*self._state)
         before = kinds.before_words()
         beliefs = [kinds.given_words(before, bag) for bag in arrival.bags] or [before]
-        belief, kind = np.mean(beliefs, axis=0), int(last.belief.argmax())
+        others = arrival.num_others
+        belief = (np.sum(beliefs, axis=0) + others * last.belief) / (len(beliefs) + others)
+        kind, found = int(last.belief.argmax()), {int(belief.argmax()) for belief in beliefs}
         most = CARRIED_OVER * self._half_life
         request = _Request(
             belief=belief,
             own=last.own.faded(belief[kind] * most / np.maximum(last.own.tokens, most)),
             stretch=last.stretch if belief.argmax() == kind else self._none,
-            num_rows=len(beliefs),
-            is_mixed=len({int(belief.argmax()) for belief in beliefs}) > 1,
+            num_rows=len(beliefs) + others,
+            is_mixed=len(found | ({kind} if others else set())) > 1 or (others > 0 and last.is_mixed),
             bag=arrival.bags.sum(0) if len(arrival.bags) else None,
             is_new=True,
         )

@@ -24,12 +24,14 @@ class _Given:
         is_token: bool `[batch * length]`, which positions are no padding; None where all are, or it is not known.
         begins: whether requests begin.
         ids: `[batch, length]`, or None for embeddings.
+        positions: `[1, N]`, of each token in its own sequence, where the tokens of many requests come as one row.
         num_positions: padding included.
     """
 
     is_token: Tensor | None = None
     begins: bool = False
     ids: Tensor | None = None
+    positions: Tensor | None = None
     num_positions: int = 0
 
 
@@ -67,6 +69,8 @@ def arrival() -> Arrival | None:
         return None
     if given.ids is None:
         return Arrival.unknown(given.num_positions)
+    if given.positions is not None:
+        return _arrival_among_others(given.ids, given.positions)
     ids = given.ids.cpu()
     is_token = torch.ones_like(ids, dtype=torch.bool) if given.is_token is None else given.is_token.cpu().view_as(ids)
     return Arrival.of([row[mask].numpy() for row, mask in zip(ids, is_token, strict=True)])
@@ -90,7 +94,10 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     ids = inputs if inputs.ndim == 2 and not inputs.is_floating_point() else None
     batch, length = inputs.shape[:2]
-    return _Given(_is_token(mask, batch, length), _is_empty(kwargs), ids, batch * length)
+    positions = _positions_in_pages(kwargs)
+    if positions is not None:
+        return _Given(begins=bool((positions == 0).any()), ids=ids, positions=positions, num_positions=length)
+    return _Given(_is_token(mask, batch, length), _is_empty(kwargs), ids, None, batch * length)
 
 
 def _is_token(mask: Any, batch: int, length: int) -> Tensor | None:
@@ -103,9 +110,25 @@ def _is_token(mask: Any, batch: int, length: int) -> Tensor | None:
 
 
 def _is_empty(kwargs: dict[str, Any]) -> bool:
-    """Whether nothing is cached for what is given. A cache of pages holds many requests, of which none is told."""
+    """Whether nothing is cached for what is given. Of a cache of pages on a GPU nothing is told."""
     cache = kwargs.get("past_key_values", kwargs.get("cache"))
     if cache is None:
         return True
     length = getattr(cache, "get_seq_length", None)
     return length is not None and int(length()) == 0
+
+
+def _positions_in_pages(kwargs: dict[str, Any]) -> Tensor | None:
+    """The positions of tokens of many requests, as continuous batching gives them; None where a look would wait."""
+    cache, positions = kwargs.get("cache"), kwargs.get("position_ids")
+    in_pages = cache is not None and not hasattr(cache, "get_seq_length")
+    return positions if in_pages and isinstance(positions, Tensor) and positions.is_cpu else None
+
+
+def _arrival_among_others(ids: Tensor, positions: Tensor) -> Arrival | None:
+    """The requests that begin in a row of many: their sequences begin at position 0."""
+    flat = positions.flatten()
+    starts = torch.cat([torch.tensor([0]), 1 + torch.nonzero(flat[1:] != flat[:-1] + 1).flatten()]).tolist()
+    pieces = zip(starts, [*starts[1:], len(flat)], strict=True)
+    prompts = [ids.flatten()[a:b].numpy() for a, b in pieces if flat[a] == 0 and b - a > 1]
+    return Arrival.of(prompts, len(starts) - len(prompts)) if prompts else None

@@ -116,6 +116,18 @@ def test_the_kind_of_a_batch_is_the_mixture_of_its_rows() -> None:
     np.testing.assert_array_equal(tracked.learned.profiles, learned.profiles)  # it was of no one kind
 
 
+def test_requests_join_others_that_go_on() -> None:
+    """As in continuous batching: what is expected is the mean of all that are at work."""
+    traffic, tracked = Traffic(), tracker()
+    coverage(traffic, tracked, np.random.default_rng(0).integers(0, NUM_KINDS, 60))
+    tracked.begin(Arrival.of([traffic.prompt(0)]))
+    tracked.begin(Arrival.of([traffic.prompt(1)], num_others=1))
+    both = traffic.profiles[:2].mean(0)
+    assert np.corrcoef(tracked.hotness.ravel(), both.ravel())[0, 1] > 0.9
+    tracked.begin(Arrival.of([traffic.prompt(2)], num_others=7))
+    assert np.corrcoef(tracked.hotness.ravel(), traffic.profiles[2].ravel())[0, 1] < 0.5
+
+
 def test_words_that_are_not_known_leave_what_was_usual() -> None:
     traffic, tracked = Traffic(), tracker()
     coverage(traffic, tracked, np.array([0, 1] * 20))

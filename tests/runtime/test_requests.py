@@ -9,7 +9,7 @@ import tiny
 import torch
 from shifting import AMPLE
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 import dynaexq
 from dynaexq.cli.demo import embedded_model
@@ -120,6 +120,19 @@ def test_the_second_part_of_a_prompt_begins_nothing() -> None:
     cache = model(ids[:, :8], use_cache=True).past_key_values
     model(ids[:, 8:], past_key_values=cache)
     assert door.tokens == [8, None]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_requests_of_continuous_batching_begin_one_by_one() -> None:
+    model = small()
+    door = Door(model)
+    limits = ContinuousBatchingConfig(block_size=32, num_blocks=8, max_batch_tokens=32)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.generate_batch([[1, 2, 3], [4, 5, 6, 7]], config, limits, warmup=False)
+    told = [found for found in door.seen if found is not None]
+    assert sum(found.num_tokens for found in told) == 7
+    assert sum(len(found.bags) for found in told) == 2
+    assert len(door.seen) > len(told)
 
 
 @torch.no_grad()

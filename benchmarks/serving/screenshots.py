@@ -1,0 +1,86 @@
+"""Pictures of what people look at: the server's live page, a report in a notebook, and dynaexq top in a terminal.
+
+    python benchmarks/serving/screenshots.py [--out docs/pictures]
+
+A server of the embedded model answers prose, code and sums; then Chromium, without a window, opens what there is to
+see. It needs the extra serve, openai and a Chromium (`apt-get install chromium`).
+"""
+
+import io
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from load import Server, budget_of, load, prompts
+from rich.console import Console
+
+import dynaexq
+from dynaexq.cli.demo import embedded_model
+from dynaexq.hf.convert import quantize_checkpoint
+from dynaexq.views.html import fragment
+from dynaexq.views.terminal import SnapshotView
+
+REQUESTS, CLIENTS, COLUMNS = 120, 4, 100
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def browser() -> str:
+    """The path of a Chromium."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        raise typer.BadParameter(f"no browser found, looked for {', '.join(BROWSERS)}")
+    return found
+
+
+def photograph(address: str, path: Path, width: int, height: int, dark: bool = False) -> None:
+    """Have the browser open `address`, wait for its scripts, and write a PNG."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    options += [f"--window-size={width},{height}", f"--screenshot={path}"]
+    subprocess.run([browser(), *options, address], check=True, capture_output=True, timeout=120)
+
+
+def in_a_notebook(snapshot: dict[str, Any], dark: bool) -> str:
+    """A page with the report as a notebook shows it, below the call that made it."""
+    colors = "background:#111;color:#ddd" if dark else "background:#fff;color:#222"
+    call = "<pre>In [3]: model.dynaexq.report()</pre>"
+    return f'<!doctype html><meta charset="utf-8"><body style="margin:24px;{colors}">{call}{fragment(snapshot)}</body>'
+
+
+def in_a_terminal(snapshot: dict[str, Any]) -> str:
+    """A page with what `dynaexq top` prints."""
+    console = Console(record=True, width=COLUMNS, force_terminal=True, file=io.StringIO())
+    console.print(SnapshotView(snapshot))
+    drawing = console.export_svg(title="dynaexq top")
+    return f'<!doctype html><meta charset="utf-8"><body style="margin:0">{drawing}</body>'
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Directory for the PNG files.")] = Path("docs/pictures"),
+) -> None:
+    """Serve, ask, and take the pictures."""
+    browser()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        packed, page = Path(scratch) / "packed", Path(scratch) / "page.html"
+        quantize_checkpoint(embedded_model(), packed, dynaexq.DynaExqConfig(tiers=("int2", "int4")))
+        server = Server(packed, budget_of(packed), "none")
+        load(server, prompts(REQUESTS), CLIENTS)
+        photograph(f"{server.url}/dynaexq", out / "live-page.png", 1200, 1120)
+        snapshot = server.snapshot()
+        for name, content, size in (
+            ("notebook-light", in_a_notebook(snapshot, dark=False), (1200, 1150)),
+            ("notebook-dark", in_a_notebook(snapshot, dark=True), (1200, 1150)),
+            ("top", in_a_terminal(snapshot), (1240, 1100)),
+        ):
+            page.write_text(content, encoding="utf-8")
+            photograph(page.as_uri(), out / f"{name}.png", *size)
+        server.end()
+    print(f"four pictures in {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
