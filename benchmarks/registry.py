@@ -64,6 +64,13 @@ BENCHMARKS = (
         "the extra serve, and openai",
     ),
     Benchmark(
+        "serving/pictures",
+        "serving/screenshots.py",
+        "nothing: it takes the pictures of the live page, a notebook and dynaexq top",
+        "pictures.json",
+        "the extra serve, openai and a Chromium",
+    ),
+    Benchmark(
         "quality/peers",
         "quality/peers.py",
         "KL of our codes and mixes beside GPTQ, HQQ and llama.cpp's codes",

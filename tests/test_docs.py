@@ -61,12 +61,14 @@ def test_python_compiles_and_imports_what_there_is(page):
 @each_page
 def test_commands_take_the_options_that_they_are_shown_with(page):
     commands = typer.main.get_command(app).commands
-    shown = re.findall(
-        r"(?:^|[`$] ?)dynaexq ((?:plan|demo|quantize|simulate|version)\b[^`\n]*)", page.read_text(), re.M
-    )
+    names = "|".join(commands)
+    shown = re.findall(rf"(?:^|[`$] ?)dynaexq ((?:{names})\b[^`\n]*)", page.read_text(), re.M)
     for line in shown:
         name, *words = line.split()
-        known = {option for parameter in commands[name].params for option in parameter.opts}
+        command = commands[name]
+        if words and words[0] in getattr(command, "commands", ()):
+            command = command.commands[words[0]]
+        known = {option for parameter in command.params for option in parameter.opts}
         options = {word.split("=")[0] for word in words if word.startswith("--")}
         assert options <= known, f"{page.name}: dynaexq {line}"
 

@@ -1,12 +1,13 @@
 """Pictures of what people look at: the server's live page, a report in a notebook, and dynaexq top in a terminal.
 
-    python benchmarks/serving/screenshots.py [--out docs/pictures]
+    python benchmarks/serving/screenshots.py [--out docs/pictures] [--json FILE]
 
 A server of the embedded model answers prose, code and sums; then Chromium, without a window, opens what there is to
 see. It needs the extra serve, openai and a Chromium (`apt-get install chromium`).
 """
 
 import io
+import json
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ from dynaexq.views.html import fragment
 from dynaexq.views.terminal import SnapshotView
 
 REQUESTS, CLIENTS, COLUMNS = 120, 4, 100
+PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -59,7 +61,8 @@ def in_a_terminal(snapshot: dict[str, Any]) -> str:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Directory for the PNG files.")] = Path("docs/pictures"),
+    out: Annotated[Path, typer.Option(help="Directory for the PNG files.")] = PICTURES,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the pictures' names and sizes here.")] = None,
 ) -> None:
     """Serve, ask, and take the pictures."""
     browser()
@@ -79,7 +82,10 @@ def main(
             page.write_text(content, encoding="utf-8")
             photograph(page.as_uri(), out / f"{name}.png", *size)
         server.end()
-    print(f"four pictures in {out}")
+    sizes = {path.name: path.stat().st_size for path in sorted(out.glob("*.png"))}
+    print(f"{len(sizes)} pictures in {out}")
+    if json_path:
+        json_path.write_text(json.dumps(sizes, indent=2) + "\n")
 
 
 if __name__ == "__main__":
