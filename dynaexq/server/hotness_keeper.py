@@ -15,7 +15,8 @@ SECONDS_BETWEEN = 30.0
 class HotnessKeeper:
     """Keeps what `runtime` has learned in the file `path`, from `start` until `stop`.
 
-    What cannot be read or written is said once and costs no answer.
+    What cannot be read or written is said once and costs no answer. A file that cannot be read is left as it is, as it
+    may be that of another model.
     """
 
     def __init__(self, runtime: Runtime, path: Path, seconds_between: float = SECONDS_BETWEEN):
@@ -30,14 +31,18 @@ class HotnessKeeper:
             if self._path.exists():
                 self._runtime.load_hotness(self._path)
         except (HotnessError, OSError) as error:
-            logger.warning("the hotness in %s is not used: %s", self._path, error)
-        self._thread.start()
+            logger.warning(
+                "the hotness in %s is neither used nor written: %s; remove it, or name another", self._path, error
+            )
+        else:
+            self._thread.start()
 
     def stop(self) -> None:
         """Write it for the last time."""
-        self._stop.set()
-        self._thread.join()
-        self._save()
+        if self._thread.is_alive():
+            self._stop.set()
+            self._thread.join()
+            self._save()
 
     def _keep(self) -> None:
         while not self._stop.wait(self._seconds):

@@ -181,11 +181,12 @@ def test_what_was_learned_of_the_traffic_is_there_after_a_restart(packed: Path, 
     assert min(rows) > 1.5, "an even start has no favorites"
 
 
-def test_damaged_hotness_is_left_out_and_said(packed: Path, tmp_path: Path) -> None:
+def test_hotness_that_cannot_be_read_is_left_alone_and_said(packed: Path, tmp_path: Path) -> None:
     hotness = tmp_path / "hotness.safetensors"
     hotness.write_bytes(b"nothing of the kind")
     serving = Serving(packed, "--hbm-budget", f"{BUDGET // 1000}KB", "--hotness", str(hotness))
-    assert "the hotness in" in serving.end()
+    assert "is neither used nor written" in serving.end()
+    assert hotness.read_bytes() == b"nothing of the kind"
 
 
 def test_what_cannot_be_served_is_a_sentence(tmp_path: Path) -> None:
