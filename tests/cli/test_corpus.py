@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dynaexq.cli.demo_corpus import DOMAINS, documents
+from dynaexq.cli.demo_corpus import DOMAINS, Corpus, documents
 
 
 def first(domain, split="held-out", seed=0, count=20):
@@ -59,3 +59,18 @@ def test_every_sum_of_the_arithmetic_is_right():
 def test_an_unknown_domain_is_refused_by_name():
     with pytest.raises(ValueError, match="poetry"):
         next(documents("poetry"))
+
+
+def test_a_directory_of_text_is_a_corpus_whose_parts_share_nothing(tmp_path):
+    for kind in ("one", "other"):
+        (tmp_path / f"{kind}.txt").write_text("".join(f"{kind} {number:07d}\n" for number in range(60_000)))
+    corpus = Corpus(tmp_path)
+    assert corpus.kinds == ("one", "other")
+    train, held_out = (set("".join(corpus.documents("one", split)).split("\n")) for split in ("train", "held-out"))
+    whole = {line for line in held_out if len(line) == len("one 0000000")}
+    assert len(whole) > 3000
+    assert not whole & train
+    assert list(corpus.documents("one")) == list(corpus.documents("one"))
+    assert Corpus().kinds == DOMAINS
+    with pytest.raises(FileNotFoundError, match=r"KIND\.txt"):
+        _ = Corpus(tmp_path / "empty").kinds
