@@ -111,11 +111,9 @@ def _is_token(mask: Any, batch: int, length: int) -> Tensor | None:
 
 def _is_empty(kwargs: dict[str, Any]) -> bool:
     """Whether nothing is cached for what is given. Of a cache of pages on a GPU nothing is told."""
-    cache = kwargs.get("past_key_values", kwargs.get("cache"))
-    if cache is None:
-        return True
-    length = getattr(cache, "get_seq_length", None)
-    return length is not None and int(length()) == 0
+    found = (kwargs.get(name) for name in ("past_key_values", "cache"))  # it has both names, by version
+    lengths = [getattr(cache, "get_seq_length", None) for cache in found if cache is not None]
+    return all(length is not None and int(length()) == 0 for length in lengths)
 
 
 def _positions_in_pages(kwargs: dict[str, Any]) -> Tensor | None:
