@@ -28,6 +28,7 @@ from streams import Hotness, Stream, use_one_thread
 from tqdm import tqdm
 
 import dynaexq
+from dynaexq import plots
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import Corpus
 from dynaexq.hf.calibration import calibration_for
@@ -100,25 +101,6 @@ def row(who: str, code: str, calibration: object, bits: float, kl: float) -> Row
     return {"who": who, "code": code, "calibrated": bool(calibration), "bits per weight": bits, "KL": kl}
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """KL against bits; what is calibrated is filled."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    markers = {"RTN": "v", "HQQ": "<", "GPTQ": "s", "llama.cpp": "D", "dynaexq": "o", "dynaexq, mixed": "*"}
-    colors = ("#777777", "#66ccee", "#228833", "#ccbb44", "#4477aa", "#ee6677")  # Paul Tol's "bright"
-    for (who, marker), color in zip(markers.items(), colors, strict=True):
-        for filled in (False, True):
-            points = [r for r in rows if r["who"] == who and r["calibrated"] == filled]
-            if points:
-                x, y = ([r[name] for r in points] for name in ("bits per weight", "KL"))
-                label = who + (", calibrated" if filled else "")
-                axes.plot(x, y, marker, color=color, fillstyle="full" if filled else "none", label=label)
-    axes.set(yscale="log", xlabel="bits per weight of the experts", ylabel="KL from 16 bit (nats per token)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
 @torch.no_grad()
 def main(
     model: Annotated[Path | None, typer.Option(help="Checkpoint directory; the embedded model by default.")] = None,
@@ -149,7 +131,7 @@ def main(
     if json_path:
         json_path.write_text(json.dumps({"tokens_a_phase": stream.tokens_a_phase, "rows": rows}, indent=2) + "\n")
     if picture:
-        draw(rows, picture)
+        plots.kl_by_bits(rows).savefig(picture, dpi=150)
 
 
 if __name__ == "__main__":
