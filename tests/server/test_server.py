@@ -191,7 +191,10 @@ def test_hotness_that_cannot_be_read_is_left_alone_and_said(packed: Path, tmp_pa
 
 def test_what_cannot_be_served_is_a_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dynaexq.cli.app"]
+    taken = socket.create_server(("127.0.0.1", 0))
     for arguments, sentence in (
+        (["serve", str(embedded_model()), "--port", str(taken.getsockname()[1])], "choose another --port"),
+        (["serve", str(tmp_path / "nowhere")], "there is no"),
         (["serve", str(tmp_path)], "cannot be served"),
         (["serve", str(embedded_model()), "--hbm-budget", "1KB"], "too small"),
         (["top", "127.0.0.1:9"], "no server of dynaexq answers"),
@@ -206,3 +209,4 @@ def test_what_cannot_be_served_is_a_sentence(tmp_path: Path) -> None:
         assert done.returncode == 1, done
         assert sentence in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
+    taken.close()
