@@ -20,15 +20,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dynaexq
+from dynaexq import plots
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import windows_of
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import inspect_checkpoint
 
+COLORS = plots.COLORS
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent.parent / "results"))
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")
-"""Seven that remain apart for color-blind readers (Paul Tol's "bright")."""
 
 Model = Annotated[Path, typer.Option(help="Checkpoint directory, by default the embedded model.")]
 Device = Annotated[str, typer.Option(help='"cpu" or "cuda"; by default the accelerator if there is one.')]

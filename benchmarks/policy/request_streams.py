@@ -10,7 +10,7 @@ comes from elsewhere; `frozen` stays there. Oracles know what will be routed, an
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -172,20 +172,24 @@ def followed(parts: list[Part], routing: Routing, num_slots: int, options: dict[
     return score.coverage | {"moves": moves}
 
 
+def best(mass: np.ndarray, num_slots: int) -> np.ndarray:
+    """The experts `[L, E]` that get most of `mass`."""
+    row = mass.reshape(1, -1)
+    return top_n(row, np.zeros(row.shape, dtype=bool), np.array([num_slots]), 0.0).reshape(mass.shape)
+
+
 def oracles(parts: list[Part], num_slots: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """The best set for each unit, and for each part."""
-    choose: Callable[[np.ndarray], np.ndarray] = lambda mass: top_n(  # noqa: E731
-        mass.reshape(1, -1), np.zeros((1, mass.size), bool), np.array([num_slots]), 0.0
-    ).reshape(mass.shape)
     units: dict[int, np.ndarray] = {}
     for part in parts:
         units[part.unit] = units.get(part.unit, 0.0) + part.mass
-    sets = {unit: choose(mass) for unit, mass in units.items()}
+    sets = {unit: best(mass, num_slots) for unit, mass in units.items()}
     by_unit, by_part = Score(), Score()
     for part in parts:
         by_unit.add(part, sets[part.unit])
-        by_part.add(part, choose(part.mass))
-    yield "oracle of each phase" if len(sets) < 50 else "oracle of each request", by_unit.coverage
+        by_part.add(part, best(part.mass, num_slots))
+    of_requests = any(part.name == "prompts" for part in parts)
+    yield f"oracle of each {'request' if of_requests else 'phase'}", by_unit.coverage
     yield "oracle of each decision", by_part.coverage
 
 

@@ -1,6 +1,7 @@
 """Numbers as people write them, and rows squeezed into fewer cells. Shared by the views."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -71,10 +72,7 @@ def moves_in_words(snapshot: dict[str, Any], most: int) -> list[tuple[str, str, 
 def figures(snapshot: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The figures by section: name, and value in words."""
     memory, stats = snapshot["memory"], snapshot["stats"]
-    counts: dict[int, int] = {}
-    for row in snapshot["bits"]:
-        for bits in row:
-            counts[bits] = counts.get(bits, 0) + 1
+    counts = Counter(bits for row in snapshot["bits"] for bits in row)
     shown = {name: f"{value:,}" for name, value in stats.items() if isinstance(value, int)}
     shown |= {name: value for name, value in stats.items() if isinstance(value, str)}
     shown["bytes_copied"], shown["host_bytes"] = size(stats["bytes_copied"]), size(stats["host_bytes"])
