@@ -60,7 +60,7 @@ class HotnessAlone:
 
     def __call__(self, score: np.ndarray, upgraded: np.ndarray, slots: int) -> np.ndarray:
         assert self.runtime is not None, "the runtime is made known before the first forward"
-        hotness = self.runtime.hotness().reshape(1, -1)
+        hotness = self.runtime.devices[0].control.tracker.expected.reshape(1, -1)
         return top_n(hotness, upgraded.reshape(1, -1), np.array([slots]), self.hysteresis).reshape(score.shape)
 
 

@@ -269,13 +269,13 @@ class ControlLoop:
 
     def fill(self, slots: Slots) -> None:
         """Begin to give every free slot to the best expert that lacks one."""
-        for move in self.controller.fill(self.tracker.hotness, slots)[: slots.allowance]:
+        for move in self.controller.fill(self.tracker.expected, slots)[: slots.allowance]:
             slots.submit(move)
 
     def best_set(self, slots: Slots) -> np.ndarray:
         """The experts `[L, E]` to upgrade if none held a slot yet."""
         none = np.zeros_like(slots.upgraded)
-        return self.controller.followed(self.tracker.hotness, none, slots.barred, slots.num_slots)
+        return self.controller.followed(self.tracker.expected, none, slots.barred, slots.num_slots)
 
     def verdict(self, upgraded: np.ndarray, frozen: bool = False) -> Verdict:
         """Whether it is worth it here, with the experts `upgraded [L, E]`."""
@@ -284,7 +284,7 @@ class ControlLoop:
     def _decide(self, slots: Slots, frozen: bool, prompt_tokens: int) -> list[Transition]:
         """The moves to begin: none while frozen or while the store rests, only into empty slots while paused."""
         frozen = frozen or self._stands_still
-        hotness, controller = self.tracker.hotness, self.controller
+        hotness, controller = self.tracker.expected, self.controller
         followed = controller.followed(hotness, slots.upgraded, slots.barred, slots.num_slots)
         self.auto_pause.review(followed, slots.upgraded, frozen)
         allowed = self.limit.promotions(prompt_tokens)

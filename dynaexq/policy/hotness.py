@@ -38,10 +38,13 @@ def update_hotness(hotness: np.ndarray, mass: np.ndarray, tokens: np.ndarray, ke
 
 
 class HotnessTracker:
-    """The moving average of what was routed, `hotness [L, E]`, whatever requests begin meanwhile.
+    """The moving average of what was routed, whatever requests begin meanwhile.
 
     Args:
         shape: (L, E).
+
+    Attributes:
+        hotness: `[L, E]`, the moving average.
     """
 
     knows_requests = False
@@ -50,6 +53,11 @@ class HotnessTracker:
     def __init__(self, shape: tuple[int, int], settings: Settings):
         self.hotness = prior_hotness(*shape)
         self._settings = settings
+
+    @property
+    def expected(self) -> np.ndarray:
+        """The hotness `[L, E]` to decide by."""
+        return self.hotness
 
     @property
     def average(self) -> np.ndarray:

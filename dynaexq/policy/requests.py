@@ -65,9 +65,9 @@ class _Request:
 
 
 class RequestTracker(HotnessTracker):
-    """The hotness `[L, E]` to expect of the request at work, or of the batch of them.
+    """A moving average for people to see, and for decisions what to expect of the request, or batch of them, at work.
 
-    Its state is one tuple, replaced in one step, so that what is cut short has not happened.
+    What is expected comes of one tuple, replaced in one step, so that what is cut short has not happened.
 
     Args:
         shape: (L, E).
@@ -80,7 +80,12 @@ class RequestTracker(HotnessTracker):
         assert settings.half_life is not None, "settings fill it in"
         self._half_life, self._most, self._none = settings.half_life, settings.num_kinds, _Counts.none(shape)
         kinds = Kinds(LearnedKinds.single(self.hotness, 0), self._most)
-        self._state = kinds, _Request(kinds.before_words(), self._none, self._none)
+        self._go_on(kinds, _Request(kinds.before_words(), self._none, self._none))
+
+    @property
+    def expected(self) -> np.ndarray:
+        """The hotness `[L, E]` that the request at work is expected to have."""
+        return self._expected
 
     @property
     def average(self) -> np.ndarray:
@@ -94,6 +99,7 @@ class RequestTracker(HotnessTracker):
 
     def start_from(self, hotness: np.ndarray, learned: LearnedKinds | None = None) -> None:
         """Take `hotness [L, E]` for what was seen, or the kinds that it is the average of."""
+        super().start_from(hotness)
         kinds = Kinds.known(learned or LearnedKinds.single(hotness, PRIOR_TOKENS), self._most)
         self._go_on(kinds, _Request(kinds.before_words(), self._none, self._none))
 
@@ -131,6 +137,7 @@ class RequestTracker(HotnessTracker):
         if request.stretch.tokens.max() >= LONGEST_STRETCH:
             kinds, request = self._learned_from(kinds, request)
         self._go_on(kinds, request)
+        super().update(mass, tokens, steps)
 
     def _learned_from(self, kinds: Kinds, request: _Request) -> tuple[Kinds, _Request]:
         """Let the kinds take in the stretch that ends here, unless it is too short yet, or of several kinds."""
@@ -145,5 +152,5 @@ class RequestTracker(HotnessTracker):
 
     def _go_on(self, kinds: Kinds, request: _Request) -> None:
         self._state = kinds, request
-        own, expected = request.own, self._half_life * kinds.profile(request.belief)
-        self.hotness = (expected + own.mass) / (self._half_life + own.tokens[:, None])
+        own, of_kind = request.own, self._half_life * kinds.profile(request.belief)
+        self._expected = (of_kind + own.mass) / (self._half_life + own.tokens[:, None])

@@ -318,7 +318,7 @@ class DeviceRuntime:
         if self.listener is not None:
             self.listener(window)
         begun = self.control.step(window, self.pipeline, self.frozen, arrival)
-        hotness = self.control.tracker.hotness
+        hotness = self.control.tracker.expected
         self.history.add(window, begun, hotness, self.control.controller.score(hotness))
         if not self.frozen:
             self._failure = ""
@@ -347,7 +347,7 @@ class DeviceRuntime:
         self.plan = self._agreed = plan
 
     def _resize(self, num_slots: int) -> None:
-        self.pipeline.resize(num_slots, self.control.controller.ranked(self.control.tracker.hotness))
+        self.pipeline.resize(num_slots, self.control.controller.ranked(self.control.tracker.expected))
 
     @torch.inference_mode(False)  # as above
     def _mend(self) -> None:

@@ -39,7 +39,7 @@ class Move:
         at: seconds since the epoch.
         layer, expert: whose.
         promote: up, or down.
-        hotness: what it was expected to get of a token's routing.
+        hotness: what it was expected to get per token of the routing.
         score: that times the error its upgrade removes, which it was chosen for.
     """
 

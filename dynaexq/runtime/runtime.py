@@ -228,7 +228,10 @@ class Runtime:
         return np.where(kinds > 0, kinds, self.plan.base.bits)
 
     def hotness(self) -> np.ndarray:
-        """Routing mass per token that every expert is expected to get: by the kind of the request, and what it did."""
+        """Routing mass per token that every expert has got: a moving average over all traffic.
+
+        Decisions go by what is expected of the request at work instead; see `policy.requests`.
+        """
         return self._stacked(lambda part: part.control.tracker.hotness.copy())
 
     def routed_mass(self) -> np.ndarray:

@@ -65,7 +65,7 @@ def moves_in_words(snapshot: dict[str, Any], most: int) -> list[tuple[str, str, 
     for move in reversed(snapshot["moves"][-most:]):
         to = upgrade if move["promote"] else base
         what = f"{names[move['layer']]}, expert {move['expert']}, to {to}"
-        found.append((clock(move["at"]), what, f"hotness {move['hotness']:.4f}, score {move['score']:.2g}"))
+        found.append((clock(move["at"]), what, f"expected hotness {move['hotness']:.4f}, score {move['score']:.2g}"))
     return found
 
 

@@ -66,7 +66,7 @@ def coverage(traffic: Traffic, tracked: HotnessTracker, order: np.ndarray) -> di
         tracked.begin(Arrival.of([words]))
         for part, count in (("prompt", len(words)), *[("answer", 32)] * 4):
             mass = traffic.routed(kind, count)
-            met[part][0] += mass[chosen(tracked.hotness)].sum()
+            met[part][0] += mass[chosen(tracked.expected)].sum()
             met[part][1] += mass.sum()
             tracked.update(mass, tokens(count), 1)
     return {part: hit / total for part, (hit, total) in met.items()}
@@ -100,7 +100,7 @@ def test_a_shift_is_followed_though_no_request_is_told() -> None:
         for _ in range(24):
             tracked.update(traffic.routed(kind, 32), tokens(32), 1)
         wanted = chosen(traffic.profiles[kind])
-        assert (chosen(tracked.hotness) & wanted).sum() >= 0.85 * SLOTS
+        assert (chosen(tracked.expected) & wanted).sum() >= 0.85 * SLOTS
 
 
 def test_the_kind_of_a_batch_is_the_mixture_of_its_rows() -> None:
@@ -108,7 +108,7 @@ def test_the_kind_of_a_batch_is_the_mixture_of_its_rows() -> None:
     coverage(traffic, tracked, np.random.default_rng(0).integers(0, NUM_KINDS, 60))
     tracked.begin(Arrival.of([traffic.prompt(0), traffic.prompt(1)]))
     both = traffic.profiles[:2].mean(0)
-    assert np.corrcoef(tracked.hotness.ravel(), both.ravel())[0, 1] > 0.9
+    assert np.corrcoef(tracked.expected.ravel(), both.ravel())[0, 1] > 0.9
     learned = tracked.learned
     for _ in range(20):
         tracked.update(traffic.routed(0, 32) + traffic.routed(1, 32), tokens(64), 1)
@@ -123,16 +123,16 @@ def test_requests_join_others_that_go_on() -> None:
     tracked.begin(Arrival.of([traffic.prompt(0)]))
     tracked.begin(Arrival.of([traffic.prompt(1)], num_others=1))
     both = traffic.profiles[:2].mean(0)
-    assert np.corrcoef(tracked.hotness.ravel(), both.ravel())[0, 1] > 0.9
+    assert np.corrcoef(tracked.expected.ravel(), both.ravel())[0, 1] > 0.9
     tracked.begin(Arrival.of([traffic.prompt(2)], num_others=7))
-    assert np.corrcoef(tracked.hotness.ravel(), traffic.profiles[2].ravel())[0, 1] < 0.5
+    assert np.corrcoef(tracked.expected.ravel(), traffic.profiles[2].ravel())[0, 1] < 0.5
 
 
 def test_words_that_are_not_known_leave_what_was_usual() -> None:
     traffic, tracked = Traffic(), tracker()
     coverage(traffic, tracked, np.array([0, 1] * 20))
     tracked.begin(Arrival.unknown(64))
-    assert np.corrcoef(tracked.hotness.ravel(), traffic.profiles[:2].mean(0).ravel())[0, 1] > 0.9
+    assert np.corrcoef(tracked.expected.ravel(), traffic.profiles[:2].mean(0).ravel())[0, 1] > 0.9
 
 
 def test_short_requests_are_learned_from_together() -> None:
@@ -142,7 +142,7 @@ def test_short_requests_are_learned_from_together() -> None:
         tracked.begin(Arrival.of([traffic.prompt(2, 8)]))
         tracked.update(traffic.routed(2, 8), tokens(8), 1)
     assert tracked.learned.tokens.sum() > 180
-    assert (chosen(tracked.hotness) & chosen(traffic.profiles[2])).sum() >= 0.9 * SLOTS
+    assert (chosen(tracked.expected) & chosen(traffic.profiles[2])).sum() >= 0.9 * SLOTS
 
 
 def test_one_kind_is_the_moving_average_over_a_prior() -> None:
@@ -154,18 +154,30 @@ def test_one_kind_is_the_moving_average_over_a_prior() -> None:
         keep = 0.5 ** (count / 50)
         own, seen = keep * own + mass, keep * seen + count
         tracked.update(mass, tokens(count), 1)
-        np.testing.assert_allclose(tracked.hotness, (50 * prior + own) / (50 + seen))
+        np.testing.assert_allclose(tracked.expected, (50 * prior + own) / (50 + seen))
     tracked.begin(Arrival.of([traffic.prompt(0)]))
     left = CARRIED_OVER * 50 / seen
-    np.testing.assert_allclose(tracked.hotness, (50 * prior + left * own) / (50 + left * seen))
+    np.testing.assert_allclose(tracked.expected, (50 * prior + left * own) / (50 + left * seen))
+
+
+def test_what_people_see_is_the_moving_average_of_all_requests() -> None:
+    """Whatever the request at work is expected to route."""
+    traffic, tracked, average = Traffic(), tracker(), HotnessTracker(SHAPE, Settings())
+    for kind in (0, 1, 2, 0):
+        tracked.begin(Arrival.of([traffic.prompt(kind)]))
+        mass = traffic.routed(kind, 40)
+        for made in (tracked, average):
+            made.update(mass, tokens(40), 1)
+    np.testing.assert_array_equal(tracked.hotness, average.hotness)
+    assert (tracked.expected != average.expected).any()
 
 
 def test_empty_windows_change_nothing() -> None:
     tracked = tracker()
     tracked.update(Traffic().routed(0, 16), tokens(16), 1)
-    before = tracked.hotness.copy()
+    before = tracked.expected.copy()
     tracked.update(np.zeros(SHAPE), tokens(0), 0)
-    np.testing.assert_array_equal(tracked.hotness, before)
+    np.testing.assert_array_equal(tracked.expected, before)
 
 
 def test_what_was_learned_goes_on_in_another_run() -> None:
@@ -175,7 +187,7 @@ def test_what_was_learned_goes_on_in_another_run() -> None:
     fresh.start_from(tracked.average, tracked.learned)
     np.testing.assert_allclose(fresh.average, tracked.average)
     fresh.begin(Arrival.of([prompt]))
-    assert (chosen(fresh.hotness) & chosen(traffic.profiles[3])).sum() >= 0.9 * SLOTS
+    assert (chosen(fresh.expected) & chosen(traffic.profiles[3])).sum() >= 0.9 * SLOTS
     fewer = tracker(num_kinds=2)
     fewer.start_from(tracked.average, tracked.learned)
     assert len(fewer.learned.tokens) == 2
@@ -192,7 +204,7 @@ def test_a_share_of_mass_that_is_not_one_is_kept() -> None:
         for kind in order:
             made.begin(Arrival.of([traffic.prompt(kind)]))
             made.update(scale * traffic.routed(kind, 100), tokens(100), 1)
-    np.testing.assert_allclose(other.hotness, 2.5 * one.hotness)
+    np.testing.assert_allclose(other.expected, 2.5 * one.expected)
 
 
 def test_what_is_rare_becomes_one_where_there_are_too_many_kinds() -> None:
@@ -262,7 +274,7 @@ def test_what_is_cut_short_has_not_happened() -> None:
         kinds, request = tracked._state
         assert len(kinds) == len(request.belief), where
         assert tracked._state is states[-1] or request is not states[-1][1], where
-        assert np.isfinite(tracked.hotness).all(), where
+        assert np.isfinite(tracked.expected).all(), where
     assert len(states) > 20
 
 
