@@ -80,6 +80,9 @@ class Options:
     Attributes:
         hbm_budget: ceiling on the device bytes of all the model's weights: `"20GiB"` (powers of 1024), `"20GB"`
             (powers of 1000), a number of bytes, or `"auto"`: the free memory less room for the context.
+        kv_reserve: bytes of `hbm_budget` that are kept for the KV cache: None, as the budget is for weights alone; a
+            size; or `"auto"`: as much as the caches of this model take at any moment, so that upgrades give way as a
+            context grows and come back after it.
         tiers: `"auto"`, or the precisions of an expert, the base first: one or two of int2, int4, int8, fp16.
             fp16 stands for the model's own dtype.
         device: where the model computes, such as `"cpu"` or `"cuda:1"`; None takes the accelerator if there is one,
@@ -112,7 +115,7 @@ class Options:
         group_size: weights that share one scale: 32, 64 or 128.
         scale_bits: 8, or 16 as earlier versions had it: of the scale of a group, and of its zero point.
         quantizer: `"als"` (alternating least squares) or `"rtn"` (round to nearest, fast).
-        max_context, max_batch: the tokens and sequences that `hbm_budget="auto"` leaves room for.
+        max_context, max_batch: the tokens and sequences that `hbm_budget="auto"` and `kv_reserve="auto"` plan for.
 
     Raises:
         SettingsError: an unknown option.
@@ -122,6 +125,7 @@ class Options:
     """Names of the options that an object was given; set by `strict_init`, and no field."""
 
     hbm_budget: int | str = "auto"
+    kv_reserve: int | str | None = None
     tiers: str | tuple[str, ...] = "auto"
     device: str | None = None
     dense: str | None = None
@@ -167,6 +171,8 @@ class Settings(Options):
     def __post_init__(self) -> None:
         if self.hbm_budget != "auto":
             self.hbm_budget = parse_bytes(self.hbm_budget)
+        if self.kv_reserve not in (None, "auto"):
+            self.kv_reserve = parse_bytes(self.kv_reserve, "kv_reserve")
         self.tiers = _checked_tiers(self.tiers)
         _one_of("allocation", self.allocation, ("global", "per_layer"))
         _one_of("activations", self.activations, ("auto", "int8", "int16"))

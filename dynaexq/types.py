@@ -95,6 +95,13 @@ class MemoryPlan:
     upgrade: Tier | None
     num_slots: int
 
+    def filled(self, budget: int) -> "MemoryPlan":
+        """The same tiers in `budget` bytes, with as many slots as fit there; none where not even the rest fits."""
+        if self.upgrade is None:
+            return replace(self, budget=budget)
+        left = max(0, budget - (self.total - self.upgrade_bytes)) // self.upgrade.nbytes
+        return replace(self, budget=budget, num_slots=min(self.num_layers * self.num_experts, left))
+
     @property
     def base_bytes(self) -> int:
         return self.num_layers * self.num_experts * self.base.nbytes

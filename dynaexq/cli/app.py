@@ -244,6 +244,9 @@ def serve(
     hbm_budget: Annotated[
         str | None, typer.Option(help="Bytes for all weights, such as 20GiB; what the checkpoint says if left out.")
     ] = None,
+    kv_reserve: Annotated[
+        str | None, typer.Option(help="Bytes of the budget that the KV cache may take, such as 2GiB, or auto.")
+    ] = None,
     tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
     dense: Annotated[str | None, typer.Option(help="Dense layers in int8 or int4, or auto.")] = None,
     policy: Annotated[str | None, typer.Option(help="topn, threshold or frozen.")] = None,
@@ -266,7 +269,8 @@ def serve(
     """
     from dynaexq.cli.serving import start
 
-    options = {"tiers": tiers and _tiers_of(tiers), "dense": dense, "hbm_budget": hbm_budget, "policy": policy}
+    options = {"hbm_budget": hbm_budget, "kv_reserve": kv_reserve, "tiers": tiers and _tiers_of(tiers), "dense": dense,
+               "policy": policy}  # fmt: skip
     start(model, options, hotness, host=host, port=port, device=device, continuous_batching=continuous_batching,
           max_context=max_context, max_batch=max_batch, log_level=log_level)  # fmt: skip
 

@@ -6,8 +6,9 @@ the dynamic cache that `generate` makes by default is known here.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -41,14 +42,21 @@ class Context(NamedTuple):
 def context_bytes(model: Any, layers: Sequence[SparseLayer], tokens: int, batch: int) -> Context:
     """Bytes of cache and activations for `batch` sequences of `tokens` tokens, in the dtype of a model on meta."""
     config, element_size = text_config(model), model.dtype.itemsize
+    cache = cache_growth(model, layers, batch)(tokens)
+    return Context(cache, ACTIVATION_COPIES * config.hidden_size * tokens * batch * element_size)
+
+
+def cache_growth(model: Any, layers: Sequence[SparseLayer], batch: int) -> Callable[[int], int]:
+    """Bytes of the cache of `batch` sequences by their tokens; where no trial succeeds, keys and values in full."""
     try:
-        cache = cache_bytes(model, layers, tokens, batch)
+        cache_bytes(model, layers, 1, batch)
     except Exception as error:  # a model's own code may raise anything where it finds no data
         logger.warning(
             "%s shows no cache without data (%s); taking keys and values in full", type(model).__name__, error
         )
-        cache = _cache_by_config(config) * tokens * batch * element_size
-    return Context(cache, ACTIVATION_COPIES * config.hidden_size * tokens * batch * element_size)
+        per_token = _cache_by_config(text_config(model)) * batch * model.dtype.itemsize
+        return lambda tokens: per_token * tokens
+    return partial(cache_bytes, model, layers, batch=batch)
 
 
 class _Kept(NamedTuple):
@@ -62,8 +70,8 @@ _TRIALS: WeakKeyDictionary[Any, dict[int, list[dict[Way, _Kept]]]] = WeakKeyDict
 """Of each model, by batch: a search for a fit asks again and again, and a trial of 48 layers takes a second."""
 
 
-def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: int) -> int:
-    """Bytes that `batch` sequences of `context` tokens leave in the cache.
+def cache_bytes(model: Any, layers: Sequence[SparseLayer], tokens: int, batch: int) -> int:
+    """Bytes that `batch` sequences of `tokens` tokens leave in the cache.
 
     What grows is taken to grow by the same bytes per token, up to its window.
 
@@ -77,9 +85,9 @@ def cache_bytes(model: Any, layers: Sequence[SparseLayer], context: int, batch: 
     trials = _TRIALS.setdefault(model, {})
     if batch not in trials:
         with _experts_passed_by(layers), torch.no_grad():
-            trials[batch] = [_trial(model, tokens, batch) for tokens in TRIAL_LENGTHS]
+            trials[batch] = [_trial(model, length, batch) for length in TRIAL_LENGTHS]
     short, long = trials[batch]
-    return sum(_extrapolated(short[way], long[way], context) for way in long)
+    return sum(_extrapolated(short[way], long[way], tokens) for way in long)
 
 
 def _trial(model: Any, tokens: int, batch: int) -> dict[Way, _Kept]:

@@ -20,8 +20,10 @@ from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
 from dynaexq.hf.packed_dense import untie
+from dynaexq.hf.planning import growth_of_cache
 from dynaexq.kernels import ExpertLayer
 from dynaexq.quantization import ExpertWeights
+from dynaexq.runtime.cache_room import CacheRoom
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.door import watch_door
 from dynaexq.runtime.experts import MixedPrecisionExperts
@@ -163,6 +165,8 @@ class ModelPatch:
             module.dynaexq = runtime
             setattr(module, RECORD, self)
         self._undo_steps.callback(watch_door(self.model))
+        if runtime.settings.kv_reserve == "auto":
+            self._undo_steps.callback(CacheRoom(runtime.devices, growth_of_cache(self.model)).watch(self.model))
         if runtime.plan.tiers != EXACT:
             self._adopt_few_rows()
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off

@@ -5,7 +5,7 @@ weight is read and no codec is made.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.dense import bytes_saved
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
-from dynaexq.hf.kv_cache_size import Context, context_bytes
+from dynaexq.hf.kv_cache_size import Context, cache_growth, context_bytes
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.kernels import arrangement_on
 from dynaexq.memory import DeviceMemory
@@ -91,6 +91,9 @@ def inspect_model(
 def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 0) -> MemoryPlan:
     """Decide how `settings.hbm_budget` is spent on `device`: which tiers, how many upgrade slots.
 
+    Tiers are chosen for what is left beside all of `kv_reserve`; where that is `"auto"`, the slots are as many as fit
+    before the first context.
+
     Args:
         held: bytes of the model on `device`, which count as free for `hbm_budget="auto"`.
 
@@ -98,8 +101,29 @@ def plan(spec: ModelSpec, settings: Settings, device: torch.device, held: int = 
         BudgetError: nothing fits.
         SettingsError: `hbm_budget="auto"`, and the context alone does not fit.
     """
+    reserve = 0 if settings.kv_reserve is None else spec.cache
+    found = _plan_of_weights(spec, settings, device, held, reserve)
+    if settings.kv_reserve == "auto":
+        return found.filled(found.budget + reserve)
+    return replace(found, budget=found.budget + reserve)
+
+
+def _plan_of_weights(spec: ModelSpec, settings: Settings, device: torch.device, held: int, reserve: int) -> MemoryPlan:
+    """The plan of what is left beside `reserve` bytes for the cache."""
     if not isinstance(settings.hbm_budget, str):
-        return plan_memory(spec, settings.hbm_budget)
+        try:
+            return plan_memory(spec, settings.hbm_budget - reserve)
+        except BudgetError as error:
+            if not reserve:
+                raise
+            least = error.least + reserve
+            raise BudgetError(
+                f"hbm_budget of {settings.hbm_budget:,} bytes is too small: beside the {reserve:,} that "
+                f"kv_reserve={settings.kv_reserve!r} keeps for the KV cache, weights need {error.least:,}; raise "
+                f"hbm_budget to at least {least}, lower kv_reserve, or max_context and max_batch",
+                settings.hbm_budget,
+                least,
+            ) from error
     available = held + free_bytes(device)
     left = weights_budget(available, spec.context)
     if left <= 0:
@@ -179,11 +203,34 @@ def context_for(model: Any, settings: Settings) -> Context:
     """What the context takes, where `settings` ask for a budget that leaves room for it; else nothing.
 
     Nothing is known of the cache of a model that is not one of Transformers'.
+
+    Raises:
+        SettingsError: `kv_reserve="auto"`, and the model is not one of Transformers'.
     """
-    if settings.hbm_budget != "auto" or not isinstance(model, PreTrainedModel):
-        return Context(0, 0)
-    twin = model if next(model.parameters()).is_meta else meta_twin(model)
-    return context_bytes(twin, find_sparse_layers(twin, on_meta=True), settings.max_context, settings.max_batch)
+    fixed = settings.kv_reserve if isinstance(settings.kv_reserve, int) else None
+    if settings.hbm_budget != "auto" and settings.kv_reserve != "auto":
+        return Context(fixed or 0, 0)
+    if not isinstance(model, PreTrainedModel):
+        if settings.kv_reserve == "auto":
+            raise SettingsError(
+                f'kv_reserve="auto" needs a model of Transformers, whose cache is known, got {type(model).__name__}; '
+                "give kv_reserve a size"
+            )
+        return Context(fixed or 0, 0)
+    twin = _on_meta(model)
+    found = context_bytes(twin, find_sparse_layers(twin, on_meta=True), settings.max_context, settings.max_batch)
+    return found if fixed is None else found._replace(cache=fixed)
+
+
+def growth_of_cache(model: PreTrainedModel) -> Callable[[int, int], int]:
+    """A function that gives the bytes of the cache of a context, by its tokens and its sequences."""
+    twin = _on_meta(model)
+    of_one = cache_growth(twin, find_sparse_layers(twin, on_meta=True), 1)
+    return lambda tokens, batch: batch * of_one(tokens)
+
+
+def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    return model if next(model.parameters()).is_meta else meta_twin(model)
 
 
 def resolve_device(settings: Settings) -> torch.device:

@@ -6,7 +6,7 @@ upgraded experts recovers.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -213,9 +213,4 @@ def _filled(spec: ModelSpec, pair: TierPair, budget: int) -> MemoryPlan | None:
     base, upgrade = pair
     sizes = (spec.dense, spec.workspace, spec.num_layers, spec.num_experts)
     plan = MemoryPlan(budget, *sizes, base, upgrade, num_slots=0)
-    if plan.total > budget:
-        return None
-    if upgrade is None:
-        return plan
-    slots = min(spec.num_layers * spec.num_experts, (budget - plan.total) // upgrade.nbytes)
-    return replace(plan, num_slots=slots)
+    return None if plan.total > budget else plan.filled(budget)

@@ -272,6 +272,11 @@ class ControlLoop:
         for move in self.controller.fill(self.tracker.expected, slots)[: slots.allowance]:
             slots.submit(move)
 
+    def refill(self, slots: Slots) -> None:
+        """Begin to fill slots that have been added, where no tick would: a policy that stands still takes any."""
+        if self._stands_still:
+            self.fill(slots)
+
     def best_set(self, slots: Slots) -> np.ndarray:
         """The experts `[L, E]` to upgrade if none held a slot yet."""
         none = np.zeros_like(slots.upgraded)

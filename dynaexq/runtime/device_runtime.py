@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynaexq.errors import BudgetError, ClosedError
 from dynaexq.kernels import exchange_for
 from dynaexq.memory import DeviceMemory, SwapPipeline, bytes_per_second, copier_for, on_device
+from dynaexq.memory.slab_pool import LEAST_SEGMENTS
 from dynaexq.memory.tensor_bytes import held_tensors, weight_bytes
 from dynaexq.policy.controller import ControlLoop, Window
 from dynaexq.policy.kinds import Arrival, LearnedKinds
@@ -80,6 +81,8 @@ class DeviceRuntime:
         self._ticking = CallLock("the control of a model's precision", WeakMethod(self._mend))
         self._monitor = HealthMonitor(str(device))
         self._failed_ticks, self._failure = 0, ""
+        self.reserved = settings.kv_reserve if isinstance(settings.kv_reserve, int) else 0
+        """Bytes of the budget that are kept for the KV cache."""
         self._excess = 0
         """Bytes above the budget that no upgrade can make up for."""
         slot_nbytes, exchange = codec.upgrade_layout.nbytes, exchange_for(device, codec.dtype)
@@ -147,15 +150,17 @@ class DeviceRuntime:
         self._check_open()
         self.frozen, self._failure = False, ""
 
-    def slots_within(self, budget: int) -> int:
-        """Upgrade slots that `budget` bytes leave room for; a BudgetError if not even the bases fit."""
+    def slots_within(self, budget: int, reserved: int) -> int:
+        """Upgrade slots that `budget` leaves room for beside `reserved` bytes; a BudgetError if not even bases fit."""
         self._check_open()
         parts = self.nbytes()
-        fixed = sum(parts.values()) - parts["upgrade"]
+        fixed = sum(parts.values()) - parts["upgrade"] + reserved
         if budget < fixed:
+            cache = f", {reserved:,} bytes for the KV cache" if reserved else ""
             raise BudgetError(
-                f"hbm_budget of {budget:,} bytes is too small: dense weights, workspace and every expert's "
-                f"{self.plan.base.precision} base take {fixed:,}; give that much, or patch again with lower tiers",
+                f"hbm_budget of {budget:,} bytes is too small: dense weights, workspace{cache} and every expert's "
+                f"{self.plan.base.precision} base take {fixed:,}; give that much, "
+                f"{'end other contexts or take shorter ones, ' if reserved else ''}or patch again with lower tiers",
                 budget,
                 fixed,
             )
@@ -166,10 +171,30 @@ class DeviceRuntime:
     def set_budget(self, budget: int) -> None:
         """Shrink or grow the upgrade slab; the new ceiling holds when this returns."""
         with self._ticking.turn():
-            self._change_plan(replace(self.plan, budget=budget, num_slots=self.slots_within(budget)))
+            num_slots = self.slots_within(budget, self.reserved)
+            self._change_plan(replace(self.plan, budget=budget, num_slots=num_slots))
             self._excess = 0
             if not self.frozen:
                 self._fill()
+
+    @torch.inference_mode(False)  # as above
+    def make_room(self, nbytes: int) -> None:
+        """Keep `nbytes` of the budget free for the KV cache: upgrades give way at once, and may return at leisure.
+
+        Slots come back a segment or more at a time, so that a context which ends and begins anew costs nothing.
+
+        Raises:
+            BudgetError: the bases alone leave less.
+        """
+        with self._ticking.turn():
+            num_slots = self.slots_within(self.plan.budget, nbytes)
+            if num_slots < self.pipeline.num_slots:
+                self._change_plan(replace(self.plan, num_slots=num_slots))
+            self.reserved = nbytes
+            spare = num_slots - self.pipeline.num_slots
+            if spare * LEAST_SEGMENTS >= num_slots > 0 < spare and not self.frozen:
+                self._change_plan(replace(self.plan, num_slots=num_slots))
+                self.control.refill(self.pipeline)
 
     @torch.inference_mode(False)  # as above
     def warm_start(self, hotness: np.ndarray, learned: LearnedKinds | None = None) -> None:
@@ -326,7 +351,7 @@ class DeviceRuntime:
 
     def _keep_ceiling(self) -> None:
         """Give up upgrades where dense weights have grown since (casts by a trainer, adapters)."""
-        excess = sum(self.nbytes().values()) - self.plan.budget
+        excess = sum(self.nbytes().values()) + self.reserved - self.plan.budget
         if excess <= 0:
             self._excess = 0
             return

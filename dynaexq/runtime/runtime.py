@@ -147,7 +147,7 @@ class Runtime:
         """
         budget = parse_bytes(hbm_budget)
         for part in self._parts:
-            part.slots_within(budget)
+            part.slots_within(budget, part.reserved)
         before = [part.plan.budget for part in self._parts]
         try:
             for part in self._parts:
@@ -217,8 +217,13 @@ class Runtime:
             self._each(DeviceRuntime.close)
 
     def memory(self) -> dict[str, int]:
-        """Device bytes really allocated: dense, base, upgrade, staging, workspace and their total; and the budget."""
+        """Device bytes really allocated: dense, base, upgrade, staging, workspace and their total; and the budget.
+
+        With the option `kv_reserve` also the bytes that are kept for the KV cache, which count to the total.
+        """
         devices = [part.nbytes() for part in self._parts]
+        if self.settings.kv_reserve is not None:
+            devices = [{**part.nbytes(), "kv_reserve": part.reserved} for part in self._parts]
         parts = {name: sum(device[name] for device in devices) for name in devices[0]}
         return {"budget": self.plan.budget, **parts, "total": sum(parts.values())}
 

@@ -35,7 +35,7 @@ def assert_sound(model: nn.Module, where: str, budgets: set[int]) -> None:
     assert not device._ticking.locked(), where
     assert not device.memory.fence._older(1 << 62), where
     assert runtime.plan.budget in budgets, where
-    assert memory["total"] <= runtime.plan.budget, where
+    assert memory["total"] + device.reserved <= runtime.plan.budget, where
     assert memory["total"] == sum(memory[part] for part in ("dense", "base", "upgrade", "staging", "workspace")), where
     assert pool.num_slots == runtime.plan.num_slots == len(pool._owned) + pool.num_available, where
     flights = {key: flight.slot for key, flight in pipeline._in_flight.items()}
@@ -74,6 +74,7 @@ class Bench:
 
     def follows(self) -> bool:
         """Whether it still finds the experts of its traffic."""
+        self.runtime.devices[0].make_room(0)
         self.runtime.set_budget(self.high)
         self.runtime.thaw()
         wanted = [sorted(row[0]) for row in [MORNING, EVENING][self._turn % 2]]
@@ -97,6 +98,8 @@ OPERATIONS: dict[str, Callable[[Bench], Any]] = {
     "thaw": lambda bench: bench.runtime.thaw(),
     "a smaller budget": lambda bench: bench.runtime.set_budget(bench.low),
     "a larger budget": lambda bench: bench.runtime.set_budget(bench.high),
+    "less room": lambda bench: bench.runtime.devices[0].make_room(0),
+    "more room": lambda bench: bench.runtime.devices[0].make_room(2 * bench.runtime.plan.upgrade.nbytes),
     "a warm start": lambda bench: bench.runtime.warm_start(np.random.default_rng(bench._turn).random((2, 8))),
 }
 
@@ -109,6 +112,10 @@ def test_an_interrupt_at_any_line_leaves_the_state_before_or_after(operation: st
         bench.turn()
         if operation == "a larger budget":
             bench.runtime.set_budget(bench.low)
+        if operation == "less room":
+            bench.runtime.devices[0].make_room(2 * bench.runtime.plan.upgrade.nbytes)
+        if operation == "more room":
+            bench.runtime.devices[0].make_room(0)
         if operation == "tick":
             with torch.no_grad():
                 bench.model(tiny.prompt())

@@ -1,0 +1,169 @@
+"""Room for the KV cache under the budget: upgrades give way as a context grows, and come back when it ends.
+
+Before each forward of the model its caches are counted, and what they may grow by is kept free on every device, for
+the next 128 tokens at once; so a decoded token costs a comparison. Caches are known by weak references, and count for
+as long as anything holds them. It knows no model: how many bytes a context takes is handed to it. A cache that was
+allocated before its first forward, as that of continuous batching, is counted from then on; what a compiled forward
+adds is not seen, and its static cache is counted whole beforehand.
+"""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynaexq.errors import BudgetError
+from dynaexq.runtime.device_runtime import DeviceRuntime
+
+STRIDES = (128, 32, 8, 0)
+"""Tokens that room is made for ahead; fewer where these do not fit."""
+
+NAMES = ("past_key_values", "cache")
+"""What a forward calls its cache, by version of Transformers."""
+
+Growth = Callable[[int, int], int]
+"""Bytes that a context takes, by its tokens and its sequences."""
+
+
+class CacheRoom:
+    """The caches of one model, and the room that its devices keep for them.
+
+    On several devices each keeps room for all that a forward may add, as which layer lies where is not known here.
+    """
+
+    def __init__(self, devices: Sequence[DeviceRuntime], growth: Growth):
+        self._devices, self._growth = devices, growth
+        self._caches = weakref.WeakSet[Any]()
+        self._lock = threading.RLock()
+        self._left, self._rows = 0, 0
+        """Tokens that there is room for, and sequences."""
+        self._last: weakref.ref[Any] | None = None
+
+    def watch(self, model: nn.Module) -> Callable[[], None]:
+        """Look at what each forward of `model` is given and returns; what is returned ends that."""
+        handles = (
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, with_kwargs=True),
+        )
+
+        def end() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return end
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        inputs = next((value for value in given if isinstance(value, Tensor) and value.ndim > 1), None)
+        if torch.compiler.is_compiling() or inputs is None:
+            return
+        cache = _cache_in(kwargs)
+        if cache is None and kwargs.get("use_cache") is False:
+            return
+        rows, tokens = inputs.shape[:2]
+        with self._lock:
+            is_known = cache is not None and self._last is not None and self._last() is cache
+            if not is_known or rows > self._rows or tokens > self._left:
+                self._make_room(cache, rows, tokens)
+            self._left -= tokens
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        cache = _cache_in(kwargs)
+        if cache is None:
+            values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+            cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
+        if cache is not None and cache not in self._caches:
+            with self._lock:
+                self._caches.add(cache)
+                self._last = None  # it is counted before it grows again
+
+    def _make_room(self, cache: Any, rows: int, tokens: int) -> None:
+        """Keep room for all caches as they are, and for `cache` with `tokens` more, and as many as the stride."""
+        if cache is not None:
+            self._caches.add(cache)
+        added = _added(cache, tokens)
+        has_begun = any(tensor.nbytes for tensor in tensors_of(cache))
+        for ahead in STRIDES if added and has_begun else (0,):
+            if self._try_reserve(added + ahead, rows):
+                break
+        else:
+            gc.collect()  # a cache in a cycle may be what is in the way
+            self._reserve(added, rows)
+        self._last = None if cache is None else weakref.ref(cache)
+        self._rows, self._left = rows, tokens + ahead if added else STRIDES[0]
+
+    def _try_reserve(self, tokens: int, rows: int) -> bool:
+        try:
+            self._reserve(tokens, rows)
+        except BudgetError:
+            return False
+        return True
+
+    def _reserve(self, tokens: int, rows: int) -> None:
+        added = self._growth(tokens, rows) if tokens else 0
+        with self._lock:
+            caches = list(self._caches)
+        movable = [cache for cache in caches if not _is_paged(cache)]
+        for part in self._devices:
+            if part.closed:
+                continue
+            held, moved = sum(_sizes(caches, part.device)), _sizes(movable, part.device)
+            # A tensor that grows, or is put in another order, is there twice for a moment.
+            twice = max(moved) * (sum(moved) + added) // sum(moved) if any(moved) else 0
+            part.make_room(held + added + twice)
+
+
+def _sizes(caches: Iterable[Any], device: torch.device) -> list[int]:
+    """Bytes of each piece of memory behind the tensors of `caches` on `device`."""
+    tensors = (tensor for cache in caches for tensor in tensors_of(cache) if tensor.device == device)
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return list({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Every tensor that can be reached from a cache."""
+    seen = set() if seen is None else seen
+    if isinstance(thing, Tensor):
+        yield thing
+    elif id(thing) not in seen and not isinstance(thing, nn.Module | type | str | int | float):
+        seen.add(id(thing))
+        for child in _children(thing):
+            yield from tensors_of(child, seen)
+
+
+def _children(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, list | tuple):
+        return thing
+    found = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
+    return list(found.values())
+
+
+def _cache_in(named: dict[str, Any]) -> Any:
+    """The cache among arguments or outputs, if it is one that can be watched."""
+    found = (named.get(name) for name in NAMES)
+    return next((cache for cache in found if cache is not None and hasattr(cache, "__weakref__")), None)
+
+
+def _is_paged(cache: Any) -> bool:
+    """Whether it is the cache of continuous batching: pages that never grow or move."""
+    return not hasattr(cache, "get_seq_length")
+
+
+def _added(cache: Any, tokens: int) -> int:
+    """Tokens that a forward of `tokens` may add to `cache`: none to pages, all of a static cache that is to come."""
+    if cache is None:
+        return tokens
+    if _is_paged(cache):
+        return 0
+    layers = getattr(cache, "layers", ())
+    static = [layer for layer in layers if getattr(layer, "max_cache_len", 0)]
+    awaited = [layer.max_cache_len for layer in static if not layer.is_initialized]
+    if layers and len(static) == len(layers) and not awaited:
+        return 0
+    return max([tokens, *awaited])
