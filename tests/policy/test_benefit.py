@@ -88,6 +88,8 @@ def test_an_average_is_the_weighted_mean_and_its_doubt_that_of_the_windows_or_of
 def test_doubt_is_two_standard_errors_of_the_windows_or_four_of_chance():
     assert Average().add(1.0, 0.0, variance=9.0).doubt == pytest.approx(4 * 3.0)
     assert Average().add(1.0, 0.0).add(0.0, 0.5).doubt == pytest.approx(2 * 0.5 * 0.5**0.5)
+    # Weights of a quarter and a half: the variance is 2/9 about a mean of a third.
+    assert Average().add(1.0, 0.5).add(0.0, 0.5).doubt == pytest.approx(2 * (2 / 9 * (1 / 16 + 1 / 4)) ** 0.5 / 0.75)
 
 
 def test_an_empty_average_claims_nothing():

@@ -47,6 +47,7 @@ def test_an_expert_that_is_let_go_follows_the_traffic_again() -> None:
     model = patched(auto_pause=False)
     model.dynaexq.pin(*UP, "int4")
     model.dynaexq.pin(*UP, None)
+    assert model.dynaexq.tiers()[UP] == 4, "it keeps its upgrade until another expert wants the slot"
     tiny.steer(model, MORNING)
     run(model, 6)
     assert upgraded(model) == [[0, 1], [2, 3]]
