@@ -1,6 +1,7 @@
 """The command line: `dynaexq demo`, `plan`, `quantize`, `serve`, `top`, `hotness`, `simulate`, `doctor`, `version`."""
 
 import gc
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ def _writable(path: Path | None) -> Path | None:
     if path is not None and str(path) != "-" and not path.absolute().parent.is_dir():
         raise SettingsError(f"cannot write {path}: there is no directory {path.parent}; make it first")
     return path
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")]
+
+
+def _print_json(figures: Any) -> None:
+    typer.echo(json.dumps(figures, indent=2))
 
 
 def _tiers_of(text: str) -> tuple[str, ...]:
@@ -50,16 +58,14 @@ def demo(
     base: Annotated[str, typer.Option(help="Precision that every expert has.")] = "int2",
     upgrade: Annotated[str, typer.Option(help="Precision of the hot experts.")] = "int4",
     windows: Annotated[int, typer.Option(help="Windows of 128 tokens in each phase.", min=1)] = 24,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
-    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Generate text on the CPU while the workload moves from prose to code to arithmetic, and show what it cost."""
-    from dynaexq.cli.demo import run, write_json
+    from dynaexq.cli.demo import figures, run
 
-    outcomes = run(model, (base, upgrade), windows)
-    if json is not None:
-        write_json(outcomes, json)
+    outcomes = run(model, (base, upgrade), windows, quiet=as_json)
+    if as_json:
+        _print_json(figures(outcomes))
 
 
 @app.command()
@@ -89,18 +95,20 @@ def plan(
     ] = 4096,
     batch: Annotated[int, typer.Option("--max-batch", "--batch", help="Sequences at once.")] = 1,
     host_ram: Annotated[str | None, typer.Option(help="RAM that upgrades may wait in, such as 32GiB.")] = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(help="Write the figures to this file as well; - prints them alone.", callback=_writable),
-    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what of a model fits a card, from its configuration alone: no weights are read, and no GPU is needed."""
     named = {"tiers": tiers and _tiers_of(tiers), "dense": dense, "device": device}
     options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     options |= {"group_size": group_size} if group_size != 64 else {}
     from dynaexq.cli.plan import run
+    from dynaexq.cli.plan_tables import figures, show
 
-    run(source, gpu, hbm_budget, options, context, batch, host_ram, None if json is None else str(json))
+    spec, estimates = run(source, gpu, hbm_budget, options, context, batch, host_ram)
+    if as_json:
+        _print_json(figures(spec, estimates))
+    else:
+        show(spec, estimates, str(source), options)
 
 
 @app.command()
@@ -138,8 +146,10 @@ def quantize(
     annotate: Annotated[
         bool, typer.Option(help="Link the 16-bit shards and only add the configuration; quantize when loading.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Pack a 16-bit checkpoint, so that it starts at the speed of the disk; an interrupted run is resumed."""
+    from dynaexq.cli.packing import figures
     from dynaexq.hf.config import DynaExqConfig
     from dynaexq.hf.convert import annotate_checkpoint, quantize_checkpoint
     from dynaexq.hf.hub import checkpoint_directory
@@ -169,7 +179,10 @@ def quantize(
         except KeyboardInterrupt:
             typer.echo("interrupted; the same command goes on from here", err=True)
             raise
-    typer.echo(f"{target} is ready: import dynaexq, then from_pretrained({str(target)!r})")
+    if as_json:
+        _print_json(figures(target))
+    else:
+        typer.echo(f"{target} is ready: from_pretrained({str(target)!r})")
 
 
 def _calibrated(source: Path, calibrate: str, target: Path, device: str | None, variant: str | None) -> Path:
@@ -185,7 +198,9 @@ def _calibrated(source: Path, calibrate: str, target: Path, device: str | None, 
         return text
     path = target.with_name(f"{target.name}.calibration.safetensors")
     calibrate_checkpoint(source, text, path, device, variant)
-    typer.echo(f"{path} holds what calibration found; pass it to --calibrate or calibration= to use it again")
+    typer.echo(
+        f"{path} holds what calibration found; pass it to --calibrate or calibration= to use it again", err=True
+    )
     return path
 
 
@@ -212,9 +227,7 @@ def simulate(
         float, typer.Option("--copy-rate-limit", "--link-share", help="Share of the link that moves may take.")
     ] = 0.1,
     tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
-    json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file as well.", callback=_writable)
-    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Replay routing through the policy, without a model: coverage, moves, traffic, and whether it is worth it."""
     from dynaexq.settings import Settings, parse_bytes
@@ -233,9 +246,10 @@ def simulate(
         simulation = run(
             opened, settings, upgraded, link=parse_bytes(link, "link"), tokens_per_second=tokens_per_second
         )
-        simulation.show()
-        if json is not None:
-            simulation.write_json(json)
+        if as_json:
+            _print_json(simulation.figures())
+        else:
+            simulation.show()
 
 
 @app.command()
@@ -280,29 +294,25 @@ def top(
     url: Annotated[str, typer.Argument(help="Address of a server started by dynaexq serve.")] = "127.0.0.1:8000",
     seconds: Annotated[float, typer.Option(help="Between two looks.", min=0.1)] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the snapshot as JSON and end.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Watch a running server: memory, precision and hotness of every expert, coverage, moves."""
-    import json as formats
-
     from dynaexq.cli.top import snapshot_of, watch
 
-    if json:
-        typer.echo(formats.dumps(snapshot_of(url)))
+    if as_json:
+        _print_json(snapshot_of(url))
     else:
         watch(url, seconds, once)
 
 
 @app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+def doctor(as_json: Json = False) -> None:
     """Say what this machine has for dynaexq, what is missing and what to do; the exit code is 1 if anything is."""
-    import json as formats
-
     from dynaexq.cli.doctor import figures, findings
 
     found = findings()
-    if json:
-        typer.echo(formats.dumps(figures(found), indent=2))
+    if as_json:
+        _print_json(figures(found))
     else:
         for area, said, remedy in found:
             typer.echo(f"{'✗' if remedy else '✓'} {area}: {said}" + (f"\n  → {remedy}" if remedy else ""))
@@ -314,43 +324,58 @@ hotness_app = typer.Typer(help="Look at hotness files, merge and compare them.",
 app.add_typer(hotness_app, name="hotness")
 
 HotnessFile = Annotated[Path, typer.Argument(help="As runtime.save_hotness or dynaexq serve writes it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 
 
 @hotness_app.command("show")
-def hotness_show(file: HotnessFile, json: AsJson = False) -> None:
+def hotness_show(file: HotnessFile, as_json: Json = False) -> None:
     """Show whose traffic a file has: model, layers, kinds of traffic, and the hottest experts of each layer."""
-    from dynaexq.cli.hotness import show
+    from dynaexq.cli.hotness import contents, show
 
-    show(file, json)
+    found = contents(file)
+    if as_json:
+        _print_json(found)
+    else:
+        show(found)
 
 
 @hotness_app.command("merge")
 def hotness_merge(
     files: Annotated[list[Path], typer.Argument(help="Files of one model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", callback=_writable)],
+    as_json: Json = False,
 ) -> None:
     """Merge what several runs or replicas have learned into one file to start from."""
-    from dynaexq.cli.hotness import merge
+    from dynaexq.cli.hotness import contents, merge
 
     merge(files, output)
+    if as_json:
+        _print_json(contents(output))
+    else:
+        typer.echo(f"{output} holds the traffic of {len(files)} files")
 
 
 @hotness_app.command("diff")
-def hotness_diff(one: HotnessFile, other: HotnessFile, json: AsJson = False) -> None:
+def hotness_diff(one: HotnessFile, other: HotnessFile, as_json: Json = False) -> None:
     """Compare two files: how much of the traffic of one the best fifth of the experts for the other would cover."""
-    from dynaexq.cli.hotness import diff
+    from dynaexq.cli.hotness import comparison, show_comparison
 
-    diff(one, other, json)
+    found = comparison(one, other)
+    if as_json:
+        _print_json(found)
+    else:
+        show_comparison(found)
 
 
 @app.command()
-def version() -> None:
+def version(as_json: Json = False) -> None:
     """Print the versions of dynaexq and of what it builds on."""
     from importlib.metadata import version as installed
 
-    packages = ("torch", "transformers")
-    typer.echo(", ".join([f"dynaexq {dynaexq.__version__}", *(f"{name} {installed(name)}" for name in packages)]))
+    versions = {"dynaexq": dynaexq.__version__, **{name: installed(name) for name in ("torch", "transformers")}}
+    if as_json:
+        _print_json(versions)
+    else:
+        typer.echo(", ".join(f"{name} {number}" for name, number in versions.items()))
 
 
 def main() -> None:

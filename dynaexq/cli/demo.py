@@ -5,7 +5,6 @@ stream goes through four patched copies: all experts low, the start-up choice fr
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.meta_model import meta_model
 from dynaexq.hf.patcher import patch
 from dynaexq.runtime.runtime import Runtime
-from dynaexq.safeguards.durable_files import write_text
+from dynaexq.views.tables import print_table
 
 SHARE_UPGRADED = 0.2
 PROMPT_TOKENS = 24
@@ -72,22 +71,21 @@ def run(
     tiers: tuple[str, str] = ("int2", "int4"),
     windows: int = 24,
     length: int = 128,
-    console: Console | None = None,
+    quiet: bool = False,
 ) -> list[Outcome]:
-    """Run the demo and print its table; returns what the table shows.
+    """Run the demo and print its table, unless it is to be `quiet`; returns what the table shows.
 
     Args:
         model_dir: another checkpoint with the same tokenizer conventions; the embedded model by default.
         windows, length: windows a phase, and tokens per window.
     """
-    console = console or Console()
     with _one_thread():
-        return _run(model_dir or embedded_model(), tiers, windows, length, console)
+        return _run(model_dir or embedded_model(), tiers, windows, length, Console(quiet=quiet))
 
 
-def write_json(outcomes: list[Outcome], path: Path) -> None:
-    """The demo's figures as JSON, for the README and for tests."""
-    write_text(path, json.dumps([asdict(outcome) for outcome in outcomes], indent=2) + "\n")
+def figures(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    """The same as plain data, for JSON."""
+    return [asdict(outcome) for outcome in outcomes]
 
 
 def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console: Console) -> list[Outcome]:
@@ -119,7 +117,7 @@ def _run(path: Path, tiers: tuple[str, str], windows: int, length: int, console:
                     text = _generated(copied, tokenizer, phase[0], domain)
                     progress.console.print(text, highlight=False, soft_wrap=True)
             outcomes.append(outcome)
-    console.print(_table(outcomes, experts, tiers))
+    print_table(console, _table(outcomes, experts, tiers))
     return outcomes
 
 

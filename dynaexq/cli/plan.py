@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from dynaexq.cli.plan_tables import no_fit, show_card, show_cards, write_json
+from dynaexq.cli.plan_tables import no_fit
 from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import InspectedCheckpoint
@@ -30,8 +30,7 @@ def run(
     context: int,
     batch: int,
     host_ram: str | None,
-    json: str | None,
-) -> None:
+) -> tuple[ModelSpec, list[CardEstimate]]:
     """Plan for one card if a budget, `gpu` or a device is named, for this machine's card and the common ones else.
 
     Raises:
@@ -56,7 +55,7 @@ def run(
         remedies = list(islice(find_remedies(spec, trials, cards[0]), REMEDIES_SHOWN))
         least, _ = asked.least()
         raise BudgetError(no_fit(asked, estimates[0], remedies, str(source), options), cards[0].nbytes, least)
-    _show(asked, estimates, str(source), options, json)
+    return asked, estimates
 
 
 def _chosen_dense(spec: Callable[[dict[str, Any]], ModelSpec], cards: Sequence[Card], room: int | None) -> str | None:
@@ -66,19 +65,6 @@ def _chosen_dense(spec: Callable[[dict[str, Any]], ModelSpec], cards: Sequence[C
     found = {dense: estimate_card(spec({"dense": dense}), cards[0], room).auto for dense in DENSE_LOSS}
     plans = {dense: estimate.plan for dense, estimate in found.items() if estimate is not None}
     return least_loss(plans) if plans else "int4"
-
-
-def _show(
-    spec: ModelSpec, estimates: list[CardEstimate], source: str, options: dict[str, Any], json: str | None
-) -> None:
-    if json is not None:
-        write_json(spec, estimates, json)
-    if json == "-":
-        return
-    if len(estimates) == 1:
-        show_card(spec, estimates[0], source, options)
-    else:
-        show_cards(spec, estimates)
 
 
 def _cards(gpu: str | None, hbm_budget: str | None, device: str | None) -> list[Card]:

@@ -1,7 +1,5 @@
 """What `dynaexq plan` found, as tables of 80 columns for people and as JSON for programs. It decides nothing."""
 
-import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,10 +10,19 @@ from rich.table import Table
 from dynaexq.planning.budget import RESERVED_SHARE, ModelSpec
 from dynaexq.planning.estimate import CardEstimate, Remedy, TierEstimate, least_card
 from dynaexq.planning.hardware import DISK_RATE, DRIVER_BYTES, ENCODE_RATE
-from dynaexq.safeguards.durable_files import write_text
+from dynaexq.views.tables import print_table
+from dynaexq.views.words import size
 
 WIDTH = 80
 INDEX_TOLERANCE = 0.01  # of the weights; beyond it, the index and the configuration count different things
+
+
+def show(spec: ModelSpec, estimates: Sequence[CardEstimate], source: str, options: Mapping[str, Any]) -> None:
+    """Print what was found for one card, or for each of several; `source` and `options` are for the call to paste."""
+    if len(estimates) == 1:
+        show_card(spec, estimates[0], source, options)
+    else:
+        show_cards(spec, estimates)
 
 
 def show_card(spec: ModelSpec, found: CardEstimate, source: str, options: Mapping[str, Any]) -> None:
@@ -32,13 +39,13 @@ def show_card(spec: ModelSpec, found: CardEstimate, source: str, options: Mappin
         parts = map(gib, (plan.base_bytes, plan.upgrade_bytes, plan.total))
         table.add_row(mark, *_tiers(estimate), *parts, f"{estimate.loss:.4f}", _waiting(estimate))
     less = (
-        f"{amount(found.card.nbytes)} less driver {amount(found.card.driver)}, reserve {amount(found.reserve)}, "
-        f"KV cache {amount(found.cache)}, activations {amount(found.activations)}"
-        f"{f', upgrades that wait {amount(found.waiting)}' if found.waiting else ''}: "
+        f"{size(found.card.nbytes)} less driver {size(found.card.driver)}, reserve {size(found.reserve)}, "
+        f"KV cache {size(found.cache)}, activations {size(found.activations)}"
+        f"{f', upgrades that wait {size(found.waiting)}' if found.waiting else ''}: "
     )
     taken = (
-        f"{'' if found.card.weights_only else less}hbm_budget {amount(found.budget)}, "
-        f"with dense weights {amount(spec.dense)}, workspace {amount(spec.workspace)}"
+        f"{'' if found.card.weights_only else less}hbm_budget {size(found.budget)}, "
+        f"with dense weights {size(spec.dense)}, workspace {size(spec.workspace)}"
     )
     notes = ["* what patch takes", *_notes(spec, [found])]
     if found.auto is not None:
@@ -63,11 +70,11 @@ def show_cards(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> None:
         table.add_row(found.card.name, budget, *_tiers(estimate), *figures, _waiting(estimate))
     least, base = least_card(spec, spec.choices)
     taken = (
-        f"less driver {amount(DRIVER_BYTES)}, reserve {RESERVED_SHARE:.0%}, KV cache {amount(spec.cache)}, "
-        f"activations {amount(spec.activations)}; dense weights {amount(spec.dense)}, workspace "
-        f"{amount(spec.workspace)}"
+        f"less driver {size(DRIVER_BYTES)}, reserve {RESERVED_SHARE:.0%}, KV cache {size(spec.cache)}, "
+        f"activations {size(spec.activations)}; dense weights {size(spec.dense)}, workspace "
+        f"{size(spec.workspace)}"
     )
-    smallest = f"The least card, with all experts at {base}, has {amount(least)}."
+    smallest = f"The least card, with all experts at {base}, has {size(least)}."
     _show(_console(), spec, taken, table, [smallest, *_notes(spec, estimates)])
 
 
@@ -99,33 +106,22 @@ def calls(estimate: TierEstimate, source: str, options: Mapping[str, Any]) -> li
     ]
 
 
-def write_json(spec: ModelSpec, estimates: Iterable[CardEstimate], target: str) -> None:
-    """Everything in the tables, in bytes and seconds and not rounded, to a file, or to the standard output for `-`."""
+def figures(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> dict[str, Any]:
+    """Everything in the tables, in bytes and seconds and not rounded, for JSON."""
     model = {key: figure for key, figure in asdict(spec).items() if key not in ("choices", "offered")}
-    record = {
+    return {
         "model": model | {"least_card": least_card(spec)[0]},
         "rates": {"disk": DISK_RATE, "weights_quantized_per_core": ENCODE_RATE[spec.quantizer]},
         "cards": {
             found.card.name: asdict(found) | {"estimates": list(map(_record, found.estimates))} for found in estimates
         },
     }
-    text = json.dumps(record, indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        write_text(target, text)
-
-
-def amount(nbytes: int) -> str:
-    """Bytes in the largest unit that they fill."""
-    power = max(0, min(3, (nbytes.bit_length() - 1) // 10))
-    return f"{nbytes / 1024**power:.{0 if power < 3 else 1}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def gib(nbytes: int) -> str:
     """Bytes in GiB, to a tenth, or to two digits where that would show nothing."""
-    size = nbytes / 2**30
-    return f"{size:.1f}" if size >= 0.95 or not nbytes else f"{size:.2g}"
+    amount = nbytes / 2**30
+    return f"{amount:.1f}" if amount >= 0.95 or not nbytes else f"{amount:.2g}"
 
 
 def duration(seconds: float) -> str:
@@ -147,7 +143,7 @@ def _too_small(spec: ModelSpec, found: CardEstimate) -> str:
         )
     waits = card.holds_upgrades(spec) and all(upgrade for _, upgrade in spec.choices)
     beside = ", and with the upgrades that wait there," if waits else ""
-    return f"{taken}; with all experts at {base}{beside} it takes at least {least:,} ({amount(least)})"
+    return f"{taken}; with all experts at {base}{beside} it takes at least {least:,} ({size(least)})"
 
 
 def _arguments(options: Mapping[str, Any]) -> str:
@@ -202,11 +198,11 @@ def _console() -> Console:
 
 
 def _show(console: Console, spec: ModelSpec, taken: str, table: Table, notes: list[str]) -> None:
-    experts, whole = amount(spec.experts), amount(spec.experts + spec.dense)
+    experts, whole = size(spec.experts), size(spec.experts + spec.dense)
     headline = f"{spec.name}: {spec.num_layers} layers of {spec.num_experts} experts, {experts} of {whole}"
     console.print(f"{headline} in {spec.dtype}", style="bold", markup=False)
     console.print(taken)
-    console.print(table)
+    print_table(console, table)
     for note in notes:
         console.print(note, style="dim")
 
@@ -218,7 +214,7 @@ def _notes(spec: ModelSpec, estimates: Iterable[CardEstimate]) -> list[str]:
     if "disk" in waits_in:
         notes.append('Upgrades that wait on disk are more than --host-ram: set host_copy="disk".')
     if not spec.packed and spec.index is not None and abs(spec.index - whole) > INDEX_TOLERANCE * whole:
-        notes.append(f"The index counts {amount(spec.index)} of weights, the configuration {amount(whole)}.")
+        notes.append(f"The index counts {size(spec.index)} of weights, the configuration {size(whole)}.")
     return notes
 
 

@@ -20,10 +20,11 @@ from dynaexq.errors import SettingsError
 from dynaexq.memory import DeviceMemory
 from dynaexq.planning.budget import ModelSpec, plan_memory, tier_choices
 from dynaexq.quantization import tier_sizes
-from dynaexq.safeguards.durable_files import write_text
 from dynaexq.settings import Settings
 from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, replay
 from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, generate
+from dynaexq.views.tables import print_table
+from dynaexq.views.words import size
 
 TIMELINE_POINTS = 200
 
@@ -102,19 +103,15 @@ class Simulation:
             )
         shares = [f"{figures['removed'][name]:.1%}" for name in ("policy", *YARDSTICKS)]
         table.add_row("all", f"{figures['trace']['tokens']:,}", *shares, f"{figures['moves']:,}", "", style="bold")
-        console.print(table)
+        print_table(console, table)
         console.print(
-            f"moved {figures['bytes_moved']:,} bytes, {figures['share_of_link']:.2%} of the link; "
+            f"moved {size(figures['bytes_moved'])}, {figures['share_of_link']:.2%} of the link; "
             f"{figures['moves_per_1000_tokens_per_slot']:.2%} of the slots per 1,000 tokens; "
             f"paused {figures['share_paused']:.0%} of the time"
         )
         if not self.gains_known:
             console.print("The trace has no errors for these tiers: every expert is taken to gain the same.")
         console.print(figures["verdict"]["sentence"])
-
-    def write_json(self, path: Path) -> None:
-        """Write the figures to `path`."""
-        write_text(path, json.dumps(self.figures(), indent=2) + "\n")
 
 
 def simulate(

@@ -10,14 +10,15 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def size(nbytes: int) -> str:
-    """Bytes in the largest binary unit that leaves a whole number before the point.
+    """Bytes in the largest binary unit that they fill, to three digits.
 
-    >>> size(21474836480), size(1536), size(12)
-    ('20.00 GiB', '1.50 KiB', '12 B')
+    >>> size(21474836480), size(402653184), size(1536), size(12)
+    ('20.0 GiB', '384 MiB', '1.50 KiB', '12 B')
     """
     for unit, factor in _UNITS:
         if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
+            amount = nbytes / factor
+            return f"{amount:.{2 if amount < 9.995 else 1 if amount < 99.95 else 0}f} {unit}"
     return f"{nbytes} B"
 
 

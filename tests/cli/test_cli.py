@@ -1,10 +1,12 @@
 """What the command line refuses, in a sentence and before any work: never a traceback, never a silent choice."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tiny
+import typer
 from command_line import run_main
 from typer.testing import CliRunner
 
@@ -33,12 +35,7 @@ def said(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["demo", "--json", "/nowhere/a.json"], "there is no directory /nowhere; make it first"),
-        (["plan", "{source}", "--json", "/nowhere/a.json"], "there is no directory /nowhere; make it first"),
-        (
-            [*MADE_UP, "--upgraded", "0.2", "--json", "/nowhere/a.json"],
-            "there is no directory /nowhere; make it first",
-        ),
+        (["hotness", "merge", "{empty}", "-o", "/nowhere/a"], "there is no directory /nowhere; make it first"),
         ([*MADE_UP, "--upgraded", "0.2", "--seed", "-1"], "Invalid value for '--seed'"),
         ([*MADE_UP, "--upgraded", "0.2", "--budget", "15GB"], "--hbm-budget and --upgraded both say"),
         (["quantize", "{source}", "{target}", "--annotate", "--device", "cpu"], "with --annotate nothing is packed"),
@@ -101,6 +98,51 @@ def test_who_interrupts_packing_is_told_that_it_can_go_on(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-def test_figures_are_still_printed_alone(checkpoint: Path) -> None:
-    result = CliRunner().invoke(app.app, ["plan", str(checkpoint), "--gpu", "24GiB", "--json", "-"])
-    assert json.loads(result.output)
+TRACED = [*MADE_UP, "--upgraded", "0.2"]
+QUANTIZE = ["quantize", "{source}", "{target}", "--quantizer", "rtn"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has"),
+    [
+        (["demo", "--windows", "1"], "kl"),
+        (["plan", "{source}", "--gpu", "24GiB"], "cards"),
+        (["plan", "{source}"], "cards"),
+        ([*QUANTIZE, "--tiers", "int4,int8"], "weights"),
+        ([*QUANTIZE, "--annotate"], "options"),
+        (TRACED, "coverage"),
+        (["doctor"], "findings"),
+        (["version"], "torch"),
+    ],
+)
+def test_figures_are_printed_alone_as_json(arguments: list[str], has: str, checkpoint: Path, tmp_path: Path) -> None:
+    places = {"source": checkpoint, "target": tmp_path / "target"}
+    result = CliRunner().invoke(app.app, [*(argument.format(**places) for argument in arguments), "--json"])
+    found = json.loads(result.stdout)
+    assert has in (found[0] if isinstance(found, list) else found)
+
+
+def test_every_command_but_the_server_has_json() -> None:
+    commands = typer.main.get_command(app.app).commands
+    commands |= commands.pop("hotness").commands
+    without = {name for name, command in commands.items() if "--json" not in str([p.opts for p in command.params])}
+    assert without == {"serve"}
+
+
+@pytest.mark.parametrize("columns", ["20", "60", "200"])
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--windows", "1"], ["plan", "{source}", "--gpu", "24GiB"], ["plan", "{source}"], TRACED]
+)
+def test_no_figure_is_cut_off_in_a_narrow_terminal(
+    arguments: list[str], columns: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    run = [argument.format(source=checkpoint) for argument in arguments]
+    shown = CliRunner().invoke(app.app, run, catch_exceptions=False).output
+    assert "…" not in shown
+    monkeypatch.setenv("COLUMNS", "300")
+    wide = CliRunner().invoke(app.app, run, catch_exceptions=False).output
+    figures = re.findall(r"\d[\d,.]*%?", wide)
+    assert len(figures) > 10
+    if arguments[0] != "demo":  # its text is the model's
+        assert set(figures) <= set(re.findall(r"\d[\d,.]*%?", shown))

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -17,7 +16,7 @@ from dynaexq.evaluate import kl_divergence, windows_of
 
 @pytest.fixture(scope="module")
 def outcomes():
-    return {outcome.name: outcome for outcome in run(windows=8, console=Console(quiet=True))}
+    return {outcome.name: outcome for outcome in run(windows=8, quiet=True)}
 
 
 @pytest.fixture(scope="module")

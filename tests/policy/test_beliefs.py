@@ -76,12 +76,14 @@ def test_a_stretch_of_text_changes_its_kind_and_makes_the_others_older() -> None
     before, profile, bag = kinds.learned, np.full((LAYERS, EXPERTS), 0.25), bag_of_words(np.arange(30))
     after = before.updated(1, profile, 200.0, bag)
     left = before.tokens * math.exp(-200 / constants.FORGOTTEN_AFTER)
-    np.testing.assert_allclose(after.tokens, left + [0, 200, 0])
+    np.testing.assert_allclose(after.tokens, left + np.array([0, 200, 0]))
     wanted = (left[1] * before.profiles[1] + 200 * profile) / (left[1] + 200)
     np.testing.assert_allclose(after.profiles[1], wanted)
     np.testing.assert_array_equal(after.profiles[[0, 2]], before.profiles[[0, 2]])
     np.testing.assert_allclose(after.words[1], constants.WORDS_KEPT * before.words[1] + bag)
-    np.testing.assert_allclose(after.recent, constants.RECENT_KEPT * before.recent + [0, 1 - constants.RECENT_KEPT, 0])
+    np.testing.assert_allclose(
+        after.recent, constants.RECENT_KEPT * before.recent + (1 - constants.RECENT_KEPT) * np.eye(K)[1]
+    )
     long = before.updated(1, profile, 1e6, None)
     assert long.tokens[1] == constants.MOST_TOKENS
     np.testing.assert_array_equal(long.words, before.words)

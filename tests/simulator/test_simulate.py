@@ -191,21 +191,12 @@ def test_the_command_replays_a_file_and_writes_its_figures(tmp_path: Path) -> No
     model = patched()
     with model.dynaexq.trace(tmp_path / "a.npz"):
         run(model, 8)
-    written = tmp_path / "figures.json"
-    command = [
-        "simulate",
-        str(tmp_path / "a.npz"),
-        "--tiers",
-        "int2,int4",
-        "--upgraded",
-        "0.25",
-        "--json",
-        str(written),
-    ]
-    shown = CliRunner().invoke(app, [*command, "--option", "half_life=8", "--link", "1GB"], catch_exceptions=False)
+    command = ["simulate", str(tmp_path / "a.npz"), "--tiers", "int2,int4", "--upgraded", "0.25"]
+    command += ["--option", "half_life=8", "--link", "1GB"]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
     assert shown.exit_code == 0
     assert "Too early to tell" in shown.output
-    figures = json.loads(written.read_text())
+    figures = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).output)
     assert figures["gains_known"]
     assert figures["machine"]["num_slots"] == 4
     assert figures["trace"]["tokens"] == sum(phase["tokens"] for phase in figures["phases"]) == 7 * 24
