@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 
 GUARDED = {
     "transformers", "accelerate", "bitsandbytes", "safetensors", "triton",
-    "typer", "rich", "psutil", "tqdm", "torch", "numpy",
+    "typer", "rich", "psutil", "tqdm", "torch", "numpy", "huggingface_hub",
 }  # fmt: skip
 """Outside packages. The table's last column says which of them each floor's rooms may import."""
 

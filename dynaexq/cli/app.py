@@ -323,7 +323,9 @@ def doctor(as_json: Json = False) -> None:
 hotness_app = typer.Typer(help="Look at hotness files, merge and compare them.", no_args_is_help=True)
 app.add_typer(hotness_app, name="hotness")
 
-HotnessFile = Annotated[Path, typer.Argument(help="As runtime.save_hotness or dynaexq serve writes it.")]
+HotnessFile = Annotated[
+    Path, typer.Argument(help="As runtime.save_hotness or dynaexq serve writes it, or a repository on the Hub.")
+]
 
 
 @hotness_app.command("show")

@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from dynaexq.checkpoint.hub_files import is_repository
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.model_card import CARD
 
@@ -40,11 +41,6 @@ def checkpoint_directory(source: str | Path, revision: str | None = None, subfol
             f"there is no directory {source}, and as a repository on the Hub it cannot be fetched: {reason}"
         ) from error
     return Path(copy) / subfolder
-
-
-def is_repository(source: Path) -> bool:
-    """Whether `source` can be the name of a repository, `organization/name` or `name`, and no other path."""
-    return len(source.parts) in (1, 2) and not source.is_absolute() and source.parts[0] not in (".", "..", "~")
 
 
 def upload(

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dynaexq.checkpoint.hub_files import is_repository
 from dynaexq.errors import CheckpointError, UnsupportedModelError
-from dynaexq.hf.hub import is_repository
 
 UNPACKING = ", or pack it first: `dynaexq quantize` takes those of FP8, MXFP4, GPTQ, AWQ and compressed-tensors"
 

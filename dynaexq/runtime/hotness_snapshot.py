@@ -14,11 +14,15 @@ import numpy as np
 import torch
 
 from dynaexq.checkpoint import read_tensors, write_tensors
+from dynaexq.checkpoint.hub_files import hub_file, is_repository
 from dynaexq.errors import CheckpointError, HotnessError
 from dynaexq.policy.kinds import WORD_BUCKETS, LearnedKinds
 from dynaexq.safeguards.outside_files import parse_json
 
 VERSION = "1"
+HUB_NAME = "hotness.safetensors"
+"""The file of a repository on the Hub."""
+
 _KIND = "dynaexq hotness snapshot"
 _KINDS = (_KIND, "dynaexq heat profile")  # ✗ in files of before it had its name
 _OF_KINDS = ("kind_profiles", "kind_tokens", "kind_words")
@@ -54,14 +58,20 @@ def write_snapshot(path: str | Path, model: str, layers: list[str], snapshot: Sn
     write_tensors(Path(path), tensors, metadata)
 
 
-def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: int) -> Snapshot:
+def read_snapshot(
+    path: str | Path, model: str, layers: list[str], num_experts: int, revision: str | None = None
+) -> Snapshot:
     """What was hot in `layers`, in their order.
 
+    Args:
+        path: a file, or `organization/name` for the `hotness.safetensors` of that repository on the Hub.
+        revision: branch, tag or commit of the repository.
+
     Raises:
-        HotnessError: not a snapshot, damaged, or of another model.
+        HotnessError: not a snapshot, damaged, of another model, or not to be had from the Hub.
         FileNotFoundError: there is no such file.
     """
-    owner, names, found = _content(Path(path))
+    owner, names, found = _content(Path(path), revision)
     rows = {name: index for index, name in enumerate(names)}
     missing = [name for name in layers if name not in rows]
     if owner != model or missing or found.hotness.shape != (len(rows), num_experts):
@@ -82,9 +92,7 @@ def read_snapshot(path: str | Path, model: str, layers: list[str], num_experts: 
 def open_snapshot(path: str | Path) -> tuple[str, list[str], Snapshot]:
     """The class of the model that a file belongs to, the names of its layers, and what was hot in them.
 
-    Raises:
-        HotnessError: not a snapshot, or damaged.
-        FileNotFoundError: there is no such file.
+    `path` and errors are those of `read_snapshot`.
     """
     return _content(Path(path))
 
@@ -101,11 +109,10 @@ def is_hotness(values: np.ndarray) -> bool:
     return bool((np.isfinite(values) & (values >= 0)).all())
 
 
-def _content(path: Path) -> tuple[str, list[str], Snapshot]:
+def _content(path: Path, revision: str | None = None) -> tuple[str, list[str], Snapshot]:
     """The model's class, the layers' names, and what was hot in them."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no hotness snapshot {path}; runtime.save_hotness(path) writes one")
     try:
+        path = _located(path, revision)
         tensors, metadata = read_tensors(path, _KINDS, ["hotness"], _OF_KINDS)
         if metadata.get("version") != VERSION:
             raise HotnessError(
@@ -120,6 +127,15 @@ def _content(path: Path) -> tuple[str, list[str], Snapshot]:
         if isinstance(error, HotnessError):
             raise
         raise HotnessError(f"{path} cannot be read as a hotness snapshot: {error}; save it again") from error
+
+
+def _located(path: Path, revision: str | None) -> Path:
+    """The file, fetched if it is that of a repository."""
+    if path.exists():
+        return path
+    if len(path.parts) == 2 and is_repository(path) and not path.suffix:
+        return hub_file(path.as_posix(), HUB_NAME, revision)
+    raise FileNotFoundError(f"there is no hotness snapshot {path}; runtime.save_hotness(path) writes one")
 
 
 def _learned(arrays: dict[str, np.ndarray]) -> LearnedKinds | None:

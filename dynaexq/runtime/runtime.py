@@ -168,14 +168,20 @@ class Runtime:
         learned = self._parts[0].control.tracker.learned if len(self._parts) == 1 else None
         write_snapshot(path, self._model_name, self._layer_names(), Snapshot(average, learned))
 
-    def load_hotness(self, path: str | Path) -> None:
+    def load_hotness(self, path: str | Path, revision: str | None = None) -> None:
         """Take the hotness that `save_hotness` wrote and choose the upgrades anew, frozen or not; waits for them.
 
+        Args:
+            path: the file, or `"organization/name"` for `hotness.safetensors` of that repository on the Hub.
+            revision: branch, tag or commit of the repository.
+
         Raises:
-            HotnessError: not a hotness snapshot, damaged, or of another model; nothing has changed then.
+            HotnessError: not a hotness snapshot, damaged, of another model, or not to be had from the Hub; nothing
+                has changed then.
+            FileNotFoundError: there is no such file.
         """
         self._check_open()
-        found = read_snapshot(path, self._model_name, self._layer_names(), self.plan.num_experts)
+        found = read_snapshot(path, self._model_name, self._layer_names(), self.plan.num_experts, revision)
         self._start_from(found)
 
     def warm_start(self, hotness: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import patching
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import save_file
 
 import dynaexq
@@ -104,3 +105,35 @@ def test_each_difference_alone_is_refused(tmp_path: Path, model: str, layers: li
     assert read_snapshot(tmp_path / "heat", "Model", ["b"], 4).hotness.shape == (1, 4)
     with pytest.raises(HotnessError, match="belongs to a Model with 2 layers of 4 experts"):
         read_snapshot(tmp_path / "heat", model, layers, num_experts)
+
+
+def test_a_snapshot_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = patched()
+    before.warm_start(heat(*HOT))
+    before.save_hotness(tmp_path / "hotness.safetensors")
+    asked = []
+
+    def fetch(repository: str, name: str, revision: str | None = None) -> str:
+        asked.append((repository, name, revision))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("dynaexq.checkpoint.hub_files.hf_hub_download", fetch)
+    runtime = patched()
+    runtime.load_hotness("me/hot", revision="v2")
+    assert asked == [("me/hot", "hotness.safetensors", "v2")]
+    np.testing.assert_array_equal(runtime.hotness(), heat(*HOT))
+
+
+def test_what_is_not_to_be_had_from_the_hub_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("dynaexq.checkpoint.hub_files.hf_hub_download", fail)
+    runtime = patched()
+    before = runtime.hotness()
+    with pytest.raises(HotnessError, match=r"there is no file me/hot, and hotness\.safetensors .* offline"):
+        runtime.load_hotness("me/hot")
+    for missing in ("heat.safetensors", "runs/heat.safetensors", "/nowhere/heat"):
+        with pytest.raises(FileNotFoundError, match="there is no hotness snapshot"):
+            runtime.load_hotness(missing)
+    np.testing.assert_array_equal(runtime.hotness(), before)
