@@ -120,6 +120,7 @@ BENCHMARKS = (
     Benchmark("start_up", "start_up.py", "seconds to import and of short commands", "start_up.json"),
     Benchmark("policy/speed", "policy/policy_speed.py", "milliseconds per tick", "policy_speed.json"),
     Benchmark("policy/simulate", "policy/simulate.py", "policies on made-up traffic", "simulate.json"),
+    Benchmark("policy/replicas", "policy/replicas.py", "1 to 64 replicas of large models", "replicas.json"),
     Benchmark("figures/1", "figures/fig1_activation.py", "routing frequency by workload", "fig1_activation.json"),
     Benchmark("figures/3", "figures/fig3_timeline.py", "swap pipeline against compute", "fig3_timeline.json"),
     Benchmark("figures/4", "figures/fig4_perplexity.py", "perplexity by low-precision share", "fig4_perplexity.json"),

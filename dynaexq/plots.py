@@ -3,11 +3,14 @@
 Each function returns a figure, which a notebook shows and `figure.savefig(path)` writes. Colors remain apart for
 color-blind readers, and markers and shades do without color.
 
->>> from dynaexq import plots
->>> plots.hotness_map(model.dynaexq.snapshot())  # doctest: +SKIP
+Examples:
+    >>> from dynaexq import plots
+    >>> plots.hotness_map(model.dynaexq.snapshot())  # doctest: +SKIP
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +31,7 @@ def precision_map(snapshot: Mapping[str, Any]) -> "Figure":
 
 
 def hotness_map(snapshot: Mapping[str, Any]) -> "Figure":
-    """Routing mass per token that every expert is expected to get, a row for each layer."""
+    """Routing mass per token that every expert has got of late, a row for each layer."""
     return _map(snapshot["hotness"], "routing mass per token", f"{snapshot['model']}: hotness")
 
 
@@ -120,9 +123,22 @@ def _gap(tokens: Sequence[int]) -> float:
 
 
 def _figure(size: tuple[float, float]) -> "tuple[Figure, Axes]":
+    figure = _figure_class()(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+@cache
+def _figure_class() -> "type[Figure]":
+    """Matplotlib's figure, which a notebook shows also where pyplot was never imported."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "dynaexq[plots]"') from error
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            written = BytesIO()
+            self.savefig(written, format="png")
+            return written.getvalue()
+
+    return Picture

@@ -63,7 +63,7 @@ def measured(tokens: int) -> list[dict[str, Any]]:
     """Every case on the traces they share."""
     rows = []
     with TemporaryDirectory() as scratch:
-        traces = {name: Path(scratch) / f"{name}.npz" for name in WORKLOADS}
+        traces = {name: Path(scratch) / f"{name}.npz" for _, name, _ in CASES if name in WORKLOADS}
         for name, path in traces.items():
             generate(path, WORKLOADS[name], tokens, 4)
         traces["still"] = Path(scratch) / "still.npz"

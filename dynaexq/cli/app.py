@@ -210,7 +210,8 @@ def simulate(
         Path | None, typer.Argument(help="A routing trace (.npz), as runtime.trace() writes it.", dir_okay=False)
     ] = None,
     generate: Annotated[
-        str | None, typer.Option(help="Make the trace up first: qwen3-30b, qwen3-next-80b or flat.")
+        str | None,
+        typer.Option(help="Make the trace up first: qwen3-30b, qwen3-next-80b, qwen3-235b, deepseek-v3 or flat."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each made-up phase.", min=8)] = 4000,
     phases: Annotated[int, typer.Option(help="How many made-up phases.", min=1)] = 4,
@@ -227,10 +228,17 @@ def simulate(
         float, typer.Option("--copy-rate-limit", "--link-share", help="Share of the link that moves may take.")
     ] = 0.1,
     tokens_per_second: Annotated[float, typer.Option(help="Pace of the model.", min=0.001)] = 50.0,
+    replicas: Annotated[int, typer.Option(help="Copies of the model that share the traffic.", min=1)] = 1,
+    request_tokens: Annotated[int, typer.Option(help="Tokens until the next replica has its turn.", min=1)] = 256,
+    exchange_every: Annotated[
+        int | None,
+        typer.Option(help="Tokens until the replicas tell each other their routing counts; never if left out.", min=1),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Replay routing through the policy, without a model: coverage, moves, traffic, and whether it is worth it."""
     from dynaexq.settings import Settings, parse_bytes
+    from dynaexq.simulator.replay import Replicas
     from dynaexq.simulator.simulate import parse_options, provided
     from dynaexq.simulator.simulate import simulate as run
 
@@ -243,9 +251,9 @@ def simulate(
         )
     settings = Settings(**options)
     with provided(trace, generate, tokens, phases, settings.update_interval, seed) as opened:
-        simulation = run(
-            opened, settings, upgraded, link=parse_bytes(link, "link"), tokens_per_second=tokens_per_second
-        )
+        fleet = Replicas(replicas, request_tokens, exchange_every)
+        rate = parse_bytes(link, "link")
+        simulation = run(opened, settings, upgraded, None, rate, tokens_per_second, fleet)
         if as_json:
             _print_json(simulation.figures())
         else:

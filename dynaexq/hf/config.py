@@ -40,8 +40,9 @@ class DynaExqConfig(Options, QuantizationConfigMixin):
         SettingsError: an unknown option, or a value that one cannot take.
         CheckpointError: the checkpoint was written in a format of another version.
 
-    >>> DynaExqConfig(hbm_budget="20GiB", tiers=("int4", "int8")).settings().hbm_budget
-    21474836480
+    Examples:
+        >>> DynaExqConfig(hbm_budget="20GiB", tiers=("int4", "int8")).settings().hbm_budget
+        21474836480
     """
 
     packed: dict[str, Any] | None = None

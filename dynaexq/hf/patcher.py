@@ -50,14 +50,21 @@ def patch(
     Every expert is quantized to the base tier and stays on the device; the hottest hold an upgrade besides, within
     `hbm_budget`, and which ones those are follows the traffic. The original expert weights are freed.
 
-    >>> runtime = dynaexq.patch(model, hbm_budget="20GiB", tiers=("int4", "int8"))           # doctest: +SKIP
-    >>> runtime = dynaexq.patch(model, "20GiB", config=DynaExqConfig(half_life=256))         # doctest: +SKIP
+    Examples:
+        >>> runtime = dynaexq.patch(model, hbm_budget="20GiB", tiers=("int4", "int8"))           # doctest: +SKIP
+        >>> runtime = dynaexq.patch(model, "20GiB", config=DynaExqConfig(half_life=256))         # doctest: +SKIP
 
     Args:
         model: a Transformers model with the standard experts interface, on the CPU or on the device. Of a module that
             such a model lies in (a wrapper of your own, or PEFT's) that model is patched, counted and saved.
         hbm_budget: ceiling on the device bytes of all weights: `"20GiB"`, `"20GB"`, bytes, or `"auto"`.
-        tiers, device, dense, policy, host_copy, calibration: the options of these names; see `DynaExqConfig`.
+        tiers: the precisions of an expert, the base first, such as `("int4", "int8")`. This and what follows are
+            options of `DynaExqConfig`, which has the details.
+        device: where the model computes, such as `"cuda:1"`.
+        dense: what dense linear layers are packed as, such as `"int8"`.
+        policy: who deserves precision: `"topn"`, `"threshold"`, `"frozen"`, or a function.
+        host_copy: where upgrades wait, such as `"disk"`.
+        calibration: the path of what `dynaexq.calibrate` wrote.
         checkpoint: the directory of the 16-bit safetensors to read the experts from, where the model's own are on
             the meta device.
         config: every other option, also as a dict. An argument that is not None wins over it.

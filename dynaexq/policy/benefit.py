@@ -103,10 +103,11 @@ class Stance:
 class Verdict:
     """Whether a mix of precisions is worth it here. Shares lie in [0, 1]; `str()` is the answer in words.
 
-    >>> shares = {"even": 0.2, "coverage": 0.5, "removed": 0.6, "removed_by_start": 0.3, "advantage": 0.1}
-    >>> verdict = Verdict(worth_it=True, following=True, tokens=9000, needed=4096, **shares)
-    >>> round(verdict.lift, 2), str(verdict)[:53]
-    (0.5, 'Worth it: the upgraded 20% of the experts remove 60% ')
+    Examples:
+        >>> shares = {"even": 0.2, "coverage": 0.5, "removed": 0.6, "removed_by_start": 0.3, "advantage": 0.1}
+        >>> verdict = Verdict(worth_it=True, following=True, tokens=9000, needed=4096, **shares)
+        >>> round(verdict.lift, 2), str(verdict)[:53]
+        (0.5, 'Worth it: the upgraded 20% of the experts remove 60% ')
 
     Attributes:
         worth_it: whether a mix of precisions beats an even choice; None while too little was seen.

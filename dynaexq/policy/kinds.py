@@ -77,7 +77,9 @@ class LearnedKinds:
     @classmethod
     def joined(cls, several: Sequence["LearnedKinds"]) -> "LearnedKinds":
         """The kinds of all of `several`."""
-        return cls(*(np.concatenate(parts) for parts in zip(*(learned._parts for learned in several), strict=True)))
+        parts = (np.concatenate(of_all) for of_all in zip(*(learned._parts for learned in several), strict=True))
+        profiles, tokens, words, recent = parts
+        return cls(profiles, tokens, words, recent / len(several))
 
     @property
     def average(self) -> np.ndarray:
@@ -180,8 +182,12 @@ class Kinds:
 
     @classmethod
     def known(cls, learned: LearnedKinds, most: int) -> "Kinds":
-        """Those that rest on most tokens, of what another run has learned."""
-        return cls(learned.at(np.sort(np.argsort(-learned.tokens, kind="stable")[:most])), most)
+        """What another run, or several, have learned; the nearest are taken for one while they are too many."""
+        while len(learned.tokens) > most:
+            cost = _cost_of_merging(learned.routing_shares, learned.tokens)
+            one, other = (int(place) for place in np.unravel_index(cost.argmin(), cost.shape))
+            learned = learned.merged(one, other).at(np.delete(np.arange(len(learned.tokens)), other))
+        return cls(learned, most)
 
     def __len__(self) -> int:
         return len(self.learned.tokens)

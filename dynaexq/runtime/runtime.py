@@ -33,10 +33,11 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """Precision management of one patched model; `dynaexq.patch` returns it and `model.dynaexq` is it.
 
-    >>> runtime = dynaexq.patch(model, hbm_budget="20GiB")       # doctest: +SKIP
-    >>> model.generate(**inputs)                                  # doctest: +SKIP
-    >>> print(runtime.report())                                   # doctest: +SKIP
-    >>> runtime.set_budget("16GiB")                               # doctest: +SKIP
+    Examples:
+        >>> runtime = dynaexq.patch(model, hbm_budget="20GiB")       # doctest: +SKIP
+        >>> model.generate(**inputs)                                  # doctest: +SKIP
+        >>> print(runtime.report())                                   # doctest: +SKIP
+        >>> runtime.set_budget("16GiB")                               # doctest: +SKIP
 
     All arrays are `[num_layers, num_experts]` over the model's sparse layers in order. As a context manager it closes
     itself at the end of the block.

@@ -1,10 +1,12 @@
 """A trace through the control of a real model: every decision is `control`'s own, and only memory is imagined.
 
 It stands beside four sets that no rule had to find: the choice made at the start, the best for the trace as a whole,
-for each phase, and for each window. The last three know the future.
+for each phase, and for each window. The last three know the future. With several replicas, requests go to one after
+the other, each decides by what it has seen itself, and now and then all may be told what the others have seen.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +20,24 @@ from dynaexq.traces import Phase, Trace, TraceWindow
 from dynaexq.types import Transition
 
 YARDSTICKS = ("start", "average", "phase", "window")
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Copies of a model that share the traffic.
+
+    `Replicas(8, request_tokens=256, exchange_every=4096)`: eight, and sixteen requests between two exchanges.
+
+    Attributes:
+        count: how many there are.
+        request_tokens: tokens after which the next one has its turn.
+        exchange_every: tokens of all after which each is told the routing counts of the others since the last time;
+            None where each is on its own.
+    """
+
+    count: int = 1
+    request_tokens: int = 256
+    exchange_every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,28 +171,72 @@ class ImaginedSlots:
             self.published[self._in_flight.popleft()[1]] = True
 
 
-def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings) -> Replay:
+class _Replica:
+    """One model: its control, and slots that begin filled."""
+
+    def __init__(self, shape: tuple[int, int], gain: np.ndarray, machine: Machine, settings: Settings):
+        self.slots = slots = ImaginedSlots(machine, shape)
+        limit = settings.copy_rate_limit
+        rate = limit * machine.link if isinstance(limit, float) else limit
+        assert not isinstance(rate, str), "settings have turned sizes into bytes"
+        limiter = CopyRateLimiter(rate, machine.slot_nbytes, lambda: slots.now)
+        self.control = ControlLoop(shape, gain, limiter, settings)
+        self.control.fill(slots)
+        slots.drain()
+
+    def step(self, window: TraceWindow, top_k: int) -> int:
+        """Decide after one window; how many promotions that began."""
+        self.slots.now += float(window.tokens.max()) / self.slots.machine.tokens_per_second
+        seen = Window(*window, top_k=top_k, upgraded=self.slots.published.copy())
+        return sum(move.promote for move in self.control.step(seen, self.slots))
+
+
+class _Untold:
+    """What each replica has seen since they told one another."""
+
+    def __init__(self, fleet: Sequence[_Replica]):
+        self._fleet = fleet
+        self._seen: dict[_Replica, TraceWindow] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Of all."""
+        return sum(int(window.tokens.max()) for window in self._seen.values())
+
+    def add(self, replica: _Replica, window: TraceWindow) -> None:
+        """One more window of one replica."""
+        self._seen[replica] = self._seen[replica] + window if replica in self._seen else window
+
+    def tell(self) -> None:
+        """Let each take in what the others have seen."""
+        for replica in self._fleet:
+            others = [window for one, window in self._seen.items() if one is not replica]
+            if others:
+                replica.control.tracker.update(*sum(others[1:], start=others[0]))
+        self._seen.clear()
+
+
+def replay(
+    trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings, replicas: Replicas | None = None
+) -> Replay:
     """Send `trace` through the control that `settings` ask for, one tick a window.
 
     Args:
         gain: `[L, E]`, the error that the upgrade removes from each expert.
+        machine: that of each replica.
 
     Raises:
         TraceError: the trace is empty.
     """
     if not trace.num_windows:
         raise TraceError(f"{trace.path} holds no window: no tick fell into its recording; record for longer")
-    slots = ImaginedSlots(machine, trace.header.shape)
-    limit = settings.copy_rate_limit
-    rate = limit * machine.link if isinstance(limit, float) else limit
-    assert not isinstance(rate, str), "settings have turned sizes into bytes"
-    limiter = CopyRateLimiter(rate, machine.slot_nbytes, lambda: slots.now)
-    control = ControlLoop(trace.header.shape, gain, limiter, settings)
-    control.fill(slots)
-    slots.drain()
-    sets = _foreseen(trace, gain, machine.num_slots, settings) | {"start": slots.published.copy()}
+    replicas = replicas or Replicas()
+    fleet = [_Replica(trace.header.shape, gain, machine, settings) for _ in range(replicas.count)]
+    start = fleet[0].slots.published.copy()
+    sets = _foreseen(trace, gain, machine.num_slots, settings) | {"start": start}
     routed, tracks = Track(), {name: Track() for name in ("policy", *YARDSTICKS)}
     everyone, rows = np.ones(trace.header.shape, dtype=bool), []
+    seen, untold = 0, _Untold(fleet)
     phase_of = np.repeat(np.arange(len(trace.phases)), [phase.end - phase.first for phase in trace.phases])
     for index, window in enumerate(trace.windows()):
         sets["phase"] = sets[f"phase {phase_of[index]}"]
@@ -180,13 +244,17 @@ def replay(trace: Trace, gain: np.ndarray, machine: Machine, settings: Settings)
         routed.add(window, gain, everyone)
         for name in YARDSTICKS:
             tracks[name].add(window, gain, sets[name])
-        tracks["policy"].add(window, gain, slots.published)
-        slots.now += float(window.tokens.max()) / machine.tokens_per_second
-        seen = Window(*window, top_k=trace.header.top_k, upgraded=slots.published.copy())
-        begun = sum(move.promote for move in control.step(seen, slots))
-        rows.append((int(window.tokens.max()), begun, control.auto_pause.paused))
+        replica = fleet[seen // replicas.request_tokens % replicas.count]
+        tracks["policy"].add(window, gain, replica.slots.published)
+        begun, count = replica.step(window, trace.header.top_k), int(window.tokens.max())
+        rows.append((count, begun, replica.control.auto_pause.paused))
+        seen += count
+        if replicas.exchange_every:
+            untold.add(replica, window)
+            if untold.tokens >= replicas.exchange_every:
+                untold.tell()
     tokens, promotions, paused = (np.array(column) for column in zip(*rows, strict=True))
-    verdict = control.verdict(slots.published)
+    verdict = Verdict.merged([one.control.verdict(one.slots.published) for one in fleet], [1] * len(fleet))
     return Replay(machine, trace.phases, tokens, routed, tracks, promotions, paused, verdict)
 
 

@@ -21,7 +21,7 @@ from dynaexq.memory import DeviceMemory
 from dynaexq.planning.budget import ModelSpec, plan_memory, tier_choices
 from dynaexq.quantization import tier_sizes
 from dynaexq.settings import Settings
-from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, replay
+from dynaexq.simulator.replay import YARDSTICKS, Machine, Replay, Replicas, replay
 from dynaexq.traces import WORKLOADS, Phase, Trace, TraceHeader, generate
 from dynaexq.views.tables import print_table
 from dynaexq.views.words import size
@@ -38,12 +38,13 @@ class Simulation:
     tiers: tuple[str, ...]
     gains_known: bool
     outcome: Replay
+    replicas: Replicas
 
     def figures(self) -> dict[str, Any]:
         """Everything that is shown, and the timeline, ready for JSON."""
         outcome, machine = self.outcome, self.outcome.machine
         tokens, moves = int(outcome.tokens.sum()), int(outcome.promotions.sum())
-        seconds = tokens / machine.tokens_per_second
+        seconds = tokens / machine.tokens_per_second  # of one replica, or of all one after the other
         return {
             "trace": {
                 "shape": self.trace.header.shape,
@@ -52,6 +53,7 @@ class Simulation:
                 "windows": len(outcome.tokens),
             },
             "machine": asdict(machine),
+            "replicas": asdict(self.replicas),
             "tiers": self.tiers,
             "gains_known": self.gains_known,
             "policy": self.settings.policy if isinstance(self.settings.policy, str) else "callable",
@@ -93,6 +95,8 @@ class Simulation:
         console, figures = Console(), self.figures()
         layers, experts = self.trace.header.shape
         title = f"{layers} x {experts} experts, {' + '.join(self.tiers)}, {figures['share_upgraded']:.0%} upgraded"
+        if self.replicas.count > 1:
+            title = f"{self.replicas.count} replicas, {title}"
         table = Table(title=f"{title}: share of the removable error removed")
         for name in ("phase", "tokens", "policy", *YARDSTICKS, "moves", "tokens to 90 %"):
             table.add_column(name, justify="left" if name == "phase" else "right")
@@ -121,6 +125,7 @@ def simulate(
     dense: int | None = None,
     link: float = 25e9,
     tokens_per_second: float = 50.0,
+    replicas: Replicas | None = None,
 ) -> Simulation:
     """Replay `trace` as `settings` say.
 
@@ -128,6 +133,7 @@ def simulate(
         upgraded: share of the experts with an upgrade, in place of `hbm_budget`.
         dense: bytes of all weights that are not experts; by default what the trace says.
         link: bytes per second from host memory to the device; PCIe 4 x16 reaches 25e9.
+        replicas: copies that share the traffic; one by default.
 
     Raises:
         SettingsError: neither a budget nor a share, or a trace without the shape of its experts.
@@ -136,7 +142,8 @@ def simulate(
     tiers, num_slots, slot_nbytes = _sized(trace.header, settings, upgraded, dense)
     gain, known = gains(trace.header, tiers)
     machine = Machine(num_slots, slot_nbytes, link, tokens_per_second)
-    return Simulation(trace, settings, tiers, known, replay(trace, gain, machine, settings))
+    outcome = replay(trace, gain, machine, settings, replicas)
+    return Simulation(trace, settings, tiers, known, outcome, replicas or Replicas())
 
 
 def gains(header: TraceHeader, tiers: tuple[str, ...]) -> tuple[np.ndarray, bool]:

@@ -56,6 +56,8 @@ class Workload:
 WORKLOADS = {
     "qwen3-30b": Workload(48, 128, 8, 2048, 768, 3_100_000_000, 0.75, 0.28, 0.25, 1500, 0.2, 12),
     "qwen3-next-80b": Workload(48, 512, 10, 2048, 512, 6_600_000_000, 0.6, 0.45, 0.1, 1500, 2.4, 50),
+    "qwen3-235b": Workload(94, 128, 8, 4096, 1536, 16_000_000_000, 0.75, 0.28, 0.25, 1500, 0.2, 12),
+    "deepseek-v3": Workload(58, 256, 8, 7168, 2048, 34_000_000_000, 0.75, 0.28, 0.25, 1500, 0.2, 12),
     "flat": Workload(48, 128, 8, 2048, 768, 3_100_000_000, 0.0, 0.0, 0.0, 1500, 0.0, 12),
 }
 """Shapes of published models, and what was measured on models like them. With a fifth of the experts upgraded:
@@ -67,6 +69,8 @@ WORKLOADS = {
 - `qwen3-next-80b`: 512-expert models have no static hot set (a list of 32 made beforehand meets a tenth of the
   choices: `skew`; 1,300 tokens touch 98 % of the experts) but repeat themselves at once (the 64 and the 128 experts
   used last meet 67 and 81 %: `locality` and `locality_tokens`).
+- `qwen3-235b`, `deepseek-v3` (58 of its 61 layers are sparse): their shapes, with the statistics of `qwen3-30b`,
+  as none were published for them.
 - `flat`: nothing to follow.
 
 `tests/traces/test_traces.py` measures these figures. The weights of the choices are those of the softmax and are not

@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 from command_line import run_main
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3NextConfig
+from published import QWEN3_30B, QWEN3_NEXT_80B, saved
+from transformers import PreTrainedModel, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from dynaexq.cli import app
@@ -35,41 +36,8 @@ from dynaexq.quantization import ExpertCodec
 from dynaexq.settings import parse_bytes
 
 GIB = 2**30
-QWEN3_30B = Qwen3MoeConfig(
-    architectures=["Qwen3MoeForCausalLM"],
-    dtype="bfloat16",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_experts=128,
-    num_experts_per_tok=8,
-    moe_intermediate_size=768,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-)
-QWEN3_NEXT_80B = Qwen3NextConfig(
-    architectures=["Qwen3NextForCausalLM"],
-    dtype="bfloat16",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_hidden_layers=48,
-    num_experts=512,
-    num_experts_per_tok=10,
-    moe_intermediate_size=512,
-    shared_expert_intermediate_size=512,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    head_dim=256,
-)
 SMALL = Qwen3MoeConfig.from_dict(QWEN3_30B.to_dict() | {"num_hidden_layers": 4, "vocab_size": 1000})
 PUBLISHED = {"30B": QWEN3_30B, "80B": QWEN3_NEXT_80B}
-
-
-def saved(config: PreTrainedConfig, directory: Path) -> Path:
-    """A directory with a config.json and nothing else."""
-    config.save_pretrained(directory)
-    return directory
 
 
 def saved_of(model: PreTrainedModel, directory: Path) -> Path:

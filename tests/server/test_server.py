@@ -16,6 +16,7 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from pages import PAGES, blocks
 from typer.testing import CliRunner
 
 import dynaexq
@@ -210,3 +211,10 @@ def test_what_cannot_be_served_is_a_sentence(tmp_path: Path) -> None:
         assert sentence in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
     taken.close()
+
+
+def test_the_client_on_the_page_gets_its_answer(server: Serving, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = [block for page in PAGES for block in blocks(page, "python") if "http://127.0.0.1" in block]
+    here = block.replace("http://127.0.0.1:8000", server.url).replace('"packed"', repr(server.model))
+    exec(compile(here, "serving", "exec"), {})
+    assert len(capsys.readouterr().out) > 10

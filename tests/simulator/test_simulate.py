@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from typer.testing import CliRunner
 from dynaexq.cli.app import app
 from dynaexq.errors import BudgetError, SettingsError, TraceError
 from dynaexq.settings import Settings
-from dynaexq.simulator.replay import ImaginedSlots, Machine, replay
+from dynaexq.simulator.replay import ImaginedSlots, Machine, Replicas, replay
 from dynaexq.simulator.simulate import gains, parse_options, provided, simulate
-from dynaexq.traces import WORKLOADS, Trace, generate
+from dynaexq.traces import WORKLOADS, Phase, Trace, TraceWindow, generate
 from dynaexq.types import Transition
 
 INSTANT = math.inf
@@ -201,3 +202,36 @@ def test_the_command_replays_a_file_and_writes_its_figures(tmp_path: Path) -> No
     assert figures["machine"]["num_slots"] == 4
     assert figures["trace"]["tokens"] == sum(phase["tokens"] for phase in figures["phases"]) == 7 * 24
     assert figures["timeline"][-1]["tokens"] == 7 * 24
+
+
+def test_replicas_alone_see_less_and_follow_later_and_being_told_of_the_others_makes_up_for_it(
+    shifting: Trace,
+) -> None:
+    settings = Settings(tiers=("int2", "int4"), copy_rate_limit=0.1)
+    fleets = {"one": Replicas(), "alone": Replicas(8), "told": Replicas(8, exchange_every=128)}
+    removed = {
+        name: simulate(shifting, settings, upgraded=0.2, replicas=fleet).outcome.removed("policy")
+        for name, fleet in fleets.items()
+    }
+    assert removed["alone"] + 0.05 < removed["told"] < removed["one"]
+
+
+def test_each_replica_decides_by_its_own_requests_alone() -> None:
+    """Two kinds of request in turn: two replicas meet one kind each, and hold what it needs."""
+    mass = np.zeros((2, 1, 8))
+    mass[0, 0, :2] = mass[1, 0, 4:6] = 8.0
+    windows = [TraceWindow(mass[i // 4 % 2], np.array([16]), 16) for i in range(400)]
+    machine, settings = Machine(2, 256, INSTANT, 1.0), Settings(tiers=("int2", "int4"), auto_pause=False, half_life=16)
+    gain, trace = np.ones((1, 8)), listed(windows)
+    apart = replay(trace, gain, machine, settings, Replicas(2, request_tokens=64))
+    assert apart.coverage("policy", 100) == 1.0
+    assert replay(trace, gain, machine, settings).coverage("policy", 100) < 0.9
+
+
+def listed(windows: list[TraceWindow]) -> Any:
+    """What a replay asks of a trace, from memory."""
+    header = SimpleNamespace(shape=windows[0].mass.shape, top_k=1)
+    phases = [Phase("all", 0, len(windows))]
+    return SimpleNamespace(
+        header=header, phases=phases, num_windows=len(windows), windows=lambda: iter(windows), path="memory"
+    )
