@@ -11,7 +11,7 @@ from pages import ROOT
 
 pytest.importorskip("mkdocs")
 
-NOTEBOOKS = {path.stem for path in (ROOT / "docs" / "notebooks").glob("*.ipynb")}
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 def entries(nav: object) -> list[str]:
@@ -51,7 +51,7 @@ def test_every_notebook_has_run_and_shows_a_picture(site: Path, name: str) -> No
 
 
 def test_there_are_the_three_notebooks() -> None:
-    assert {"quickstart", "shifting-workload", "budget-sweep"} == NOTEBOOKS
+    assert NOTEBOOKS == ["budget-sweep", "quickstart", "shifting-workload"]
 
 
 def test_the_reference_has_what_users_call(site: Path) -> None:
