@@ -15,6 +15,7 @@ import typer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dynaexq import plots
 from dynaexq.evaluate import stream_logits
 from dynaexq.hf.discovery import find_sparse_layers
 
@@ -67,25 +68,6 @@ def rows_of(frequencies: dict[str, np.ndarray], layers: list[int]) -> list[dict[
     return rows
 
 
-def draw(figure: Any, results: dict[str, Any]) -> None:
-    """A column for each layer, a row for each workload; all experts in the order of their index."""
-    layers, frequencies = results["layers"], results["frequencies"]
-    grid = figure.subplots(len(frequencies), len(layers), sharex=True, sharey="col", squeeze=False)
-    for row, (color, (name, by_layer)) in enumerate(
-        zip(itertools.cycle(figures.COLORS), frequencies.items(), strict=False)
-    ):
-        for column, layer in enumerate(layers):
-            axes, frequency = grid[row, column], by_layer[column]
-            axes.bar(range(len(frequency)), [100 * share for share in frequency], width=0.9, color=color)
-            axes.axhline(100 * results["top_k"] / len(frequency), color="black", lw=0.8, ls="--")
-            if row == 0:
-                axes.set_title(f"layer {layer}")
-        grid[row, 0].set_ylabel(f"{name}\n% of tokens")
-    for axes in grid[-1]:
-        axes.set_xlabel("expert")
-    figure.suptitle(f"{results['model']}: how often each expert is chosen (dashed: if all were alike)")
-
-
 def main(
     model: figures.Model = figures.EMBEDDED,
     device: figures.Device = figures.DEVICE,
@@ -117,7 +99,10 @@ def main(
         "frequencies": {name: found[layers].round(5).tolist() for name, found in frequencies.items()},
     }
     figures.show(f"{model.name}: choices of {windows * length:,} tokens a workload", rows)
-    figures.save(out, "fig1_activation", results, draw, (5 * len(layers), 1.7 * len(texts) + 0.8))
+    title = f"{model.name}: how often each expert is chosen (dashed: if all were alike)"
+    figures.save(
+        out, "fig1_activation", results, lambda: plots.choices(results["frequencies"], layers, choices.top_k), title
+    )
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ import torch
 import typer
 from timeline import Timeline
 
-MOVES_DRAWN = 24
-COLORS = dict(zip(("forward", "copy", "published", "tick", "layer"), figures.COLORS, strict=False))
+from dynaexq import plots
 
 
 def serve(timeline: Timeline, texts: dict[str, Any], prompt: int) -> None:
@@ -82,57 +81,6 @@ def copies_of(moves: list[dict]) -> list[tuple[str, float, float]]:
     return [(move["name"], move["copy_begin"], move["copy_end"]) for move in moves if move["promote"]]
 
 
-def draw(figure: Any, results: dict[str, Any]) -> None:
-    """Above the whole run, below the tick with the most promotions and the forwards around it."""
-    whole, close = figure.subplots(2, 1, height_ratios=(1, 2))
-    spans, moves = results["spans"], results["moves"]
-    _draw_bars(whole, spans, moves, ("forward", "tick", "copy"))
-    whole.set_title(f"swap pipeline against compute, on {results['machine']['device']}: the whole run")
-    begin, end = busiest(spans, moves)
-    _draw_bars(close, spans, moves, ("forward", "layer", "tick", "copy"))
-    shown = [move for move in moves if move["published"] >= begin and move["decided"] <= end]
-    _draw_moves(close, shown[:MOVES_DRAWN])
-    close.set_xlim(begin * 1e3, end * 1e3)
-    close.set_title("around the tick with the most promotions; moves: | decided, red copying, ▲ published, ▼ demoted")
-    close.set_xlabel("milliseconds")
-
-
-def busiest(spans: dict[str, list], moves: list[dict]) -> tuple[float, float]:
-    """Seconds from where to where the picture looks closely."""
-    promotions = [move for move in moves if move["promote"]]
-
-    def started(tick: list) -> int:
-        return sum(tick[1] <= move["decided"] <= tick[2] for move in promotions)
-
-    _, begin, end = max(spans["tick"], key=started)
-    published = [move["published"] for move in promotions if begin <= move["decided"] <= end]
-    end = max([end, *published])
-    margin = max(end - begin, 1e-4)
-    return begin - 0.5 * margin, end + 0.5 * margin
-
-
-def _draw_moves(axes: Any, moves: list[dict]) -> None:
-    """A line for each move, below the bars."""
-    for row, move in enumerate(moves):
-        height = -0.8 - row * 0.25
-        decided, published = move["decided"] * 1e3, move["published"] * 1e3
-        axes.plot([decided, published], [height] * 2, color="#999999", lw=1)
-        if move["promote"]:
-            axes.plot([move["copy_begin"] * 1e3, move["copy_end"] * 1e3], [height] * 2, color=COLORS["copy"], lw=3)
-        axes.plot(decided, height, "|", color="black", ms=6)
-        axes.plot(published, height, "^" if move["promote"] else "v", color=COLORS["published"], ms=4)
-
-
-def _draw_bars(axes: Any, spans: dict[str, list], moves: list[dict], rows: tuple[str, ...]) -> None:
-    for row, kind in enumerate(reversed(rows)):
-        found = copies_of(moves) if kind == "copy" else spans[kind]
-        bars = [(begin * 1e3, (end - begin) * 1e3) for _, begin, end in found]
-        # What follows at once needs a gap to be told apart; a copy is so short that its edge is what is seen.
-        edge = "white" if kind in ("forward", "layer") else COLORS[kind]
-        axes.broken_barh(bars, (row - 0.35, 0.7), facecolors=COLORS[kind], edgecolors=edge, linewidth=0.4)
-    axes.set_yticks(range(len(rows)), reversed(rows))
-
-
 @torch.no_grad()
 def main(
     model: figures.Model = figures.EMBEDDED,
@@ -169,7 +117,8 @@ def main(
     figures.show(
         f"{model.name} on {before['device']}", [{"": name, "figure": value} for name, value in totals.items()]
     )
-    figures.save(out, "fig3_timeline", results, draw, (10, 7))
+    title = f"swap pipeline against compute, on {before['device']}"
+    figures.save(out, "fig3_timeline", results, lambda: plots.timeline(results["spans"], results["moves"]), title)
     trace = chrome_trace(spans, moves, on_cpu=device == "cpu")
     (out / "fig3_timeline.trace.json").write_text(json.dumps(trace) + "\n")
 

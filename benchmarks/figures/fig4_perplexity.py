@@ -9,7 +9,7 @@ a pair of tiers, the high one its upgrade.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import figure_helpers as figures
 import numpy as np
@@ -18,6 +18,7 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
+from dynaexq import plots
 from dynaexq.evaluate import evaluate, reference_logits, stream_logits
 
 SHARES = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0)
@@ -88,26 +89,6 @@ def rows_of(pair: Pair, windows: list[Tensor], reference: list[Tensor], shares: 
     return rows
 
 
-def draw(figure: Any, results: dict[str, Any]) -> None:
-    """Perplexity above, KL divergence below; a column for each pair."""
-    pairs = results["pairs"]
-    grid = figure.subplots(2, len(pairs), sharex=True, squeeze=False)
-    for column, pair in enumerate(pairs):
-        base, upgrade = pair["tiers"]
-        for axes, name in zip(grid[:, column], ("perplexity", "kl"), strict=True):
-            for color, order in zip(figures.COLORS, ORDERS, strict=False):
-                points = [(100 * row["low"], row[name]) for row in pair["rows"] if row["order"] == order]
-                style = "o:" if order == "random" else "o-"
-                axes.plot(*zip(*points, strict=True), style, color=color, label=order, ms=4)
-        grid[0, column].axhline(results["perplexity"], color="black", lw=0.8, ls="--")
-        grid[0, column].set_title(f"{upgrade} to {base}")
-        grid[1, column].set_xlabel("% of the experts demoted")
-    grid[0, 0].set_ylabel("perplexity (dashed: unpatched)")
-    grid[1, 0].set_ylabel("KL divergence, nats per token")
-    grid[0, 0].legend(frameon=False, title="demoted by least")
-    figure.suptitle(results["model"])
-
-
 def main(
     model: figures.Model = figures.EMBEDDED,
     device: figures.Device = figures.DEVICE,
@@ -140,7 +121,7 @@ def main(
         "perplexity": exact.perplexity,
         "pairs": pairs,
     }
-    figures.save(out, "fig4_perplexity", results, draw, (4.5 * len(pairs), 6))
+    figures.save(out, "fig4_perplexity", results, lambda: plots.quality_by_share(pairs, exact.perplexity), model.name)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from latency import Contestant, FastestImplementation
 from torch import Tensor
 from tqdm import tqdm
 
+from dynaexq import plots
+
 PANELS = {
     "ttft_ms": "TTFT, ms",
     "tpot_ms": "TPOT, ms",
@@ -99,23 +101,6 @@ def rows_of(contestants: dict[str, Contestant], batches: list[int]) -> list[dict
     return rows
 
 
-def draw(figure: Any, results: dict[str, Any]) -> None:
-    """A panel for each figure, a line for each contestant."""
-    rows = results["rows"]
-    batches = sorted({row["batch"] for row in rows})
-    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for color, contestant in zip(figures.COLORS, dict.fromkeys(row["contestant"] for row in rows), strict=False):
-            points = [(row["batch"], row[name]) for row in rows if row["contestant"] == contestant]
-            axes.plot(*zip(*points, strict=True), "o-", color=color, label=contestant, ms=4)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(batches, batches)
-        axes.set_ylim(bottom=0)
-        axes.set_title(title)
-        axes.set_xlabel("batch size")
-    figure.axes[0].legend(frameon=False)
-    figure.suptitle(f"{results['model']}, {' + '.join(results['tiers'])}, on {results['machine']['device']}")
-
-
 @torch.no_grad()
 def main(
     model: figures.Model = figures.EMBEDDED,
@@ -161,7 +146,8 @@ def main(
     figures.show(
         f"{model.name} on {before['device']}, {threads} threads; prompts of {prompt}, then {steps} tokens", rows
     )
-    figures.save(out, "fig5_latency", results, draw, (13, 3.6))
+    title = f"{model.name}, {' + '.join(pair)}, on {before['device']}"
+    figures.save(out, "fig5_latency", results, lambda: plots.by_batch(rows, PANELS), title)
 
 
 if __name__ == "__main__":

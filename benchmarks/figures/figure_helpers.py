@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import transformers
@@ -20,14 +20,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dynaexq
-from dynaexq import plots
 from dynaexq.cli.demo import embedded_model
 from dynaexq.cli.demo_corpus import DOMAINS, documents
 from dynaexq.evaluate import windows_of
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.model_size import inspect_checkpoint
 
-COLORS = plots.COLORS
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RESULTS = Path(os.environ.get("OUT", Path(__file__).parent.parent / "results"))
 
 Model = Annotated[Path, typer.Option(help="Checkpoint directory, by default the embedded model.")]
@@ -100,17 +101,15 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def save(out: Path, name: str, results: Any, draw: Callable[[Any, Any], None], size: tuple[float, float]) -> None:
-    """Write `results` as NAME.json, and as NAME.png what `draw(figure, results)` draws in `size` inches of them."""
+def save(out: Path, name: str, results: Any, draw: "Callable[[], Figure]", title: str) -> None:
+    """Write `results` as NAME.json, and as NAME.png the figure that `draw()` makes of them, under `title`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     if find_spec("matplotlib") is None:
         typer.echo(f'{name}.json is written; for the picture, pip install "dynaexq[plots]" and run this again')
         return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure, results)
+    figure = draw()
+    figure.suptitle(title)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / f"{name}.png", dpi=110)

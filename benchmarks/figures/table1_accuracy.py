@@ -24,6 +24,7 @@ import torch
 import typer
 from transformers import AutoTokenizer, PreTrainedModel
 
+from dynaexq import plots
 from dynaexq.cli.demo_corpus import documents
 from dynaexq.types import BITS
 
@@ -122,20 +123,6 @@ def metrics_of(rows: list[dict[str, Any]]) -> list[str]:
     return [name for name in rows[0] if ": " in name and "_stderr" not in name]
 
 
-def draw(figure: Any, results: dict[str, Any]) -> None:
-    """A panel for each task and metric, a bar for each contestant."""
-    rows = results["rows"]
-    metrics = metrics_of(rows)
-    names = [row["contestant"] for row in rows]
-    for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        errors = [row.get(f"{metric}_stderr", 0.0) for row in rows]
-        bars = axes.bar(names, [row[metric] for row in rows], yerr=errors, color=figures.COLORS[0])
-        axes.bar_label(bars, fmt="%.3g")
-        axes.set_title(metric)
-        axes.tick_params(axis="x", rotation=30)
-    figure.suptitle(results["model"])
-
-
 @torch.no_grad()
 def main(
     model: figures.Model = figures.EMBEDDED,
@@ -176,7 +163,7 @@ def main(
     figures.show(f"{model.name}, {' + '.join(pair)}, {upgraded:.0%} upgraded", rows)
     if shares:
         figures.show("share of the distance between low and high that is recovered", shares)
-    figures.save(out, "table1_accuracy", results, draw, (6, 4))
+    figures.save(out, "table1_accuracy", results, lambda: plots.accuracy(rows, metrics_of(rows)), model.name)
 
 
 if __name__ == "__main__":
