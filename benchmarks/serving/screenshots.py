@@ -1,9 +1,10 @@
-"""Pictures of what people look at: the server's live page, a report in a notebook, and dynaexq top in a terminal.
+"""Pictures of what people look at: the server's live page, a report in a notebook, dynaexq top, and plots.
 
     python benchmarks/serving/screenshots.py [--out docs/pictures] [--json FILE]
 
-A server of the embedded model answers prose, code and sums; then Chromium, without a window, opens what there is to
-see. It needs the extra serve, openai and a Chromium (`apt-get install chromium`).
+A server of the embedded model answers prose, code and sums in turn, and Chromium, without a window, opens what there is
+to see; then one kind comes after the other, and what the server shows is plotted. It needs the extras serve and plots,
+openai and a Chromium (`apt-get install chromium`).
 """
 
 import io
@@ -19,12 +20,15 @@ from load import Server, budget_of, load, prompts
 from rich.console import Console
 
 import dynaexq
+from dynaexq import plots
 from dynaexq.cli.demo import embedded_model
+from dynaexq.cli.demo_corpus import DOMAINS
 from dynaexq.hf.convert import quantize_checkpoint
 from dynaexq.views.html import fragment
 from dynaexq.views.terminal import SnapshotView
 
 REQUESTS, CLIENTS, COLUMNS = 120, 4, 100
+OF_EACH_KIND, LAYER = 20, 2
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -60,6 +64,29 @@ def in_a_terminal(snapshot: dict[str, Any]) -> str:
     return f'<!doctype html><meta charset="utf-8"><body style="margin:0">{drawing}</body>'
 
 
+def shifted(server: Server) -> list[dict[str, Any]]:
+    """What the server shows after each of its answers, while one kind of request follows the other."""
+    snapshots = []
+    for kind in range(len(DOMAINS)):
+        for prompt in prompts(REQUESTS)[kind :: len(DOMAINS)][:OF_EACH_KIND]:
+            server.seconds_for(prompt)
+            snapshots.append(server.snapshot())
+    return snapshots
+
+
+def plot(snapshots: list[dict[str, Any]], out: Path) -> None:
+    """The pictures of `dynaexq.plots` of snapshots."""
+    over_time = plots.precision_over_time(snapshots, LAYER)
+    over_time.axes[0].set(xlabel=f"request: {OF_EACH_KIND} each of {', '.join(DOMAINS)}", title=f"layer {LAYER}")
+    figures = {
+        "precision-over-time": over_time,
+        "hotness": plots.hotness_map(snapshots[-1]),
+        "coverage": plots.coverage(snapshots[-1]),
+    }
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=120)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Directory for the PNG files.")] = PICTURES,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the pictures' names and sizes here.")] = None,
@@ -81,6 +108,7 @@ def main(
         ):
             page.write_text(content, encoding="utf-8")
             photograph(page.as_uri(), out / f"{name}.png", *size)
+        plot(shifted(server), out)
         server.end()
     sizes = {path.name: path.stat().st_size for path in sorted(out.glob("*.png"))}
     print(f"{len(sizes)} pictures in {out}")

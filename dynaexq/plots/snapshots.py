@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def precision_map(snapshot: Mapping[str, Any]) -> "Figure":
     """Bits of every expert, a row for each layer; `snapshot` as `Runtime.snapshot` makes it."""
-    return _map(snapshot["bits"], "bits per weight", f"{snapshot['model']}: precision")
+    return _bits(snapshot["bits"], f"{snapshot['model']}: precision")
 
 
 def hotness_map(snapshot: Mapping[str, Any]) -> "Figure":
@@ -39,18 +39,22 @@ def coverage(snapshot: Mapping[str, Any]) -> "Figure":
 def precision_over_time(snapshots: Sequence[Mapping[str, Any]], layer: int = 0) -> "Figure":
     """Bits of every expert of one layer, a column for each of `snapshots` in the order they were taken."""
     columns = np.array([snapshot["bits"][layer] for snapshot in snapshots]).T
-    figure = _map(columns, "bits per weight", f"{snapshots[0]['model']}: precision in layer {layer}")
+    figure = _bits(columns, f"{snapshots[0]['model']}: precision in layer {layer}")
     figure.axes[0].set(xlabel="snapshot", ylabel="expert")
     return figure
 
 
-def _map(rows: Sequence[Sequence[float]], unit: str, title: str) -> "Figure":
+def _bits(rows: Any, title: str) -> "Figure":
+    return _map(rows, "bits per weight", title, np.unique(rows))
+
+
+def _map(rows: Any, unit: str, title: str, ticks: np.ndarray | None = None) -> "Figure":
     """A cell for each value, darker for more: it reads in gray as well."""
     values = np.asarray(rows, dtype=float)
     figure = new_figure((8.0, max(2.0, min(8.0, 1.2 + 0.12 * len(values)))))
     axes = figure.subplots()
     image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0.0, interpolation="nearest")
-    figure.colorbar(image, label=unit)
+    figure.colorbar(image, label=unit, ticks=ticks)
     axes.set(xlabel="expert", ylabel="layer", title=title)
     return figure
 
