@@ -463,6 +463,17 @@ def test_a_writer_that_finds_everything_done_has_nothing_left_to_do(tmp_path: Pa
     assert again.finish() == files
 
 
+def test_a_group_of_which_one_file_is_missing_is_written_again(tmp_path: Path) -> None:
+    files = write_packed(tmp_path, 1).finish()
+    (tmp_path / "experts-upgrade-00002-of-00003.safetensors").unlink()
+    assert PackedWriter(tmp_path, SHAPE, 1, {}).first_layer == 1
+    assert write_packed(tmp_path, 1).finish() == files
+    base, found = blocks()[0], torch.empty(4, 512, dtype=torch.uint8)
+    for layer in range(3):
+        open_packed(tmp_path).read_base(layer, found)
+        assert torch.equal(found, base[layer])
+
+
 def test_where_nothing_can_be_linked_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EXDEV, "another file system")

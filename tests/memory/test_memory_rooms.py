@@ -32,6 +32,7 @@ from dynaexq.memory import (
     allocate_bytes,
     slab_pool,
 )
+from dynaexq.memory.device_memory import measure_link
 from dynaexq.memory.fences import Fence
 from dynaexq.memory.graph_sync import HostMailbox
 from dynaexq.types import LARGEST_MASS, MASS_UNIT, Transition, split_entry
@@ -542,3 +543,8 @@ def test_what_is_fetched_is_written_by_no_one_else():
     table.mend()
     assert not table.entries.any()
     assert words.table[0, 2] == 0x1208
+
+
+def test_the_measured_link_is_that_of_a_machine() -> None:
+    """Of bytes that were copied: no memory moves a terabyte per second past a CPU."""
+    assert 1e8 < measure_link(torch.device("cpu")) < 1e12

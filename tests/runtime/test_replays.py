@@ -329,6 +329,16 @@ def test_a_poller_ends_by_itself_when_looking_fails(caplog: pytest.LogCaptureFix
     poller.stop()
 
 
+def test_a_poller_has_ended_when_its_runtime_is_gone() -> None:
+    model = patched(("int2", "int4"))
+    poller = model.dynaexq.devices[0].poller
+    poller.start()
+    assert poller.is_running
+    del model
+    gc.collect()
+    assert not poller.is_running
+
+
 def test_a_poller_may_stop_itself_and_starts_once() -> None:
     class Once:
         def __init__(self) -> None:
