@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dynaexq.errors import CheckpointError, UnsupportedModelError
@@ -132,7 +132,7 @@ def gather(
     row_nbytes = len(layers) * layers[0].shape().hidden_size * layers[0].dtype.itemsize
     left = MOST_NBYTES // row_nbytes
     try:
-        with tqdm(desc="calibrating", unit="token", unit_scale=True) as progress:
+        with tqdm(desc="calibrating", unit="token", unit_scale=True, disable=None) as progress:
             for window in windows:
                 ids = (window if window.ndim == 2 else window[None])[: max(1, left // window.shape[-1])]
                 model(ids.to(device), use_cache=False, **options)

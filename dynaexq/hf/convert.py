@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from dynaexq.checkpoint import INDEX, PackedWriter, ShardWriter, link_or_copy, replaced, write_index
@@ -224,7 +224,7 @@ class _DenseLayers:
         tensors = {f"{path}.packed": (torch.uint8, (codec.nbytes,)) for path, codec in self._codecs.items()}
         writer = ShardWriter(staging / name, tensors, SHARD_METADATA)
         try:
-            for path, codec in tqdm(self._codecs.items(), desc="packing dense layers", unit="layer"):
+            for path, codec in tqdm(self._codecs.items(), desc="packing dense layers", unit="layer", disable=None):
                 shard, key = self._sources[path]
                 weight = shard.read(key).to(self._device, codec.dtype)
                 writer.write(f"{path}.packed", 0, packed_weight(path, weight, codec, self._calibration))

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dynaexq.checkpoint import PackedReader, PackedShape, PackedStore
 from dynaexq.memory import HostStore, RamStore, allocate_bytes
@@ -129,7 +129,7 @@ class PackedLoader:
     def place(self, codec: ExpertCodec, base: Tensor, settings: Settings) -> LoadResult:
         """See `sources.ExpertLoader`. A block that does not match its checksum is a CheckpointError."""
         layers = range(len(base))
-        quiet = base.numel() < PROGRESS_FROM
+        quiet = base.numel() < PROGRESS_FROM or None  # None: where there is no terminal
         with (
             tqdm(total=base.numel(), unit="B", unit_scale=True, desc="reading experts", disable=quiet) as progress,
             ThreadPoolExecutor(READERS if base.is_cpu else 1) as pool,

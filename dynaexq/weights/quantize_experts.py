@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dynaexq.errors import StoreError
 from dynaexq.memory import DiskStore, HostStore, RamStore
@@ -137,7 +137,7 @@ def encode_all(
     num_layers, num_experts = source.num_layers - first_layer, source.num_experts
     at_once = max(1, WEIGHTS_AT_ONCE[calibration is not None] // codec.shape.num_weights)
     expert_nbytes = codec.shape.num_weights * codec.dtype.itemsize
-    quiet = num_layers * num_experts * codec.shape.num_weights < PROGRESS_FROM
+    quiet = num_layers * num_experts * codec.shape.num_weights < PROGRESS_FROM or None
     total = num_layers * num_experts * expert_nbytes
     with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", disable=quiet) as progress, torch.no_grad():
         for layer in range(first_layer, source.num_layers):

@@ -146,3 +146,15 @@ def test_no_figure_is_cut_off_in_a_narrow_terminal(
     assert len(figures) > 10
     if arguments[0] != "demo":  # its text is the model's
         assert set(figures) <= set(re.findall(r"\d[\d,.]*%?", shown))
+
+
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("dynaexq.weights.quantize_experts.PROGRESS_FROM", 0)
+    for number, is_terminal in enumerate((False, True)):
+        monkeypatch.setattr("sys.stderr.isatty", lambda found=is_terminal: found, raising=False)
+        arguments = ["quantize", str(checkpoint), str(tmp_path / str(number)), "--tiers", "int4", "--dense", "int8"]
+        assert run_main(arguments, monkeypatch) == 0
+        shown = capsys.readouterr().err
+        assert ("quantizing" in shown) is ("packing dense layers" in shown) is is_terminal
