@@ -3,8 +3,8 @@
     python benchmarks/serving/screenshots.py [--out docs/pictures] [--json FILE]
 
 A server of the embedded model answers prose, code and sums in turn, and Chromium, without a window, opens what there
-is to see; then one kind comes after the other, and what the server shows is plotted. It needs the extras serve and plots,
-openai and a Chromium (`apt-get install chromium`).
+is to see; then one kind comes after the other, and what the server shows is plotted. It needs the extras serve and
+plots, openai and a Chromium (`apt-get install chromium`).
 """
 
 import io
