@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from dynaexq.policy.benefit import Verdict
     from dynaexq.runtime.health import Health
     from dynaexq.runtime.moe import DynaExqMoE
-    from dynaexq.runtime.report import Report
     from dynaexq.runtime.runtime import Runtime
     from dynaexq.settings import Settings
     from dynaexq.traces.recorder import Recording
     from dynaexq.types import MemoryPlan
+    from dynaexq.views.report import Report
 
 __version__ = "0.1.0"
 
@@ -79,7 +79,7 @@ _HOME = {
     "Health": "dynaexq.runtime.health",
     "MemoryPlan": "dynaexq.types",
     "Recording": "dynaexq.traces.recorder",
-    "Report": "dynaexq.runtime.report",
+    "Report": "dynaexq.views.report",
     "Runtime": "dynaexq.runtime.runtime",
     "Settings": "dynaexq.settings",
     "Verdict": "dynaexq.policy.benefit",

@@ -27,7 +27,7 @@ from dynaexq.runtime.experts import LayerPorts
 from dynaexq.runtime.health import DEGRADED, OK, STANDING_STILL, Health, HealthMonitor
 from dynaexq.runtime.history import History
 from dynaexq.runtime.moe import LayerView
-from dynaexq.runtime.report import RoutingTotals
+from dynaexq.runtime.routing_totals import RoutingTotals
 from dynaexq.runtime.tick_loop import Poller, StepCount, is_capturing
 from dynaexq.safeguards.call_lock import CallLock
 from dynaexq.safeguards.weak_method import WeakMethod

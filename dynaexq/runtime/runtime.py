@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -21,11 +21,14 @@ from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.health import Health
 from dynaexq.runtime.hotness_snapshot import Snapshot, is_hotness, read_snapshot, write_snapshot
 from dynaexq.runtime.moe import layer_names
-from dynaexq.runtime.report import Report, RoutingTotals
+from dynaexq.runtime.routing_totals import RoutingTotals
 from dynaexq.settings import CONTROL_OPTIONS, Settings, parse_bytes
 from dynaexq.traces import TraceHeader
 from dynaexq.traces.recorder import Recorder, Recording
 from dynaexq.types import BITS, MemoryPlan
+
+if TYPE_CHECKING:
+    from dynaexq.views.report import Report
 
 logger = logging.getLogger(__name__)
 
@@ -274,8 +277,10 @@ class Runtime:
         """Whether precision follows the traffic as it should, since when not, and why; see `Health`."""
         return Health.merged([part.health() for part in self._parts])
 
-    def report(self) -> Report:
+    def report(self) -> "Report":
         """Bytes, tiers, traffic, moves, health and verdict to read; shows itself in a notebook, too."""
+        from dynaexq.views.report import Report  # here, as few programs look
+
         return Report(self.snapshot())
 
     def snapshot(self) -> dict[str, Any]:

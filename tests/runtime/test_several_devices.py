@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import dynaexq
 from dynaexq.errors import BudgetError, ClosedError
-from dynaexq.runtime.report import RoutingTotals
+from dynaexq.runtime.routing_totals import RoutingTotals
 from dynaexq.simulator.simulate import simulate
 from dynaexq.traces import Trace
 
