@@ -47,6 +47,8 @@ COPIED = (
     "benchmarks",
     "docs",
     "pyproject.toml",
+    "mkdocs.yml",
+    "Makefile",
     "README.md",
     "CONTRIBUTING.md",
 )
