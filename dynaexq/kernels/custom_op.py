@@ -59,12 +59,12 @@ def register_matrix(matrix: Matrix) -> int:
 @torch.library.custom_op("dynaexq::experts", mutates_args=())
 def experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int) -> Tensor:
     """Weighted sum of each token's experts `[N, H]` in the layer behind `handle`."""
-    return _layers[handle].compute(hidden_states, top_k_index, top_k_weights)
+    return _layers[handle].compute(hidden_states, top_k_index, top_k_weights).contiguous()
 
 
 @experts.register_fake
 def _(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int) -> Tensor:
-    return torch.empty_like(hidden_states)
+    return hidden_states.new_empty(hidden_states.shape)  # row by row, however its rows lie
 
 
 @torch.library.custom_op("dynaexq::experts_backward", mutates_args=())
@@ -72,14 +72,15 @@ def experts_backward(
     grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `hidden_states` and of `top_k_weights`; as opaque as the operator they belong to."""
-    return _layers[handle].gradients(grad, hidden_states, top_k_index, top_k_weights)
+    grad_hidden, grad_weights = _layers[handle].gradients(grad, hidden_states, top_k_index, top_k_weights)
+    return grad_hidden.contiguous(), grad_weights.contiguous()
 
 
 @experts_backward.register_fake
 def _(
     grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, handle: int
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden_states), torch.empty_like(top_k_weights)
+    return hidden_states.new_empty(hidden_states.shape), top_k_weights.new_empty(top_k_weights.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,12 +7,14 @@ import pytest
 import torch
 from models import tiny_model, tokens
 from numerics import assert_close
+from tiny import tiny_qwen3_moe
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 from transformers import PreTrainedModel
 
 import dynaexq
+from dynaexq.kernels.custom_op import experts, experts_backward
 
 DOORS = {
     "model(x)": lambda model: model(tokens()),
@@ -100,6 +102,24 @@ def test_the_operator_keeps_the_contract_of_an_operator():
     index = torch.rand(5, 8).argsort(1)[:, :2]
     handle = model.model.layers[0].mlp.experts._handle
     opcheck(torch.ops.dynaexq.experts.default, (rows, index, weights, handle))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_results_lie_row_by_row_however_the_rows_lie_as_a_compiler_is_told(dtype: torch.dtype) -> None:
+    model = tiny_qwen3_moe(dtype)
+    patch(model, "int4")
+    handle = model.model.layers[0].mlp.experts._handle
+    ids, weights = torch.tensor([[0, 1]] * 5), torch.full((2, 5), 0.5, dtype=dtype).t()
+    for rows in (torch.randn(5, 64, dtype=dtype), torch.randn(64, 5, dtype=dtype).t()):
+        arguments = rows, ids, weights
+        real = [experts(*arguments, handle), *experts_backward(rows, *arguments, handle)]
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(argument) for argument in arguments]
+            told = [experts(*fakes, handle), *experts_backward(fakes[0], *fakes, handle)]
+        for one, other in zip(real, told, strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        compiled = torch.compile(lambda x: experts(x * 1, ids, weights, handle).sum(1), backend="aot_eager")
+        torch.testing.assert_close(compiled(rows), experts(rows, ids, weights, handle).sum(1))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss"])
