@@ -1,5 +1,6 @@
 """All that one runtime owns on the device: base slab, upgrade slots, expert table, routing counter, their fence."""
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -7,11 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from dynaexq.errors import StoreError
 from dynaexq.memory.expert_table import ExpertTable
 from dynaexq.memory.fences import Fence, ReaderFence, StreamFence
 from dynaexq.memory.graph_sync import EpochFence, Exchange, HostMailbox
 from dynaexq.memory.routing_counter import RoutingCounter
 from dynaexq.memory.slab_pool import SlabPool, allocate_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class DeviceMemory:
@@ -23,9 +27,6 @@ class DeviceMemory:
 
     Attributes:
         base: uint8 `[num_layers, num_experts, base_nbytes]`; blocks that never move.
-
-    Raises:
-        StoreError: words are exchanged, and the system has no more memory to lock.
     """
 
     def __init__(
@@ -39,13 +40,13 @@ class DeviceMemory:
         base: Tensor | None = None,
         exchange: Exchange | None = None,
     ):
-        self._exchange, self._last_layer = exchange, num_layers - 1
-        self._words = HostMailbox(num_layers, num_experts, device) if exchange else None
+        self._words = _mailbox(num_layers, num_experts, device) if exchange else None
+        self._exchange, self._last_layer = exchange if self._words else None, num_layers - 1
         self.table = ExpertTable(num_layers, num_experts, device, self._words)
         self.counter = RoutingCounter(num_layers, num_experts, device, self._words)
         self.fence: Fence = StreamFence(device) if device.type == "cuda" else ReaderFence()
-        if exchange is not None and self._words is not None:
-            fetch = partial(exchange.fetch, self._words.words, self.table.entries)
+        if self._exchange is not None and self._words is not None:
+            fetch = partial(self._exchange.fetch, self._words.words, self.table.entries)
             self.fence = EpochFence(self._words, self.fence, fetch, self._synchronizer(device, self.fence))
         if base is None:
             base = allocate_bytes(num_layers * num_experts * base_nbytes, device)
@@ -94,6 +95,18 @@ class DeviceMemory:
         if device.type == "cuda":
             return partial(torch.cuda.synchronize, device)
         return lambda: order.wait(order.mark())
+
+
+def _mailbox(num_layers: int, num_experts: int, device: torch.device) -> HostMailbox | None:
+    """The words to exchange, or None and a sentence where the system lets no memory be locked, as some containers."""
+    try:
+        return HostMailbox(num_layers, num_experts, device)
+    except StoreError as error:
+        logger.warning(
+            "precision follows the traffic of forwards that Python runs, and stands still while CUDA graphs are "
+            "replayed: %s", error,
+        )  # fmt: skip
+        return None
 
 
 _PROBE_BYTES = 32 * 2**20

@@ -25,7 +25,7 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 import dynaexq
-from dynaexq.errors import BudgetError, ClosedError
+from dynaexq.errors import BudgetError, ClosedError, StoreError
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
 from dynaexq.memory import HostMailbox
@@ -327,6 +327,24 @@ def test_a_poller_ends_by_itself_when_looking_fails(caplog: pytest.LogCaptureFix
     assert not poller.is_running
     assert "precision stands still" in caplog.text
     poller.stop()
+
+
+def test_where_no_memory_can_be_locked_forwards_are_followed_and_replays_are_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise StoreError("cannot page-lock 4,096 bytes of host memory (CUDA error 1)")
+
+    monkeypatch.setattr("dynaexq.memory.device_memory.HostMailbox", refuse)
+    model = patched(("int2", "int4"), auto_pause=False)
+    assert "stands still while CUDA graphs are replayed: cannot page-lock" in caplog.text
+    assert not model.dynaexq.devices[0].memory.follows_replays
+    for routes, wanted in ((MORNING, [[0, 1], [2, 3]]), (EVENING, None)):
+        tiny.steer(model, routes)
+        for _ in range(8):
+            tiny.logits(model)
+        assert wanted is None or upgraded(model) == wanted
+    assert model.dynaexq.stats()["promotions"] > 4
 
 
 def test_a_poller_has_ended_when_its_runtime_is_gone() -> None:
