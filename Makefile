@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # pyproject.toml says how much of the lines and branches must be executed.
 TESTS := --cov --cov-report=
 
-.PHONY: demo test test-oldest check format lint types bench figures
+.PHONY: demo test test-oldest check format lint types docs bench figures
 
 demo: $(VENV)/installed
 	$(BIN)/dynaexq demo
@@ -34,6 +34,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# The documentation as a site, in site/; its notebooks are run, and its links checked.
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
 
 # `make bench` lists the benchmarks; `make bench NAME=layers/cpu` runs one.
 bench: $(VENV)/installed
