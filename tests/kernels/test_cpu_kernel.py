@@ -42,12 +42,12 @@ def _needs_a_compiler() -> None:
         pytest.skip(str(missing))
 
 
-def check(name: str, got: Case, kernel: build.Kernel | None = None) -> None:
+def check(name: str, got: Case, kernel: build.Kernel | None = None, times: int = 1) -> None:
     layer, dtype = got.layer, got.hidden_states.dtype
     run = cpu.native_layer(layer, dtype) if kernel is None else native.NativeLayer(layer, dtype, kernel)
     assert run is not None, "the native kernel takes every coded layer"
     output = run(got.hidden_states, got.top_k_index, got.top_k_weights, got.upgrades.entries)
-    assert_close(name, got.run(reference.expert_mlp), output, TOLERANCE[dtype])
+    assert_close(name, got.run(reference.expert_mlp), output, times * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 40], ids="{} tokens".format)
@@ -69,13 +69,15 @@ def test_every_group_size_follows_the_reference(tiers, group_size):
 
 
 @pytest.mark.parametrize("target", AVAILABLE[1:], ids=lambda target: target.name)
+@pytest.mark.parametrize("activations", ["int8", "int16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lesser_instruction_sets_follow_the_reference(target, dtype):
+def test_lesser_instruction_sets_follow_the_reference(target, dtype, activations):
     kernel = build.open_library(build.compiled(target)).forward
     for tiers in CODED:
         for name, shape in UGLY.items():
             for num_tokens in (3, 40):
-                check(f"{target.name} {tiers} {name}", fused(tiers, dtype, shape, num_tokens), kernel)
+                got = fused(tiers, dtype, shape, num_tokens, activations=activations)
+                check(f"{target.name} {tiers} {name} {activations}", got, kernel, 1 + (activations == "int8"))
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 60])
