@@ -104,7 +104,7 @@ def plan(
     from dynaexq.cli.plan import run
     from dynaexq.cli.plan_tables import figures, show
 
-    spec, estimates = run(source, gpu, hbm_budget, options, context, batch, host_ram)
+    spec, estimates, options = run(source, gpu, hbm_budget, options, context, batch, host_ram)
     if as_json:
         _print_json(figures(spec, estimates))
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -22,6 +22,14 @@ REMEDIES_SHOWN = 2
 SHORTEST_CONTEXT = 1024  # tokens
 
 
+class Planned(NamedTuple):
+    """What was found for each card, and the options that it holds for, `dense="auto"` being decided."""
+
+    spec: ModelSpec
+    estimates: list[CardEstimate]
+    options: dict[str, Any]
+
+
 def run(
     source: Path,
     gpu: str | None,
@@ -30,7 +38,7 @@ def run(
     context: int,
     batch: int,
     host_ram: str | None,
-) -> tuple[ModelSpec, list[CardEstimate]]:
+) -> Planned:
     """Plan for one card if a budget, `gpu` or a device is named, for this machine's card and the common ones else.
 
     Raises:
@@ -55,7 +63,7 @@ def run(
         remedies = list(islice(find_remedies(spec, trials, cards[0]), REMEDIES_SHOWN))
         least, _ = asked.least()
         raise BudgetError(no_fit(asked, estimates[0], remedies, str(source), options), cards[0].nbytes, least)
-    return asked, estimates
+    return Planned(asked, estimates, options)
 
 
 def _chosen_dense(spec: Callable[[dict[str, Any]], ModelSpec], cards: Sequence[Card], room: int | None) -> str | None:
