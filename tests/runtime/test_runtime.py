@@ -439,7 +439,7 @@ def test_a_closed_device_refuses_whatever_would_need_its_memory() -> None:
     device, budget = runtime.devices[0], runtime.plan.budget
     runtime.close()
     hotness = np.zeros(device.memory.table.kinds().shape)
-    calls = (device.tick, device.drain, device.thaw, lambda: device.slots_within(budget))
+    calls = (device.tick, device.drain, device.thaw, lambda: device.slots_within(budget, 0))
     for call in (*calls, lambda: device.warm_start(hotness)):
         with pytest.raises(ClosedError):
             call()
