@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dynaexq.errors import BudgetError
 from dynaexq.runtime.device_runtime import DeviceRuntime
+from dynaexq.safeguards.call_lock import CallLock
 
 STRIDES = (128, 32, 8, 0)
 """Tokens that room is made for ahead; fewer where these do not fit."""
@@ -38,16 +39,19 @@ class CacheRoom:
     def __init__(self, devices: Sequence[DeviceRuntime], growth: Growth):
         self._devices, self._growth = devices, growth
         self._caches = weakref.WeakSet[Any]()
-        self._lock = threading.RLock()
+        self._asking = CallLock("the room for the KV cache")
+        self._at_work: dict[int, tuple[int, int]] = {}
+        """Tokens and sequences of the forward of each thread."""
         self._left, self._rows = 0, 0
-        """Tokens that there is room for, and sequences."""
+        """Tokens that there is room for ahead, and sequences."""
         self._last: weakref.ref[Any] | None = None
+        """The cache that this room is for."""
 
     def watch(self, model: nn.Module) -> Callable[[], None]:
         """Look at what each forward of `model` is given and returns; what is returned ends that."""
         handles = (
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, with_kwargs=True),
+            model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         )
 
         def end() -> None:
@@ -65,21 +69,25 @@ class CacheRoom:
         if cache is None and kwargs.get("use_cache") is False:
             return
         rows, tokens = inputs.shape[:2]
-        with self._lock:
-            is_known = cache is not None and self._last is not None and self._last() is cache
-            if not is_known or rows > self._rows or tokens > self._left:
+        self._at_work[threading.get_ident()] = tokens, rows  # before a look: who makes room meanwhile counts it
+        is_known = cache is not None and self._last is not None and self._last() is cache
+        if not is_known or rows > self._rows or tokens > self._left:
+            for part in self._devices:
+                part.refuse_from_within()
+            with self._asking.turn():
                 self._make_room(cache, rows, tokens)
-            self._left -= tokens
+        self._left -= tokens
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        self._at_work.pop(threading.get_ident(), None)
         cache = _cache_in(kwargs)
         if cache is None:
             values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
             cache = next((value for value in values if hasattr(value, "get_seq_length")), None)
         if cache is not None and cache not in self._caches:
-            with self._lock:
+            with self._asking.turn():
                 self._caches.add(cache)
                 self._last = None  # it is counted before it grows again
 
@@ -107,8 +115,8 @@ class CacheRoom:
 
     def _reserve(self, tokens: int, rows: int) -> None:
         added = self._growth(tokens, rows) if tokens else 0
-        with self._lock:
-            caches = list(self._caches)
+        here, caches = threading.get_ident(), list(self._caches)
+        added += sum(self._growth(*work) for thread, work in list(self._at_work.items()) if thread != here)
         movable = [cache for cache in caches if not _is_paged(cache)]
         for part in self._devices:
             if part.closed:

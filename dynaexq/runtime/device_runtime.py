@@ -210,6 +210,10 @@ class DeviceRuntime:
                 self.pipeline.keep(self.control.best_set(self.pipeline))
             self._fill()
 
+    def refuse_from_within(self) -> None:
+        """Raise a ReentryError if this is called from within its own control, by a policy, say."""
+        self._ticking.refuse_from_within()
+
     def pin(self, layer: int, expert: int, pin: int) -> None:
         """Pin one expert, 1 to its upgrade and -1 to its base, or 0 for neither; waits for its copy.
 

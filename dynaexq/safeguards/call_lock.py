@@ -87,6 +87,10 @@ class CallLock:
         """
         return Turn(self, wait)
 
+    def refuse_from_within(self) -> None:
+        """Raise a ReentryError if the call that holds it waits for this one to end."""
+        self._refuse_to_wait_below(self._first())
+
     def take(self, call: Call, wait: bool) -> int | None:
         """The number to `release` it by; None if another call holds it and `wait` is False."""
         number = next(self._numbers)

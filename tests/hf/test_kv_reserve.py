@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, MixtralConf
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import dynaexq
-from dynaexq.errors import BudgetError, SettingsError
+from dynaexq.errors import BudgetError, ReentryError, SettingsError
 from dynaexq.hf.planning import growth_of_cache
 
 PER_TOKEN = 2 * 2 * 32 * 2  # two layers of keys and values: one head of 32 elements of two bytes
@@ -209,6 +210,40 @@ def test_the_pages_of_continuous_batching_count_once_they_are_there() -> None:
     assert [len(answer.generated_tokens) for answer in found.values()] == [4, 4]
     assert model.dynaexq.memory()["kv_reserve"] >= 4 * 32 * PER_TOKEN
     assert model.dynaexq.memory()["total"] <= model.dynaexq.plan.budget
+
+
+@torch.no_grad()
+def test_contexts_that_grow_at_once_in_several_threads_stay_below_the_ceiling() -> None:
+    model = small(upgrades=16, cache=64 * 1024)
+    kept: list[Cache] = [DynamicCache(config=model.config) for _ in range(3)]
+
+    def chat(number: int) -> int:
+        with torch.no_grad():
+            for step in (30, *[1] * 25, 20, *[1] * 10):
+                model(tiny.prompt(1, step, number), past_key_values=kept[number])
+        return kept[number].get_seq_length()
+
+    with watched(model, kept) as peaks, ThreadPoolExecutor(3) as people:
+        assert list(people.map(chat, range(3))) == [85] * 3
+    assert max(peaks) <= model.dynaexq.plan.budget
+
+
+@torch.no_grad()
+def test_a_policy_that_asks_the_model_is_told_why_it_may_not() -> None:
+    told = []
+
+    def policy(score: Any, held: Any, slots: int) -> Any:
+        try:
+            model(tiny.prompt(1, 30))
+        except ReentryError as error:
+            told.append(str(error))
+        return held
+
+    model = small(policy=policy)
+    for _ in range(3):
+        model(tiny.prompt(1, 8))
+    assert told
+    assert model.dynaexq.health().state == "ok"
 
 
 def test_unpatching_and_closing_end_the_watch() -> None:
