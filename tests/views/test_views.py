@@ -1,5 +1,6 @@
 """A snapshot reads well in a terminal of any width and as HTML, and says what is in it."""
 
+import io
 import json
 import xml.etree.ElementTree as ElementTree
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
+from rich.table import Table
 
 from dynaexq.views.html import STYLE, fragment
+from dynaexq.views.tables import print_table
 from dynaexq.views.terminal import SnapshotView
 from dynaexq.views.words import relative_hotness, squeezed_rows, upgraded
 
@@ -96,3 +99,15 @@ def test_a_model_that_saw_nothing_yet_has_a_view() -> None:
         found = runtime.snapshot()
     assert "coverage" not in printed(found, 80).split("\n")[-2]
     ElementTree.fromstring(fragment(found).removeprefix(STYLE))
+
+
+@pytest.mark.parametrize("width", [10, 40, 200])
+def test_a_table_is_as_wide_as_its_figures_and_the_console_as_before(width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    table = Table("bytes", "promotions", "KL, mean (nats per token)", title="four copies of one model")
+    table.add_row("4,816,704", "1,234,567", "0.0795")
+    print_table(console, table)
+    shown = console.file.getvalue()
+    assert "…" not in shown
+    assert all(figure in shown for figure in ("4,816,704", "1,234,567", "0.0795", "KL, mean (nats per token)"))
+    assert console.width == width
