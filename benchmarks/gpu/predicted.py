@@ -23,13 +23,12 @@ from dynaexq.kernels.triton.tuning import FEW_PAIRS, SINGLE_PAIRS
 from dynaexq.quantization import tier_sizes
 from dynaexq.types import ExpertShape
 
-RECORD = Path(__file__).parents[2] / "tests" / "helpers" / "compiled_kernels.json"
+RECORD = json.loads((Path(__file__).parents[2] / "tests" / "helpers" / "compiled_kernels.json").read_text())
 
 LAYERS, EXPERTS, CHOICES = 48, 128, 8
 SHAPE = ExpertShape(2048, 768, 1536, False, False)
-DENSE_WEIGHTS = 1_543_036_800
-"""Attention, head, embedding and norms: all that a token reads but the embedding, which it looks up."""
-EMBEDDING = 151_936 * 2048
+DENSE_WEIGHTS = 1_543_036_800 - 151_936 * 2048
+"""Attention, head and norms, which each token reads; of the embedding it reads a row."""
 
 MEMORY_SHARE, SCHEDULER_SHARE, TENSOR_SHARE = 0.9, 0.55, 0.5
 """Of the peak that kernels reach: a copy; a kernel with two blocks of four warps on a multiprocessor; a product."""
@@ -67,7 +66,6 @@ CARDS = {
 
 def layer(card: Card, mix: str, bits: int, tokens: int) -> dict[str, float]:
     """Seconds of one layer of experts for `tokens` with uniform routing, all experts read at `bits`."""
-    record = json.loads(RECORD.read_text())
     pairs = tokens * CHOICES
     few = FEW_PAIRS * EXPERTS
     regime, block_m = ("single", 16) if pairs <= SINGLE_PAIRS else ("few", 16) if pairs <= few else ("many", 64)
@@ -77,7 +75,7 @@ def layer(card: Card, mix: str, bits: int, tokens: int) -> dict[str, float]:
     memory = met * base.nbytes / (card.bandwidth * MEMORY_SHARE)
     lanes = card.multiprocessors * 128 * card.ghz * 1e9 * SCHEDULER_SHARE
     weights = {"up": SHAPE.hidden_size * SHAPE.up_rows, "down": SHAPE.hidden_size * SHAPE.intermediate_size}
-    per_code = {name: record[f"{mix}/{name}/{regime}/{card.architecture}"] for name in weights}
+    per_code = {name: RECORD[f"{mix}/{name}/{regime}/{card.architecture}"] for name in weights}
     first = {name: found[0] if isinstance(found, list) else found for name, found in per_code.items()}
     instructions = sum(blocks * weights[name] * first[name]["instructions_per_code"] for name in weights) / lanes
     products = 2 * blocks * block_m * SHAPE.num_weights / (card.tensor_flops * TENSOR_SHARE)
@@ -96,7 +94,7 @@ def layer(card: Card, mix: str, bits: int, tokens: int) -> dict[str, float]:
 
 def token(card: Card, experts: float, dense_bits: float, captured: bool) -> float:
     """Tokens per second at batch 1, where a layer of experts takes so many seconds."""
-    dense = (DENSE_WEIGHTS - EMBEDDING) * dense_bits / 8 / (card.bandwidth * MEMORY_SHARE)
+    dense = DENSE_WEIGHTS * dense_bits / 8 / (card.bandwidth * MEMORY_SHARE)
     seconds = LAYERS * (experts + OTHER_LAUNCHES * OTHER_SECONDS) + dense
     return 1 / (seconds if captured else max(seconds, LAYERS * PYTHON_SECONDS))
 

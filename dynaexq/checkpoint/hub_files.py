@@ -7,6 +7,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from dynaexq.errors import CheckpointError
 
+NOT_FETCHED = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+"""What fetching from the Hub raises: no such repository or file, no name of one, no connection."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
 
 def is_repository(source: Path) -> bool:
     """Whether `source` can be the name of a repository, `organization/name` or `name`, and no other path."""
@@ -21,8 +29,8 @@ def hub_file(repository: str, name: str, revision: str | None = None) -> Path:
     """
     try:
         return Path(hf_hub_download(repository, name, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except NOT_FETCHED as error:
         raise CheckpointError(
-            f"there is no file {repository}, and {name} of a repository of that name cannot be fetched: {reason}"
+            f"there is no file {repository}, and {name} of a repository of that name cannot be fetched: "
+            f"{first_line(error)}"
         ) from error

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from dynaexq.checkpoint.hub_files import is_repository
+from dynaexq.checkpoint.hub_files import NOT_FETCHED, first_line, is_repository
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.model_card import CARD
 
@@ -35,10 +34,9 @@ def checkpoint_directory(source: str | Path, revision: str | None = None, subfol
         copy = snapshot_download(
             directory.as_posix(), revision=revision, allow_patterns=wanted, ignore_patterns=list(OTHER_FORMATS)
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    except NOT_FETCHED as error:
         raise CheckpointError(
-            f"there is no directory {source}, and as a repository on the Hub it cannot be fetched: {reason}"
+            f"there is no directory {source}, and as a repository on the Hub it cannot be fetched: {first_line(error)}"
         ) from error
     return Path(copy) / subfolder
 

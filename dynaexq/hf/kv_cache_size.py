@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
 
 from dynaexq.hf.compat import returned_cache, text_config
 from dynaexq.hf.discovery import SparseLayer
+from dynaexq.memory.tensor_bytes import Reached, attributes, reachable_tensors
 
 TRIAL_LENGTHS = (128, 256)
 """Tokens of the two trials: whole chunks for the families that compress their cache by the chunk."""
@@ -92,7 +92,8 @@ def cache_bytes(model: Any, layers: Sequence[SparseLayer], tokens: int, batch: i
 
 def _trial(model: Any, tokens: int, batch: int) -> dict[Way, _Kept]:
     ids = torch.ones(batch, tokens, dtype=torch.long, device="meta")
-    return dict(_tensors(returned_cache(model(input_ids=ids, use_cache=True)), (), set()))
+    cache = returned_cache(model(input_ids=ids, use_cache=True))
+    return {reached.way: _kept(reached) for reached in reachable_tensors(cache)}
 
 
 def _extrapolated(short: _Kept, long: _Kept, context: int) -> int:
@@ -102,24 +103,12 @@ def _extrapolated(short: _Kept, long: _Kept, context: int) -> int:
     return short.nbytes + (long.nbytes - short.nbytes) * (tokens - first) // (second - first)
 
 
-def _tensors(thing: Any, way: Way, seen: set[int], limit: float = float("inf")) -> Iterator[tuple[Way, _Kept]]:
-    """Every tensor that can be reached from a cache, by the way that leads to it."""
-    if isinstance(thing, Tensor):
-        yield way, _Kept(thing.nbytes, limit if way[-1] in ("keys", "values") else float("inf"))
-        return
-    if id(thing) in seen or isinstance(thing, nn.Module | type):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, dict):
-        children = thing
-    elif isinstance(thing, list | tuple):
-        children = dict(enumerate(thing))
-    else:
-        children = getattr(thing, "__dict__", {})
-        window = children.get("sliding_window")
-        limit = window - 1 if isinstance(window, int) else limit  # the newest token sees itself and those kept
-    for name, child in children.items():
-        yield from _tensors(child, (*way, name), seen, limit)
+def _kept(reached: Reached) -> _Kept:
+    """What is kept of one tensor: keys and values of a window stop growing where the innermost one is full."""
+    windows = [attributes(owner).get("sliding_window") for owner in reached.owners if not isinstance(owner, dict)]
+    limits = [window - 1 for window in windows if isinstance(window, int)]  # the newest sees itself and those kept
+    grows_for = limits[-1] if limits and reached.way[-1] in ("keys", "values") else float("inf")
+    return _Kept(reached.tensor.nbytes, grows_for)
 
 
 def _cache_by_config(config: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dynaexq.checkpoint.hub_files import is_repository
+from dynaexq.checkpoint.hub_files import first_line, is_repository
 from dynaexq.errors import CheckpointError, UnsupportedModelError
 
 UNPACKING = ", or pack it first: `dynaexq quantize` takes those of FP8, MXFP4, GPTQ, AWQ and compressed-tensors"
@@ -58,7 +58,7 @@ def read_config(source: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever the configuration of whatever family makes of what is written there
-        raise CheckpointError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot read the configuration of {source}: {first_line(error)}") from error
 
 
 def quantization_of(config: Any) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def build_meta_model(config: Any) -> Any:
             return model_class._from_config(config, dtype=dtype).eval()
     except Exception as error:  # as above
         raise UnsupportedModelError(
-            f"cannot build a {name or config.model_type} from its configuration: {_first_line(error)}"
+            f"cannot build a {name or config.model_type} from its configuration: {first_line(error)}"
         ) from error
 
 
@@ -93,7 +93,3 @@ def meta_twin(model: PreTrainedModel) -> Any:
     """A twin of a model that is loaded already; the model is left alone."""
     with torch.device("meta"):
         return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,7 @@
-"""Bytes that a model's weights take, each counted once. It knows tensors and modules, no family."""
+"""Tensors of models and of caches, and the bytes of weights, each counted once. It knows no family."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,36 @@ def weight_bytes(tensors: Iterable[Tensor]) -> int:
     here = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
     found = (part for tensor in here for part in (tensor, *_attached(tensor)))
     return sum({part.data_ptr() or id(part): part.nbytes for part in found}.values())
+
+
+class Reached(NamedTuple):
+    """A tensor inside something: the names and indices that lead to it, and what it lies in, the outermost first."""
+
+    way: tuple[Any, ...]
+    owners: tuple[Any, ...]
+    tensor: Tensor
+
+
+def reachable_tensors(thing: Any) -> Iterator[Reached]:
+    """Every tensor that can be reached from a cache, through attributes, dicts, lists and tuples, but no module."""
+    return _reached(thing, (), (), set())
+
+
+def _reached(thing: Any, way: tuple[Any, ...], owners: tuple[Any, ...], seen: set[int]) -> Iterator[Reached]:
+    if isinstance(thing, Tensor):
+        yield Reached(way, owners, thing)
+        return
+    if id(thing) in seen or isinstance(thing, nn.Module | type):
+        return
+    seen.add(id(thing))
+    children = dict(enumerate(thing)) if isinstance(thing, list | tuple) else attributes(thing)
+    for name, child in list(children.items()):
+        yield from _reached(child, (*way, name), (*owners, thing), seen)
+
+
+def attributes(thing: Any) -> dict[Any, Any]:
+    """The entries of a dict, or the attributes that an object itself has."""
+    return thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
 
 
 def _attached(thing: Any) -> Iterator[Tensor]:

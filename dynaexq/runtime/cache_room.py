@@ -10,13 +10,14 @@ adds is not seen, and its static cache is counted whole beforehand.
 import gc
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynaexq.errors import BudgetError
+from dynaexq.memory.tensor_bytes import reachable_tensors
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.safeguards.call_lock import CallLock
 
@@ -96,7 +97,7 @@ class CacheRoom:
         if cache is not None:
             self._caches.add(cache)
         added = _added(cache, tokens)
-        has_begun = any(tensor.nbytes for tensor in tensors_of(cache))
+        has_begun = any(reached.tensor.nbytes for reached in reachable_tensors(cache))
         for ahead in STRIDES if added and has_begun else (0,):
             if self._try_reserve(added + ahead, rows):
                 break
@@ -129,27 +130,9 @@ class CacheRoom:
 
 def _sizes(caches: Iterable[Any], device: torch.device) -> list[int]:
     """Bytes of each piece of memory behind the tensors of `caches` on `device`."""
-    tensors = (tensor for cache in caches for tensor in tensors_of(cache) if tensor.device == device)
-    storages = (tensor.untyped_storage() for tensor in tensors)
+    tensors = (reached.tensor for cache in caches for reached in reachable_tensors(cache))
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device == device)
     return list({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def tensors_of(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor that can be reached from a cache."""
-    seen = set() if seen is None else seen
-    if isinstance(thing, Tensor):
-        yield thing
-    elif id(thing) not in seen and not isinstance(thing, nn.Module | type | str | int | float):
-        seen.add(id(thing))
-        for child in _children(thing):
-            yield from tensors_of(child, seen)
-
-
-def _children(thing: Any) -> Iterable[Any]:
-    if isinstance(thing, list | tuple):
-        return thing
-    found = thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})
-    return list(found.values())
 
 
 def _cache_in(named: dict[str, Any]) -> Any:

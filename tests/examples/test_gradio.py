@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 
 gradio_client = pytest.importorskip("gradio_client")
 pytest.importorskip("gradio")
@@ -22,9 +23,7 @@ SECONDS_TO_START = 120
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"PORT": str(port), "PYTHONPATH": path, "GRADIO_ANALYTICS_ENABLED": "False"}
     process = subprocess.Popen(

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ports import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynaexq
@@ -52,9 +52,7 @@ def environment() -> dict[str, str]:
 @contextmanager
 def server(checkpoint: Path, log: Path) -> Iterator[str]:
     """The address of a `transformers serve` of others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(checkpoint), "--port", str(port)]
     with open(log, "w") as out, subprocess.Popen(command, env=environment(), stdout=out, stderr=out) as process:
         try:

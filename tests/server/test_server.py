@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 from pages import PAGES, blocks
+from ports import free_port
 from typer.testing import CliRunner
 
 import dynaexq
@@ -37,9 +38,7 @@ class Serving:
     """A server on a free port."""
 
     def __init__(self, model: Path, *options: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, "-m", "dynaexq.cli.app", "serve", str(model), "--port", str(self.port), *options]
         self.process = subprocess.Popen(
             command,
