@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
+from dynaexq.hf.decode_attention import attend_as_before, attend_natively
 from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
 from dynaexq.hf.packed_dense import untie
 from dynaexq.hf.planning import growth_of_cache
@@ -172,12 +173,13 @@ class ModelPatch:
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 
     def _adopt_few_rows(self) -> None:
-        """Let 16-bit linear layers and norms take the native kernel for few rows, where it has one for them."""
+        """Let 16-bit linear layers, norms and attention go natively for few rows, where there is a kernel for them."""
         for module in self.model.modules():
             mixin = mixin_for(module)
             if mixin is not None:
                 self._undo_steps.callback(_restore_few_rows, module)
                 swap_class(module, mixin)
+        self._undo_steps.callback(attend_as_before, attend_natively(self.model))
 
     def free_originals(self, keep_experts: bool) -> None:
         """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""

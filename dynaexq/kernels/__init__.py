@@ -3,9 +3,11 @@
 from dynaexq.kernels.custom_op import experts as experts_operator
 from dynaexq.kernels.custom_op import linear as linear_operator
 from dynaexq.kernels.custom_op import register_layer, register_matrix
+from dynaexq.kernels.decode_attention import DecodeAttention, attention
 from dynaexq.kernels.dispatch import (
     arrangement_on,
     counts_routing,
+    decode_attention,
     dense_product,
     exchange_for,
     expert_gradients,
@@ -20,6 +22,7 @@ from dynaexq.kernels.row_norm import NormKind, RowNorm, rms_norm
 from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [
+    "DecodeAttention",
     "DenseProduct",
     "ExpertLayer",
     "LinearLayer",
@@ -28,7 +31,9 @@ __all__ = [
     "RowNorm",
     "Upgrades",
     "arrangement_on",
+    "attention",
     "counts_routing",
+    "decode_attention",
     "dense_product",
     "exchange_for",
     "expert_gradients",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.kernels import reference
+from dynaexq.kernels.decode_attention import DecodeAttention
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
 from dynaexq.kernels.row_norm import NormKind, RowNorm
@@ -123,6 +124,16 @@ def row_norm(weight: Tensor, kind: NormKind) -> RowNorm | None:
     from dynaexq.kernels import cpu
 
     return cpu.row_norm(weight, kind)
+
+
+@cache
+def decode_attention(device: torch.device) -> DecodeAttention | None:
+    """What computes the attention of few queries on `device` faster than PyTorch does; None where it is as good."""
+    if device.type != "cpu":
+        return None
+    from dynaexq.kernels import cpu
+
+    return cpu.decode_attention()
 
 
 def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:

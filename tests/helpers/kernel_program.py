@@ -10,6 +10,7 @@ from dynaexq.kernels import Upgrades
 from dynaexq.kernels.cpu import build, native
 
 DRIVER = Path(__file__).with_name("cpu_kernel_driver.cpp")
+MASK_SIZES = {0: 0, **{number: dtype.itemsize for dtype, number in native.MASKS.items()}}
 SIZES = {number: dtype.itemsize for dtype, number in native.DTYPES.items()}
 
 
@@ -61,9 +62,31 @@ class KernelProgram:
             ctypes.string_at(call.top_k_weights, choices * 4) if call.top_k_weights else b"",
             *(self._upgrades.of(expert).numpy().tobytes() for expert in upgraded),
         ]
-        self._case.write_bytes(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
-        size = written * SIZES[call.dtype]
-        done = subprocess.run([*self._command, self._case, self._output, str(size)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        ctypes.memmove(call.output, self._output.read_bytes(), size)
+        ctypes.memmove(
+            call.output, self.run("forward", parts, written * SIZES[call.dtype]), written * SIZES[call.dtype]
+        )
         return 0
+
+    def attend(self, call_reference: Any) -> int:
+        """Stands where `Library.attend` does, for tensors that lie in a row and have no axis that is repeated."""
+        call = call_reference._obj
+        queries = call.batch * call.heads * call.queries
+        keys = call.batch * call.groups * call.keys
+        parts = [
+            bytes(call),
+            ctypes.string_at(call.query, 2 * queries * call.width),
+            ctypes.string_at(call.key, 2 * keys * call.width),
+            ctypes.string_at(call.value, 2 * keys * call.value_width),
+            ctypes.string_at(call.mask, queries * call.keys * MASK_SIZES[call.mask_kind]),
+        ]
+        size = 2 * queries * call.value_width
+        ctypes.memmove(call.output, self.run("attend", parts, size), size)
+        return 0
+
+    def run(self, function: str, parts: list[bytes], size: int) -> bytes:
+        """What the program writes, so many bytes."""
+        self._case.write_bytes(b"".join(len(part).to_bytes(8, "little") + part for part in parts))
+        command = [*self._command, function, self._case, self._output, str(size)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return self._output.read_bytes()

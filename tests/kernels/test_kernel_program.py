@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import attention_cases
 import pytest
 import torch
 from kernel_cases import TOLERANCE, UGLY, case, fused
@@ -14,7 +15,7 @@ from numerics import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynaexq.kernels import reference
+from dynaexq.kernels import attention, reference
 from dynaexq.kernels.cpu import build, native
 from dynaexq.kernels.gradients import expert_gradients
 from dynaexq.quantization import IN_STRIPS, LinearCodec
@@ -113,3 +114,13 @@ def test_and_dense_matrices(program, tmp_path, name):
         codec, block, torch.bfloat16, KernelProgram(program.command, tmp_path), activations="int16"
     )
     assert_close(str(name), F.linear(rows, weight), run(rows), TOLERANCE[torch.bfloat16])
+
+
+def test_attention_follows_the_formula(program, tmp_path):
+    kernel = KernelProgram(program.command, tmp_path)
+    run = native.NativeAttention(kernel.attend, 64)
+    for shape in attention_cases.SHAPES[:4]:
+        for mask in attention_cases.MASKS:
+            tensors = [t if t is None else t.contiguous() for t in attention_cases.tensors(shape, mask)]
+            assert run.takes(*tensors)
+            assert_close(f"{shape} {mask}", attention(*tensors, 0.2), run(*tensors, 0.2), 2**-8)

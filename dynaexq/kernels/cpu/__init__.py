@@ -10,7 +10,7 @@ from torch import Tensor
 from dynaexq.kernels import gradients, linear_layer
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import AVX512_BF16, instruction_set, load
-from dynaexq.kernels.cpu.native import DTYPES, NativeLayer, NativeLinear, NativeNorm, NativeProduct
+from dynaexq.kernels.cpu.native import DTYPES, NativeAttention, NativeLayer, NativeLinear, NativeNorm, NativeProduct
 from dynaexq.kernels.cpu.strips import NativeStrips
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import LinearLayer
@@ -20,6 +20,9 @@ from dynaexq.quantization import ROW_BY_ROW, Arrangement
 MOST_ROWS, FEWER_ROWS = 16, 4
 """Up to which the native product with a 16-bit matrix is faster than PyTorch's, where one instruction multiplies pairs
 of bfloat16, and elsewhere (docs/log.md)."""
+
+MOST_QUERIES, FEWER_QUERIES = 128, 64
+"""Rows of queries that share a head of keys, up to which the native attention is faster, there and elsewhere."""
 
 
 def expert_mlp(
@@ -104,7 +107,7 @@ def dense_product(weight: Tensor) -> NativeProduct | None:
     library = load(all_bfloat16=True) if fits else None
     if library is None:
         return None
-    return NativeProduct(weight, library.forward, MOST_ROWS if instruction_set() is AVX512_BF16 else FEWER_ROWS)
+    return NativeProduct(weight, library.forward, MOST_ROWS if _multiplies_pairs() else FEWER_ROWS)
 
 
 def row_norm(weight: Tensor, kind: NormKind) -> NativeNorm | None:
@@ -112,6 +115,16 @@ def row_norm(weight: Tensor, kind: NormKind) -> NativeNorm | None:
     fits = weight.dtype == torch.bfloat16 and weight.is_contiguous() and NativeNorm.takes_columns(len(weight))
     library = load(all_bfloat16=True) if fits else None
     return library and NativeNorm(weight, kind, library.normalize)
+
+
+def decode_attention() -> NativeAttention | None:
+    """The native attention of few queries in bfloat16; None where there is no kernel."""
+    library = load(all_bfloat16=True)
+    return library and NativeAttention(library.attend, MOST_QUERIES if _multiplies_pairs() else FEWER_QUERIES)
+
+
+def _multiplies_pairs() -> bool:
+    return instruction_set() is AVX512_BF16
 
 
 def _native_linear(layer: LinearLayer, dtype: torch.dtype) -> NativeLinear | None:

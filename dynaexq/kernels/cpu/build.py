@@ -46,6 +46,7 @@ class Library(NamedTuple):
     forward: Kernel
     rearrange: Kernel
     normalize: Kernel
+    attend: Kernel
 
 
 class InstructionSet(NamedTuple):

@@ -32,8 +32,11 @@ KINDS = {
 }
 ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "low4": 2}
 GROUP = 64  # of a matrix that has none
+ATTENTION_WIDTH = 32
+"""Of which the widths of keys and of values are multiples."""
 WHOLE, UP_ONLY, DOWN_ONLY, DOWN_BACK, UP_BACK = range(5)
 INT8, INT16, FLOATS = range(3)
+MASKS = {torch.bool: 1, torch.bfloat16: 2, torch.float32: 3}
 PRECISIONS = {"auto": (INT8, INT16), "int8": (INT8, INT8), "int16": (INT16, INT16)}
 """What rows are rounded to where they meet codes of at most four bits, and of eight."""
 
@@ -77,6 +80,17 @@ class _Norm(ctypes.Structure):
     _fields_ = [
         *_fields("rows", "weight", "output", "num_rows", "columns", "added", "rounded"),
         ("epsilon", ctypes.c_double),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [
+        *_fields("query", "key", "value", "mask", "output"),
+        *_fields("batch", "heads", "groups", "queries", "keys", "width", "value_width", "mask_kind"),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("query", "key", "value")),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("scale", ctypes.c_double),
+        *_fields("num_threads", "parallel", "took", "lost"),
     ]
 
 
@@ -281,6 +295,57 @@ class NativeNorm:
         call = _Norm(rows.data_ptr(), self._address, output.data_ptr(), num_rows, *self._rest)
         if self._kernel(ctypes.byref(call)):
             raise MemoryError(f"the CPU kernel found no memory for rows of {self._columns:,} columns")
+        return output
+
+
+class NativeAttention:
+    """Attention of few queries in bfloat16 behind the kernel; see `decode_attention.DecodeAttention`.
+
+    Args:
+        most_rows: of queries, of all heads that share one of keys, up to which it is faster than PyTorch's.
+    """
+
+    def __init__(self, kernel: Kernel, most_rows: int):
+        self._kernel, self._most_rows = kernel, most_rows
+
+    def takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        tensors = query, key, value
+        if any(t.dtype != torch.bfloat16 or t.ndim != 4 or not t.is_cpu or t.stride(-1) != 1 for t in tensors):
+            return False
+        (batch, heads, queries, width), (_, groups, keys, _), value_width = query.shape, key.shape, value.shape[-1]
+        if key.shape != (batch, groups, keys, width) or value.shape != (batch, groups, keys, value_width):
+            return False
+        if not groups or heads % groups or width % ATTENTION_WIDTH or value_width % ATTENTION_WIDTH or not keys:
+            return False
+        if mask is not None and (mask.dtype not in MASKS or not mask.is_cpu or mask.ndim != 4):
+            return False
+        scores = batch, heads, queries, keys
+        if mask is not None and any(size not in (1, wanted) for size, wanted in zip(mask.shape, scores, strict=True)):
+            return False
+        return 0 < heads // groups * queries <= self._most_rows
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        (batch, heads, queries, width), (_, groups, keys, _), value_width = query.shape, key.shape, value.shape[-1]
+        output = query.new_empty(batch, queries, heads, value_width)
+        strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, keys).stride()
+        call = _Attention(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            output.data_ptr(),
+            *(batch, heads, groups, queries, keys, width, value_width),
+            0 if mask is None else MASKS[mask.dtype],
+            *(tensor.stride()[:3] for tensor in (query, key, value)),
+            strides,
+            scale,
+            team.size,
+            threads.parallel(),
+        )
+        if self._kernel(ctypes.byref(call)):
+            raise MemoryError(f"the CPU kernel found no memory for attention over {keys:,} tokens")
+        if call.took:
+            team.observe(call.took * 1e-9, call.lost * 1e-9)
         return output
 
 

@@ -10,6 +10,9 @@ enum Dtype : int64_t { BFLOAT16, FLOAT16, FLOAT32 };
 // What activation rows are rounded to where they meet codes.
 enum Precision : int64_t { INT8, INT16, FLOATS };
 
+// What a mask is made of: truths, which let a score be seen, or numbers that are added to it.
+enum MaskKind : int64_t { NO_MASK, TRUTHS, BFLOAT16_NUMBERS, FLOAT32_NUMBERS };
+
 // Which planes make up a code (see quantization/codec.py); DENSE is a plain matrix of the layer's dtype.
 enum Kind : int64_t { TOP2, TOP4, TOP2_MIDDLE2, TOP4_LOW4, TOP2_MIDDLE2_LOW4, DENSE };
 
@@ -69,6 +72,17 @@ struct Call {
 struct Norm {
   int64_t rows, weight, output, num_rows, columns, added, rounded;
   double epsilon;
+};
+
+// Queries [batch, heads, queries, width], keys and values [batch, groups, keys, width or value_width] of bfloat16,
+// whose last dimension lies in a row, and a mask [batch, heads, queries, keys]; strides are in elements. Output
+// [batch, queries, heads, value_width], in a row. Both widths are multiples of 32. The last fields are as in `Call`.
+struct Attention {
+  int64_t query, key, value, mask, output;
+  int64_t batch, heads, groups, queries, keys, width, value_width, mask_kind;
+  int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[4];
+  double scale;
+  int64_t num_threads, parallel, took, lost;
 };
 
 // One plane of a matrix, int32 words [rows, padded * bits / 32], and whether it is to be laid in strips or taken out.

@@ -3,23 +3,21 @@
 // The work is cut into tasks that any thread may take: TILE columns of the hidden layer of one expert, then TILE
 // columns of the output over all experts. Every number is computed inside one task, in an order that depends on the
 // routing alone, so the result does not depend on the number of threads.
-#include <time.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <functional>
 #include <memory>
 #include <new>
 #include <numeric>
-#include <thread>
 #include <vector>
 
 #include "activation.h"
+#include "attention.h"
 #include "backward.h"
 #include "interface.h"
 #include "matmul.h"
 #include "norm.h"
+#include "parallel.h"
 #include "rearrange.h"
 
 namespace dynaexq {
@@ -30,20 +28,9 @@ struct Segment {
   int64_t expert, first, count;
 };
 
-using Task = std::function<void(int64_t task, Scratch& scratch)>;
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);  // OpenMP's GOMP_parallel
-
-constexpr int64_t WORTH_A_THREAD = 1 << 18;  // multiplications below which waking another one costs more
-
 void write(void* to, int64_t index, int64_t dtype, float value) {
   if (dtype == FLOAT32) ((float*)to)[index] = value;
   else ((uint16_t*)to)[index] = dtype == BFLOAT16 ? to_bfloat16(value) : to_float16(value);
-}
-
-int64_t nanoseconds(clockid_t clock) {
-  timespec now;
-  clock_gettime(clock, &now);
-  return now.tv_sec * 1'000'000'000 + now.tv_nsec;
 }
 
 const uint8_t* find(const Part& part, const uint8_t* base, const uint8_t* upgrade) {
@@ -117,7 +104,7 @@ class Forward {
 
   void reserve_scratch() {
     const int64_t work = int64_t(pairs.size()) * layer.up.padded * layer.up.rows;
-    threads = call.parallel ? std::clamp<int64_t>(work / WORTH_A_THREAD, 1, call.num_threads) : 1;
+    threads = threads_for(work, call.num_threads, call.parallel);
     const int64_t groups = std::max(layer.up.padded / layer.up.group, layer.down.padded / layer.down.group);
     const int64_t words = STRIP * width / 4, halves = 2 * groups * STRIP, floats = most_rows * TILE;
     panels.reset(new Element[threads * PANEL * width]);
@@ -140,29 +127,11 @@ class Forward {
     rows_of.resize(threads, std::vector<Row>(most_rows));
   }
 
-  // Run tasks 0 .. count - 1, each on the first thread that is free.
-  void distribute(int64_t count, const Task& task) {
-    struct Shared {
-      std::atomic<int64_t> next_task{0}, next_thread{0};
-      int64_t count;
-      const Task& task;
-      std::vector<Scratch>& scratches;
-      std::thread::id caller = std::this_thread::get_id();
-      int64_t caller_ended = 0;
-    } shared{.count = count, .task = task, .scratches = scratches};
-    auto work = [](void* data) {
-      auto& shared = *(Shared*)data;
-      Scratch& scratch = shared.scratches[shared.next_thread++];
-      for (int64_t i; (i = shared.next_task++) < shared.count;) shared.task(i, scratch);
-      if (std::this_thread::get_id() == shared.caller) shared.caller_ended = nanoseconds(CLOCK_MONOTONIC);
-    };
-    if (std::min(threads, count) <= 1) return work(&shared);
-    const int64_t began = nanoseconds(CLOCK_MONOTONIC), ran = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
-    Parallel(call.parallel)(work, &shared, unsigned(std::min(threads, count)), 0);
-    const int64_t ended = nanoseconds(CLOCK_MONOTONIC);
-    const int64_t off_core = ended - began - (nanoseconds(CLOCK_THREAD_CPUTIME_ID) - ran);
-    call.took += ended - began;
-    call.lost += std::max(ended - shared.caller_ended, off_core);
+  // Run tasks 0 .. count - 1, each with the scratch of its thread.
+  template <typename Work>
+  void distribute(int64_t count, const Work& work) {
+    dynaexq::distribute(count, threads, call.parallel, call.took, call.lost,
+                        [&](int64_t task, int64_t thread) { work(task, scratches[thread]); });
   }
 
   // Whether any expert of this call reads `matrix` in a way that is `wanted`.
@@ -412,4 +381,8 @@ extern "C" int dynaexq_rearrange(const dynaexq::Plane* plane) {
 
 extern "C" int dynaexq_normalize(const dynaexq::Norm* norm) {
   return dynaexq::status_of([&] { dynaexq::normalize(*norm); });
+}
+
+extern "C" int dynaexq_attend(dynaexq::Attention* attention) {
+  return dynaexq::status_of([&] { dynaexq::DecodeAttention(*attention).run(); });
 }
