@@ -20,6 +20,7 @@ from dynaexq.errors import CheckpointError, UnpatchError
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.decode_attention import attend_as_before, attend_natively
 from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
+from dynaexq.hf.growing_cache import watch_caches
 from dynaexq.hf.packed_dense import untie
 from dynaexq.hf.planning import growth_of_cache
 from dynaexq.kernels import ExpertLayer
@@ -169,17 +170,18 @@ class ModelPatch:
         if runtime.settings.kv_reserve == "auto":
             self._undo_steps.callback(CacheRoom(runtime.devices, growth_of_cache(self.model)).watch(self.model))
         if runtime.plan.tiers != EXACT:
-            self._adopt_few_rows()
+            self._shorten_decoding()
         install_output_capturing(self.model)  # last, because Transformers has no way to take its hooks off
 
-    def _adopt_few_rows(self) -> None:
-        """Let 16-bit linear layers, norms and attention go natively for few rows, where there is a kernel for them."""
+    def _shorten_decoding(self) -> None:
+        """Let what few rows pass beside the experts go the short way on a CPU, where there is one."""
         for module in self.model.modules():
             mixin = mixin_for(module)
             if mixin is not None:
                 self._undo_steps.callback(_restore_few_rows, module)
                 swap_class(module, mixin)
         self._undo_steps.callback(attend_as_before, attend_natively(self.model))
+        self._undo_steps.callback(watch_caches(self.model))
 
     def free_originals(self, keep_experts: bool) -> None:
         """Free the original weights: the dense ones that were replaced, the experts unless upgrades come from them."""

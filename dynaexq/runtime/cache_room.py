@@ -11,7 +11,8 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,32 @@ from dynaexq.safeguards.call_lock import CallLock
 STRIDES = (128, 32, 8, 0)
 """Tokens that room is made for ahead; fewer where these do not fit."""
 
-NAMES = ("past_key_values", "cache")
+CACHE_NAMES = ("past_key_values", "cache")
 """What a forward calls its cache, by version of Transformers."""
+
+_AHEAD: ContextVar[int] = ContextVar("_AHEAD", default=STRIDES[0])
+
+
+def tokens_ahead() -> int:
+    """Tokens, beyond those of the forward at work, that a cache may take room for now."""
+    return _AHEAD.get()
+
 
 Growth = Callable[[int, int], int]
 """Bytes that a context takes, by its tokens and its sequences."""
+
+
+class _Kept(NamedTuple):
+    """What room is kept for: a cache, so many sequences, and tokens ahead."""
+
+    cache: "weakref.ref[Any] | None" = None
+    rows: int = 0
+    left: int = 0
+
+    def is_for(self, cache: Any, rows: int, tokens: int) -> bool:
+        """Whether a forward of so many tokens has its room."""
+        is_known = cache is not None and self.cache is not None and self.cache() is cache
+        return is_known and rows <= self.rows and tokens <= self.left
 
 
 class CacheRoom:
@@ -43,10 +65,7 @@ class CacheRoom:
         self._asking = CallLock("the room for the KV cache")
         self._at_work: dict[int, tuple[int, int]] = {}
         """Tokens and sequences of the forward of each thread."""
-        self._left, self._rows = 0, 0
-        """Tokens that there is room for ahead, and sequences."""
-        self._last: weakref.ref[Any] | None = None
-        """The cache that this room is for."""
+        self._kept = _Kept()
 
     def watch(self, model: nn.Module) -> Callable[[], None]:
         """Look at what each forward of `model` is given and returns; what is returned ends that."""
@@ -71,18 +90,20 @@ class CacheRoom:
             return
         rows, tokens = inputs.shape[:2]
         self._at_work[threading.get_ident()] = tokens, rows  # before a look: who makes room meanwhile counts it
-        is_known = cache is not None and self._last is not None and self._last() is cache
-        if not is_known or rows > self._rows or tokens > self._left:
+        kept = self._kept  # other threads may put their own there meanwhile
+        if not kept.is_for(cache, rows, tokens):
             for part in self._devices:
                 part.refuse_from_within()
             with self._asking.turn():
-                self._make_room(cache, rows, tokens)
-        self._left -= tokens
+                kept = self._make_room(cache, rows, tokens)
+        self._kept = kept = kept._replace(left=kept.left - tokens)
+        _AHEAD.set(self._granted_ahead(rows, tokens, kept.left))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
         self._at_work.pop(threading.get_ident(), None)
+        _AHEAD.set(STRIDES[0])  # for other models
         cache = _cache_in(kwargs)
         if cache is None:
             values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
@@ -90,22 +111,35 @@ class CacheRoom:
         if cache is not None and cache not in self._caches:
             with self._asking.turn():
                 self._caches.add(cache)
-                self._last = None  # it is counted before it grows again
+                self._kept = _Kept()  # it is counted before it grows again
 
-    def _make_room(self, cache: Any, rows: int, tokens: int) -> None:
+    def _granted_ahead(self, rows: int, tokens: int, left: int) -> int:
+        """Of so many tokens that are left, those that the layers may take room for at once.
+
+        None where there are contexts beside this one: what one takes ahead another may lack.
+        """
+        here = threading.get_ident()
+        self._at_work[here] = tokens + left, rows  # before a look: who comes now counts it
+        if len(self._caches) < 2 and len(self._at_work) < 2:
+            return left
+        self._at_work[here] = tokens, rows
+        return 0
+
+    def _make_room(self, cache: Any, rows: int, tokens: int) -> _Kept:
         """Keep room for all caches as they are, and for `cache` with `tokens` more, and as many as the stride."""
         if cache is not None:
             self._caches.add(cache)
         added = _added(cache, tokens)
+        free = _free(cache)
         has_begun = any(reached.tensor.nbytes for reached in reachable_tensors(cache))
         for ahead in STRIDES if added and has_begun else (0,):
-            if self._try_reserve(added + ahead, rows):
+            if self._try_reserve(max(added + ahead - free, 0), rows):
                 break
         else:
             gc.collect()  # a cache in a cycle may be what is in the way
-            self._reserve(added, rows)
-        self._last = None if cache is None else weakref.ref(cache)
-        self._rows, self._left = rows, tokens + ahead if added else STRIDES[0]
+            self._reserve(max(added - free, 0), rows)
+        left = tokens + ahead if added else STRIDES[0]
+        return _Kept(None if cache is None else weakref.ref(cache), rows, left)
 
     def _try_reserve(self, tokens: int, rows: int) -> bool:
         try:
@@ -137,13 +171,18 @@ def _sizes(caches: Iterable[Any], device: torch.device) -> list[int]:
 
 def _cache_in(named: dict[str, Any]) -> Any:
     """The cache among arguments or outputs, if it is one that can be watched."""
-    found = (named.get(name) for name in NAMES)
+    found = (named.get(name) for name in CACHE_NAMES)
     return next((cache for cache in found if cache is not None and hasattr(cache, "__weakref__")), None)
 
 
 def _is_paged(cache: Any) -> bool:
     """Whether it is the cache of continuous batching: pages that never grow or move."""
     return not hasattr(cache, "get_seq_length")
+
+
+def _free(cache: Any) -> int:
+    """Tokens that every layer of `cache` has taken room for already."""
+    return min((getattr(layer, "tokens_free", 0) for layer in getattr(cache, "layers", ())), default=0)
 
 
 def _added(cache: Any, tokens: int) -> int:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 import dynaexq
 from dynaexq.errors import BudgetError, ReentryError, SettingsError
+from dynaexq.hf import growing_cache
 from dynaexq.hf.planning import growth_of_cache
 
 PER_TOKEN = 2 * 2 * 32 * 2  # two layers of keys and values: one head of 32 elements of two bytes
@@ -53,7 +54,7 @@ def watched(model: PreTrainedModel, kept: list[Cache]) -> Iterator[list[int]]:
     """Bytes of weights and of all caches whenever keys and values are about to join a layer's, and while they do."""
     peaks: list[int] = []
     at_work: list[Cache] = []
-    update = DynamicLayer.update
+    update, with_room = DynamicLayer.update, growing_cache._with_room
 
     def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         at_work[:] = [kwargs[name] for name in ("past_key_values", "cache") if kwargs.get(name) is not None]
@@ -73,9 +74,15 @@ def watched(model: PreTrainedModel, kept: list[Cache]) -> Iterator[list[int]]:
         record(0)
         return result
 
+    def moves(old: Tensor, tokens: int) -> Tensor:
+        beginning = with_room(old, tokens)
+        record(beginning.untyped_storage().nbytes())  # the old one is there as well
+        return beginning
+
     handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in model.model.layers]
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(DynamicLayer, "update", joins)
+        patched.setattr(growing_cache, "_with_room", moves)
         yield peaks
     for handle in handles:
         handle.remove()
@@ -250,7 +257,7 @@ def test_unpatching_and_closing_end_the_watch() -> None:
     model = tiny.tiny_qwen3_moe()
     hooks = len(model._forward_pre_hooks)
     runtime = dynaexq.patch(model, "1GiB", tiers=("int4", "fp16"), config={"kv_reserve": "auto"})
-    assert len(model._forward_pre_hooks) == hooks + 2
+    assert len(model._forward_pre_hooks) == hooks + 3  # the door, caches that grow, their room
     runtime.close()
     tiny.logits(model)
     dynaexq.unpatch(model)
