@@ -19,6 +19,7 @@ from dynaexq.kernels.dispatch import (
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
 from dynaexq.kernels.row_norm import NormKind, RowNorm, rms_norm
+from dynaexq.kernels.top_k_routing import RoutingKind, top_k_routing
 from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LinearLayer",
     "NormKind",
     "PlainExchange",
+    "RoutingKind",
     "RowNorm",
     "Upgrades",
     "arrangement_on",
@@ -46,4 +48,5 @@ __all__ = [
     "register_matrix",
     "rms_norm",
     "row_norm",
+    "top_k_routing",
 ]

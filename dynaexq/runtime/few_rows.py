@@ -1,4 +1,4 @@
-"""16-bit dense layers and norms on a CPU: few rows go through the native kernel, in one call.
+"""16-bit dense layers, routers and norms on a CPU: few rows go through the native kernel.
 
 The result is that of the module's own forward within one rounding of the product; what is many rows, recorded for
 gradients, or looked at operator by operator is left to PyTorch. It knows no model.
@@ -8,8 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dynaexq.kernels import DenseProduct, NormKind, RowNorm, dense_product, rms_norm, row_norm
+from dynaexq.kernels import (
+    DenseProduct,
+    NormKind,
+    RoutingKind,
+    RowNorm,
+    dense_product,
+    rms_norm,
+    row_norm,
+    top_k_routing,
+)
 from dynaexq.runtime.experts import in_function_transform, must_be_operators
 
 SMALLEST = 2**16
@@ -17,6 +27,8 @@ SMALLEST = 2**16
 
 MOST_NORMALIZED = 2**16
 """Elements beyond which PyTorch's threads normalize faster than one."""
+
+ROUTING_KINDS = [RoutingKind(normalized, rounded) for normalized in (False, True) for rounded in (False, True)]
 
 OWN = ("_native", "_kind")
 """Attributes that a module has only while a mixin is in its place."""
@@ -67,6 +79,24 @@ class FewRowsLinear(FewRows):
         return dense_product(self.weight.detach())
 
 
+class FewRowsRouter(FewRows):
+    """A router, of a kind that `routing_kind` knows: the product is native, what follows it PyTorch's."""
+
+    top_k: int
+    _kind: RoutingKind
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        product = self.current() if not args and not kwargs and self.takes_native_way(hidden_states) else None
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if product is None or len(rows) > product.most_rows:
+            return super().forward(hidden_states, *args, **kwargs)
+        logits = product(rows.contiguous())
+        return logits, *top_k_routing(logits, self.top_k, self._kind)
+
+    def made(self) -> DenseProduct | None:
+        return dense_product(self.weight.detach())
+
+
 class FewRowsNorm(FewRows):
     """A root mean square norm, of a kind that `norm_kind` knows."""
 
@@ -98,20 +128,57 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     return next((kind for kind in kinds if torch.equal(expected, rms_norm(rows, weight, kind))), None)
 
 
+@torch.no_grad()
+def routing_kind(module: nn.Module) -> RoutingKind | None:
+    """The kind of a router whose forward gives the very bits of a product and `top_k_routing`, found by trying.
+
+    One that has more than a weight may route otherwise when that changes, and has none.
+    """
+    weight, top_k = getattr(module, "weight", None), getattr(module, "top_k", None)
+    tensors = [*module.parameters(), *module.buffers()]
+    if not isinstance(top_k, int) or len(tensors) != 1 or weight is not tensors[0] or weight.ndim != 2:
+        return None
+    rows = torch.randn(32, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    try:
+        found = module.forward(rows)
+        logits = F.linear(rows, weight)
+        tried = {kind: (logits, *top_k_routing(logits, top_k, kind)) for kind in ROUTING_KINDS}
+    except Exception:  # it wants more than rows, or is on another device
+        return None
+    return next((kind for kind, expected in tried.items() if _are_equal(found, expected)), None)
+
+
+def _are_equal(found: Any, expected: tuple[Tensor, ...]) -> bool:
+    if not isinstance(found, tuple) or len(found) != len(expected):
+        return False
+    return all(
+        one.dtype == other.dtype and torch.equal(one, other) for one, other in zip(found, expected, strict=True)
+    )
+
+
 def mixin_for(module: nn.Module) -> type[FewRows] | None:
     """The mixin to take the place of `module`, where that pays; the module gets what the mixin needs."""
     native: DenseProduct | RowNorm | None = None
+    kind: NormKind | RoutingKind | None
     if type(module) is nn.Linear:
         mixin: type[FewRows] = FewRowsLinear
-        native = dense_product(module.weight.detach()) if module.weight.numel() >= SMALLEST else None
+        native = _product_with(module)
     elif (kind := norm_kind(module)) is not None:
         mixin, module._kind = FewRowsNorm, kind  # type: ignore[assignment]
         native = row_norm(module.weight.detach(), kind)  # type: ignore[operator]
+    elif (kind := routing_kind(module)) is not None:
+        mixin, module._kind = FewRowsRouter, kind  # type: ignore[assignment]
+        native = _product_with(module)
     if native is None:
         forgotten(module)
         return None
     module._native = native  # type: ignore[assignment]
     return mixin
+
+
+def _product_with(module: Any) -> DenseProduct | None:
+    weight = module.weight.detach()
+    return dense_product(weight) if weight.numel() >= SMALLEST else None
 
 
 def forgotten(module: nn.Module) -> None:

@@ -18,9 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dynaexq
 from dynaexq.hf.model_patch import restore_class, swap_class
-from dynaexq.kernels import cpu, rms_norm
+from dynaexq.kernels import RoutingKind, cpu, rms_norm, top_k_routing
 from dynaexq.kernels.cpu.build import load
-from dynaexq.runtime.few_rows import MOST_NORMALIZED, FewRows, FewRowsLinear, FewRowsNorm, mixin_for, norm_kind
+from dynaexq.runtime.few_rows import (
+    MOST_NORMALIZED,
+    FewRows,
+    FewRowsLinear,
+    FewRowsNorm,
+    FewRowsRouter,
+    mixin_for,
+    norm_kind,
+    routing_kind,
+)
 
 ROUNDING = 2**-8
 
@@ -196,17 +205,73 @@ def test_many_rows_gradients_and_other_arguments_are_the_familys_own() -> None:
     assert type(pickle.loads(pickle.dumps(norm))) is type(norm).__bases__[1]
 
 
+ROUTERS = {
+    "qwen3_moe": (False, True),
+    "qwen3_next": (True, True),
+    "mixtral": (True, False),
+    "deepseek_v3": None,  # chooses by sigmoids, a bias and groups
+    "ernie4_5_moe": None,  # a bias that is zero only at first
+    "gpt_oss": None,
+    "granitemoe": None,
+}
+"""Families, whether the weights of their routers are divided by their sum, and whether they are rounded."""
+
+
+def router_of(family: str) -> nn.Module:
+    model = tiny_model(family).bfloat16()
+    parts = (module for module in model.modules() if "Router" in type(module).__name__)
+    return next(parts, None) or next(m for m in model.modules() if "Gat" in type(m).__name__)
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_routers_are_recognized_by_what_they_do(family: str) -> None:
+    router = router_of(family)
+    assert routing_kind(router) == ROUTERS[family]
+    assert type(router) is type(router_of(family)), "trying has left it as it was"
+
+
+@pytest.mark.parametrize("family", [family for family, kind in ROUTERS.items() if kind])
+@torch.no_grad()
+def test_few_rows_are_routed_as_the_family_routes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 0)
+    router = router_of(family)
+    columns = router.weight.shape[1]
+    inputs = [torch.randn(*shape, columns).bfloat16() for shape in ((1,), (2, 2), (0,))]
+    many = torch.randn(cpu.MOST_ROWS + 1, columns).bfloat16()
+    expected, of_many = [router(given) for given in inputs], router(many)
+    assert mixin_for(router) is FewRowsRouter
+    swap_class(router, FewRowsRouter)
+    assert all(map(torch.equal, router(many), of_many))
+    monkeypatch.setattr(type(router).__bases__[1], "forward", refuse)
+    for given, (logits, weights, ids) in zip(inputs, expected, strict=True):
+        found = router(given)
+        assert_close("logits", logits, found[0], 2 * ROUNDING)
+        assert found[1].dtype == weights.dtype
+        assert (found[2] == ids).float().mean() > 0.7 or not ids.numel()  # equal logits have no order
+        assert torch.equal(found[1], top_k_routing(found[0], router.top_k, RoutingKind(*ROUTERS[family]))[0])
+    assert type(pickle.loads(pickle.dumps(router))) is type(router).__bases__[1]
+
+
+def test_gradients_reach_routers_through_the_familys_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 0)
+    router = router_of("qwen3_moe")
+    assert mixin_for(router) is FewRowsRouter
+    swap_class(router, FewRowsRouter)
+    router(rows(2, router.weight.shape[1]))[1].sum().backward()
+    assert router.weight.grad is not None
+
+
 def adopted(model: nn.Module) -> set[str]:
     return {path for path, module in model.named_modules() if isinstance(module, FewRows)}
 
 
 def test_a_patched_model_has_them_and_gives_them_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 2**10)
+    monkeypatch.setattr("dynaexq.runtime.few_rows.SMALLEST", 2**9)
     model = tiny_model("qwen3_moe").bfloat16()
     kinds = {path: type(module) for path, module in model.named_modules()}
     patching.patch(model, "1GiB", tiers=("int8", "fp16"))
     assert {"lm_head", "model.norm", "model.layers.0.self_attn.q_proj"} <= adopted(model)
-    assert not any(path.endswith("gate") for path in adopted(model)), "routers stay as they are"
+    assert isinstance(model.model.layers[0].mlp.gate, FewRowsRouter)
     with torch.no_grad():
         before = tiny.logits(model)
         monkeypatch.setattr(FewRows, "takes_native_way", lambda *_: False)
