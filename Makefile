@@ -5,6 +5,7 @@ PYTHON ?= python3
 # The release that the tests were last run with. pyproject.toml takes any from 2.9 on.
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
+TRITON ?= triton
 BIN := $(VENV)/bin
 # pyproject.toml says how much of the lines and branches must be executed.
 TESTS := --cov --cov-report=
@@ -17,10 +18,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(TESTS)
 
-# What meets Transformers, on the oldest that is supported; the other rooms do not know it.
+# What meets Transformers, on the oldest that is supported, and the CUDA kernels by an older Triton, that of PyTorch 2.10
+# and 2.11; the other rooms know neither.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0 TESTS="tests/hf tests/test_start_up.py \
-		tests/runtime/test_forward.py tests/runtime/test_door.py tests/server tests/test_old_files.py tests/test_evaluate.py \
+	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0 TRITON=triton==3.6.0 TESTS="tests/hf tests/test_start_up.py \
+		tests/runtime/test_forward.py tests/runtime/test_door.py tests/server tests/kernels/test_triton.py tests/test_old_files.py tests/test_evaluate.py \
 		--ignore=tests/hf/test_plan.py --ignore=tests/hf/test_two_at_once.py --ignore=tests/hf/test_calibration.py"
 
 check: $(VENV)/installed format lint types test
@@ -51,5 +53,5 @@ figures: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TRANSFORMERS)" "$(TRITON)"
 	touch $@

@@ -5,9 +5,10 @@
 
 A Qwen3-MoE of the layer shapes of Qwen3-30B-A3B with random weights: 128 experts, vocabulary 32,768. Contestants take
 turns, round by round, and figures are medians over the rounds. Decoding is `generate()`, greedy, by the clock between
-its tokens, after a prompt of 32; prefill is one forward that keeps no logits but the last. Compiled means a static
-cache and `torch.compile` for every token after the prompt, with the seconds that it takes. Bytes per token are the
-weights that one token's matrices read, and the limit is what this machine reads of them per second, measured first.
+its tokens, after a prompt of 32 and, for one sequence, after longer ones; prefill is one forward that keeps no logits
+but the last. Compiled means a static cache and `torch.compile` for every token after the prompt, with the seconds that
+it takes. Bytes per token are the weights that one token's matrices read, and the limit is what this machine reads of
+them per second, measured first.
 
 For llama.cpp give the directory of its programs, `llama-bench` and `llama-batched-bench`, and GGUF files of the same
 shape; `--write-gguf FILE` makes one in 16 bit, for `llama-quantize` (needs the package gguf).
@@ -42,6 +43,8 @@ from dynaexq.runtime.linear import PackedLinear
 
 PROMPT, NEW_TOKENS = 32, 24
 BATCHES, PREFILLS = (1, 4, 16), (512, 2048)
+CONTEXTS = (1024, 4096)
+"""Tokens before those that one sequence is decoded behind, besides `PROMPT`."""
 UPGRADED_SHARE = 0.2
 
 
@@ -126,9 +129,9 @@ def compiling() -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-def decode(model: PreTrainedModel, batch: int, compiled: bool) -> float:
-    """Tokens per second of `generate`, of all rows of the batch together."""
-    ids, clock = torch.arange(batch * PROMPT).view(batch, PROMPT) * 7 % SIZES["vocab_size"], Clock()
+def decode(model: PreTrainedModel, batch: int, compiled: bool = False, length: int = PROMPT) -> float:
+    """Tokens per second of `generate` behind a prompt of `length`, of all rows of the batch together."""
+    ids, clock = torch.arange(batch * length).view(batch, length) * 7 % SIZES["vocab_size"], Clock()
     step = model.prepare_inputs_for_generation
 
     def timed(*args: Any, **kwargs: Any) -> Any:  # streamers take one row only
@@ -167,7 +170,11 @@ def race(models: dict[str, PreTrainedModel], llama: Callable[[], Figures], round
             compiled = CONTESTANTS[name].compiled
             for batch in BATCHES:
                 found[name][f"decode {batch}"].append(decode(model, batch, compiled))
-            for length in () if compiled else PREFILLS:  # the prompt is not compiled
+            if compiled:
+                continue  # a prompt is not, and a context as long as the cache takes as long as a short one
+            for length in CONTEXTS:
+                found[name][f"decode behind {length}"].append(decode(model, 1, length=length))
+            for length in PREFILLS:
                 found[name][f"prefill {length}"].append(prefill(model, length))
         for name, figures in llama().items():
             for what, speeds in figures.items():
@@ -182,6 +189,10 @@ def llama_cpp(programs: Path, gguf: Path, threads: int) -> dict[str, list[float]
     command = [programs / "llama-bench", "-m", gguf, "-t", str(threads), "-p", lengths, "-n", "0", "-r", "1"]
     for row in csv.DictReader(io.StringIO(_said([*command, "-o", "csv"]))):
         found[f"prefill {row['n_prompt']}"] = [float(row["avg_ts"])]
+    depths = ",".join(map(str, CONTEXTS))
+    command = [programs / "llama-bench", "-m", gguf, "-t", str(threads), "-p", "0", "-n", str(NEW_TOKENS), "-r", "1"]
+    for row in csv.DictReader(io.StringIO(_said([*command, "-d", depths, "-o", "csv"]))):
+        found[f"decode behind {row['n_depth']}"] = [float(row["avg_ts"])]
     command = [programs / "llama-batched-bench", "-m", gguf, "-t", str(threads), "-tb", str(threads), "-c", "2048"]
     batches = ",".join(map(str, BATCHES))
     lines = _said([*command, "-npp", str(PROMPT), "-ntg", str(NEW_TOKENS), "-npl", batches]).splitlines()
@@ -326,8 +337,9 @@ def write_gguf(path: Path, layers: int) -> None:
 
 
 def show(result: dict[str, Any]) -> None:
-    console = Console(width=120)
-    names = [f"decode {batch}" for batch in BATCHES] + [f"prefill {length}" for length in PREFILLS]
+    console = Console(width=140)
+    names = [f"decode {batch}" for batch in BATCHES] + [f"decode behind {length}" for length in CONTEXTS]
+    names += [f"prefill {length}" for length in PREFILLS]
     table = Table("tokens/s", *names, "MB per token", "GB/s", "s to warm up")
     for name, speeds in result["tokens_per_second"].items():
         nbytes = sum(result["bytes_per_token"].get(name, {}).values())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,21 @@ def test_figures_become_tables(benchmarks, tmp_path):
     assert "|  | 1 | 8 |" in text
     assert "| int4 | 12 | 12 * |" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-some-gpu.json", "gpu-some-gpu.md"]
+
+
+LAUNCHES = """
+import host_time, triton
+host_time.CALLS = host_time.ROUNDS = 1
+triton.runtime.driver.set_active(host_time.Driver())
+print(host_time.measured(host_time.experts_layer(1))["launches"])
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, which is for Linux")
+@pytest.mark.timeout(300)
+def test_a_layer_is_four_launches(tmp_path):
+    path = os.pathsep.join([str(BENCHMARKS.parent), str(BENCHMARKS / "gpu"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", LAUNCHES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "4"

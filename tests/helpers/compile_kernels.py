@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynaexq.kernels.triton import graph_sync, reductions, routing, tuning
+from dynaexq.kernels.triton import graph_sync, preparation, reductions, routing, tuning
 from dynaexq.kernels.triton.grouped_gemm import expert_gemm
 from dynaexq.kernels.triton.launch import matrices
 from dynaexq.kernels.triton.specs import Matrix
@@ -47,24 +47,36 @@ def main(cases: list[str]) -> None:
 def products(pair: str, product: str, regime: str, arch: int) -> list[dict[str, Any]]:
     """Facts of every launch of a product of a layer, up or down."""
     found = []
-    matrix, launches = product_of(tuple(pair.split("+")), product, PAIRS[regime])
+    matrix, launches = product_of(tuple(pair.split("+")), product, PAIRS[regime], arch)
     for launch in launches:
         kernel = compiled_product(matrix, launch, arch)
         codes = launch.tiling.block_n * matrix.codes / (32 * launch.num_warps)  # of a block, for one thread
         # Loops over 16-bit weights are far shorter than those over codes; a short one may be unrolled altogether.
         longest = max(map(len, inner_loops(kernel)), default=None)
         per_code = None if longest is None else round(longest / codes, 2)
-        found.append({"tiers": launch.tiling.tiers, "instructions_per_code": per_code, **facts(kernel)})
+        loops = [loop for loop in pipelines(kernel) if loop["in_flight"] is not None]
+        found.append(
+            {
+                "tiers": launch.tiling.tiers,
+                "instructions_per_code": per_code,
+                "in_flight": min((loop["in_flight"] for loop in loops), default=None),
+                "plain_loads": max((loop["plain_loads"] for loop in loops), default=None),
+                **facts(kernel),
+            }
+        )
     return found
 
 
 def around(arch: int) -> list[dict[str, Any]]:
     """Facts of the kernels around the products."""
-    count = compiled(
-        routing._count,
-        {"ids": "*i64", "order": "*i32", "blocks": "*i32"}
-        | dict.fromkeys(("pairs", "slots", "num_experts", "block_m"), "i32"),
-        {"PROGRAM": routing.PAIRS_PER_PROGRAM},
+    before = compiled(
+        preparation._prepare,
+        {"ids": "*i64", "weights": "*bf16", "order": "*i32", "blocks": "*i32", "counts": "*i64", "rows": "*bf16"}
+        | {"sums": "*fp32"}
+        | dict.fromkeys(("counting", "adding", "pairs", "tokens", "slots", "num_experts", "block_m"), "i32")
+        | dict.fromkeys(("columns", "num_groups"), "i32"),
+        {"PAIRS": routing.PAIRS_PER_PROGRAM, "UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS}
+        | {"COUNTED": routing.COUNTED_PER_PROGRAM, "WIDTH": 64, "GROUPS": reductions.GROUPS_PER_PROGRAM},
         arch,
     )
     sums = compiled(
@@ -112,14 +124,16 @@ def around(arch: int) -> list[dict[str, Any]]:
     )
     loads = re.findall(r"ld\S*\.volatile\S*\.(\w+)", fetch.asm["ptx"])
     assert set(loads) == {"b64"}, f"the host's words are loaded whole and from the host, not {loads}"
-    return [facts(kernel) for kernel in (count, sums, total, mass, fetch, report)]
+    return [facts(kernel) for kernel in (before, sums, total, mass, fetch, report)]
 
 
-def product_of(tiers: tuple[str, ...], product: str, pairs: int) -> tuple[Matrix, tuple[tuning.Launch, ...]]:
+def product_of(
+    tiers: tuple[str, ...], product: str, pairs: int, arch: int
+) -> tuple[Matrix, tuple[tuning.Launch, ...]]:
     """The matrix and the launches of one product of a layer for `pairs` pairs."""
     codec = ExpertCodec(SHAPE, torch.bfloat16, tiers)
     up, down = matrices(codec)
-    plan = tuning.plan_for(pairs, EXPERTS, up, down, swiglu=True)
+    plan = tuning.plan_for(pairs, EXPERTS, up, down, swiglu=True, on=tuning.multiprocessor(divmod(arch, 10)))
     return (up, plan.up) if product == "up" else (down, plan.down)
 
 
@@ -131,7 +145,7 @@ def compiled_product(matrix: Matrix, launch: tuning.Launch, arch: int) -> Any:
     constants |= {} if tiling.next_sum_width else {"output_sums": None}
     types = {"x": "*bf16", "output": "*bf16", "base": "*u8", "blocks": "*i32", "order": "*i32", "entries": "*i64"}
     types |= {"sums": "*fp32", "output_sums": "*fp32", "num_blocks": "i32"}
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.tiling.stages}
     return compiled(expert_gemm, types, constants, arch, options)
 
 
@@ -159,7 +173,22 @@ def facts(kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "wide_loads": len(re.findall(r"cp\.async[^;]*, (?:0x10|16)\b", ptx)),
         "wgmma": "wgmma" in ptx,
+        "stores": len(re.findall(r"\bSTG\b", of_cubin(kernel, "nvdisasm", "-c"))),
     }
+
+
+def pipelines(kernel: Any) -> list[dict[str, Any]]:
+    """Of each loop: the copies that go on while one is waited for, None where none is; loads that nothing overlaps."""
+    lines, found = kernel.asm["ttgir"].splitlines(), []
+    for start, line in enumerate(lines):
+        if "scf.for" in line:
+            closing = line[: len(line) - len(line.lstrip())] + "}"
+            end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(closing))
+            body = "\n".join(lines[start:end])
+            waits = [int(number) for number in re.findall(r"async_wait[^{]*\{num = (\d+)", body)]
+            in_flight = min(waits, default=None)
+            found.append({"in_flight": in_flight, "plain_loads": len(re.findall(r"tt\.load", body))})
+    return found
 
 
 def of_cubin(kernel: Any, binary: str, option: str) -> str:

@@ -71,7 +71,7 @@ def load_codes(base, upgrade, row, block, DEPTH: tl.constexpr, matrix: tl.conste
 @triton.jit
 def high_floats(tiles, PIECE: tl.constexpr, DEPTH: tl.constexpr, matrix: tl.constexpr):
     """Floats `[R, C]` of the top bits of a piece."""
-    BITS: tl.constexpr = min(DEPTH, 4)
+    BITS: tl.constexpr = DEPTH if DEPTH < 4 else 4  # Triton 3.5 takes `min` for its own
     TILES: tl.constexpr = matrix.codes // 4 // matrix.piece if matrix.base != 2 else BITS // 2
     return as_floats(piece_fractions(tiles, PIECE, BITS, TILES, matrix), 4, matrix.dtype)
 
@@ -110,7 +110,7 @@ def coded_product(
     PIECES: tl.constexpr = matrix.group // matrix.piece
     GROUPS: tl.constexpr = matrix.codes // matrix.group
     PADDED: tl.constexpr = matrix.padded > matrix.columns
-    for block in tl.range(0, matrix.padded // matrix.codes):
+    for block in tl.range(0, matrix.padded // matrix.codes, num_stages=tiling.stages):
         high, low = load_codes(base, upgrade, row, block, DEPTH, matrix)
         grids = load_grids(base, row, block, matrix)
         for g in tl.static_range(GROUPS):
@@ -213,7 +213,9 @@ def expert_gemm(
 @triton.jit
 def expert_product(entry, x, x_mask, sums, base, upgrade, row, matrix: tl.constexpr, tiling: tl.constexpr):
     """The product `[R, M]` of one expert, at the precision that its `entry` says."""
-    product = tl.zeros((tiling.block_n, tiling.block_m), tl.float32)  # [R, M]
+    ROWS: tl.constexpr = tiling.block_n  # Triton 3.6 makes no shapes of attributes
+    PAIRS: tl.constexpr = tiling.block_m
+    product = tl.zeros((ROWS, PAIRS), tl.float32)  # [R, M]
     if matrix.upgrade == 0 or tiling.tiers == "base":
         return base_product(product, x, x_mask, sums, base, row, matrix, tiling)
     elif tiling.tiers == "upgraded":

@@ -1,4 +1,4 @@
-"""From one layer's arguments to launches: two products, and around them the routing, sums and a sum over choices.
+"""From one layer's arguments to four launches: what two products need, the two, and a sum over choices.
 
 Nothing here looks at the device: grids follow from shapes alone, so nothing waits and everything can be captured.
 
@@ -16,8 +16,9 @@ from torch import Tensor
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.triton import tuning
 from dynaexq.kernels.triton.grouped_gemm import expert_gemm
+from dynaexq.kernels.triton.preparation import Sums, prepare
 from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
-from dynaexq.kernels.triton.routing import Routing, add_routing, route
+from dynaexq.kernels.triton.routing import Routing, add_routing
 from dynaexq.kernels.triton.specs import Matrix
 from dynaexq.quantization import ExpertCodec
 
@@ -36,14 +37,13 @@ def expert_mlp(
 
     `counts` as in `dispatch.expert_mlp`.
     """
-    if counts is not None:
-        add_routing(counts, top_k_index, top_k_weights)
     if not top_k_index.numel():
+        if counts is not None:
+            add_routing(counts, top_k_index, top_k_weights)
         return torch.zeros_like(hidden_states)
+    tensors = hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
     with torch.cuda.device_of(hidden_states):  # Triton launches on the current device, wherever its arguments are
-        return _expert_mlp(
-            hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), layer, upgrades.entries
-        )
+        return _expert_mlp(*tensors, layer, upgrades.entries, counts)
 
 
 def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
@@ -52,15 +52,22 @@ def counts_routing(hidden_states: Tensor, layer: ExpertLayer) -> bool:
 
 
 def _expert_mlp(
-    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layer: ExpertLayer, entries: Tensor
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layer: ExpertLayer,
+    entries: Tensor,
+    counts: Tensor | None,
 ) -> Tensor:
     pairs, choices = top_k_index.numel(), top_k_index.shape[1]
     up, down = _matrices_of(layer)
     fused = _is_swiglu(layer) and up.bias < 0
-    plan = tuning.plan_for(pairs, layer.num_experts, up, down, fused)
-    experts = Experts(route(top_k_index, layer.num_experts, plan.block_m), layer.base, entries)
+    plan = tuning.plan_for(pairs, layer.num_experts, up, down, fused, tuning.multiprocessor_of(hidden_states.device))
+    wanted = sums_wanted(hidden_states, up, plan.up)
+    routing, sums = prepare(top_k_index, top_k_weights, layer.num_experts, plan.block_m, wanted, counts)
+    experts = Experts(routing, layer.base, entries)
 
-    hidden, sums = experts.product(up, hidden_states, sums_for(hidden_states, up, plan.up), plan.up, choices)
+    hidden, sums = experts.product(up, hidden_states, sums, plan.up, choices)
     if not fused:
         hidden = layer.activation(hidden)
         sums = sums_for(hidden, down, plan.down)
@@ -93,10 +100,16 @@ def operands(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
     return DTYPES[dtype], tl.float32 if triton.knobs.runtime.interpret else DTYPES[dtype]
 
 
+def sums_wanted(x: Tensor, matrix: Matrix, launches: Sequence[tuning.Launch]) -> Sums | None:
+    """The sums of activations that `launches` want."""
+    width = launches[0].tiling.sum_width
+    return Sums(x, matrix.padded, width) if width else None
+
+
 def sums_for(x: Tensor, matrix: Matrix, launches: Sequence[tuning.Launch]) -> Tensor | None:
     """Sums of activations as `launches` want them."""
-    width = launches[0].tiling.sum_width
-    return group_sums(x, matrix.padded, width) if width else None
+    wanted = sums_wanted(x, matrix, launches)
+    return None if wanted is None else group_sums(*wanted)
 
 
 class Experts(NamedTuple):
@@ -120,6 +133,6 @@ class Experts(NamedTuple):
         grid = (triton.cdiv(padded, width), blocks.shape[1])
         pointers = (x, sums, output, output_sums, blocks, blocks.shape[1], order, self.entries, self.base)
         for launch in launches:
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+            options = {"num_warps": launch.num_warps, "num_stages": launch.tiling.stages, "enable_fp_fusion": True}
             expert_gemm[grid](*pointers, choices, matrix, launch.tiling, **options)
         return output, output_sums

@@ -20,7 +20,7 @@ def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
         return linear_layer.linear(rows, layer)
     with torch.cuda.device_of(rows):
         matrix = _matrix(layer)
-        block_m, launches = tuning.plan_for_linear(len(rows), matrix)
+        block_m, launches = tuning.plan_for_linear(len(rows), matrix, tuning.multiprocessor_of(rows.device))
         rows = rows.contiguous()
         experts = Experts(_routing(layer, len(rows), block_m), layer.block[None], _no_upgrade(layer))
         return experts.product(matrix, rows, sums_for(rows, matrix, launches), launches)[0]

@@ -23,8 +23,14 @@ def group_sums(rows: Tensor, padded: int, group_size: int) -> Tensor:
 
 @triton.jit
 def _group_sums(rows, sums, columns, num_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    sum_groups(rows, sums, columns, num_groups, tl.program_id(0), tl.program_id(1), GROUP, GROUPS)
+
+
+@triton.jit
+def sum_groups(rows, sums, columns, num_groups, row, part, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    """Store the sums of `GROUPS` groups of one row, the `part`-th of them."""
+    row = row.to(tl.int64)
+    group = part * GROUPS + tl.arange(0, GROUPS)
     column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # [groups, G]
     values = tl.load(rows + row * columns + column, mask=column < columns, other=0.0)
     tl.store(sums + row * num_groups + group, tl.sum(values.to(tl.float32), axis=1), mask=group < num_groups)
@@ -51,8 +57,9 @@ def _weighted_sum(results, ids, weights, output, hidden, num_experts, CHOICES: t
     total = tl.zeros((COLUMNS,), tl.float32)  # [columns]
     for choice in tl.static_range(CHOICES):
         pair = token * CHOICES + choice
-        expert = tl.load(ids + pair)
-        if expert >= 0 and expert < num_experts:
-            result = tl.load(results + pair * hidden + column, mask=inside, other=0.0)
-            total += result.to(tl.float32) * tl.load(weights + pair).to(tl.float32)
+        expert = tl.where(inside, tl.load(ids + pair), -1)  # [columns]
+        ours = (expert >= 0) & (expert < num_experts)  # a branch would have each choice wait for the one before
+        result = tl.load(results + pair * hidden + column, mask=ours, other=0.0)
+        weight = tl.load(weights + pair).to(tl.float32)
+        total += tl.where(ours, result.to(tl.float32) * weight, 0.0)
     tl.store(output + token * hidden + column, total.to(output.dtype.element_ty), mask=inside)

@@ -18,7 +18,6 @@ from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 COUNTED_PAIRS = 2048  # up to here every pair is compared with every other in one launch; beyond, torch sorts
 
-
 PAIRS_PER_PROGRAM = 64
 COUNTED_PER_PROGRAM = 256
 
@@ -39,14 +38,12 @@ class Routing(NamedTuple):
     blocks: Tensor
 
 
-def route(top_k_index: Tensor, num_experts: int, block_m: int) -> Routing:
-    """The blocks of `top_k_index [T, k]`; ids outside `[0, num_experts)` are in none."""
-    by = _route_by_counting if top_k_index.numel() <= COUNTED_PAIRS else route_torch
-    return by(top_k_index.reshape(-1), num_experts, block_m)
+def route_torch(top_k_index: Tensor, num_experts: int, block_m: int) -> Routing:
+    """The blocks of `top_k_index [T, k]` by sorting, in PyTorch; ids outside `[0, num_experts)` are in none.
 
-
-def route_torch(ids: Tensor, num_experts: int, block_m: int) -> Routing:
-    """The same blocks by sorting, in PyTorch: the twin that the kernel is held to, and faster for many pairs."""
+    The twin that `count_pairs` is held to, and faster for many pairs.
+    """
+    ids = top_k_index.reshape(-1)
     experts = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int64)  # [P]
     order = torch.argsort(experts, stable=True)  # [P]
     ones = torch.ones_like(experts)
@@ -68,23 +65,20 @@ def route_torch(ids: Tensor, num_experts: int, block_m: int) -> Routing:
     return Routing(order.to(torch.int32), blocks.to(torch.int32))
 
 
-def _route_by_counting(ids: Tensor, num_experts: int, block_m: int) -> Routing:
-    pairs = len(ids)
+def empty_routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Routing:
+    """Room for the blocks of `top_k_index [T, k]`, for `count_pairs` to fill."""
+    pairs, device = top_k_index.numel(), top_k_index.device
     dense = pairs // block_m + num_experts
-    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    order = torch.empty(pairs, dtype=torch.int32, device=device)
     if pairs <= dense:  # each pair has a slot, which it fills if it is the first of a block
-        blocks = torch.empty(3, pairs, dtype=torch.int32, device=ids.device)
-    else:
-        blocks = torch.full((3, dense), -1, dtype=torch.int32, device=ids.device)
-    grid = (triton.cdiv(pairs, PAIRS_PER_PROGRAM),)
-    _count[grid](ids, order, blocks, pairs, blocks.shape[1], num_experts, block_m, PAIRS_PER_PROGRAM)
-    return Routing(order, blocks)
+        return Routing(order, torch.empty(3, pairs, dtype=torch.int32, device=device))
+    return Routing(order, torch.full((3, dense), -1, dtype=torch.int32, device=device))
 
 
-@triton.jit(do_not_specialize=["pairs", "slots"])
-def _count(ids, order, blocks, pairs, slots, num_experts, block_m, PROGRAM: tl.constexpr):
-    """Each pair finds its place by counting the pairs that come before it."""
-    pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)  # [G]
+@triton.jit
+def count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, program, PROGRAM: tl.constexpr):
+    """Each pair of a program finds its place by counting the pairs that come before it."""
+    pair = program * PROGRAM + tl.arange(0, PROGRAM)  # [G]
     expert = _load_expert(ids, pair, pairs, num_experts)  # [G]
     place = tl.zeros((PROGRAM,), tl.int32)  # [G], its place in the order
     rank = tl.zeros((PROGRAM,), tl.int32)  # [G], pairs of its expert before it
@@ -141,7 +135,24 @@ def _add_routing(
     LARGEST: tl.constexpr,
     PROGRAM: tl.constexpr,
 ):
-    pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)
+    add_mass(sums, ids, weights, pairs, tokens, num_experts, tl.program_id(0), UNITS, LARGEST, PROGRAM)
+
+
+@triton.jit
+def add_mass(
+    sums,
+    ids,
+    weights,
+    pairs,
+    tokens,
+    num_experts,
+    program,
+    UNITS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    PROGRAM: tl.constexpr,
+):
+    """Add the routing mass of a program's pairs, and the tokens once."""
+    pair = program * PROGRAM + tl.arange(0, PROGRAM)
     mask = pair < pairs
     expert = tl.load(ids + pair, mask=mask, other=-1)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts)
@@ -152,5 +163,5 @@ def _add_routing(
     units = rounded.to(tl.int64)
     units -= ((rounded - mass == 0.5) & (units % 2 == 1)).to(tl.int64)  # halves go to the even neighbor
     tl.atomic_add(sums + expert, units, mask=mask)
-    if tl.program_id(0) == 0:
+    if program == 0:
         tl.atomic_add(sums + num_experts + 1, tokens.to(tl.int64))

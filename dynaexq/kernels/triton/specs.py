@@ -116,6 +116,7 @@ class Tiling:
         block_k: columns of 16-bit weights at a time.
         tiers: `"all"`, told apart expert by expert as the kernel runs, or only `"base"` or `"upgraded"` experts.
         swiglu: half of a tile's rows are of gate, half of up; silu(gate) * up is stored.
+        stages: blocks of codes that are on their way or being multiplied, each with all that belongs to it.
         scale_first: weights are scaled before the product (many pairs), not each group's product after it (few).
         sum_width, next_sum_width: columns that each given sum of activations covers, and each that is stored with
             silu(gate) * up for the next product; for scaling afterwards.
@@ -126,6 +127,7 @@ class Tiling:
     block_k: int
     tiers: str
     swiglu: bool
+    stages: int
     scale_first: bool
     sum_width: int
     next_sum_width: int

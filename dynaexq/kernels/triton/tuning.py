@@ -1,11 +1,15 @@
 """Which tiles the two products of a layer take, for few pairs an expert or many. It knows sizes and launches nothing.
 
 The sizes follow from what the compiler makes of them (docs/decisions/0006): no register is spilled on any
-architecture, and unpacking is not repeated in a second group of warps. `benchmarks/gpu/gpu.py` times them.
+architecture, loads overlap, and unpacking is not repeated in a second group of warps. `benchmarks/gpu/gpu.py` times
+them.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
+
+import torch
+import triton
 
 from dynaexq.kernels.triton.specs import Matrix, Tiling
 
@@ -15,6 +19,14 @@ SINGLE_PAIRS = 64
 FEW_PAIRS = 32
 """Pairs an expert, on average over all experts, up to which they count as few: tokens of decoding, mostly."""
 
+STAGES, STAGES_OF_MANY = 3, 2
+"""One block is multiplied while the next two are on their way; with two, each is waited for once it is asked for. For
+more than that the tiles of many pairs have no shared memory on most cards."""
+
+ROOMY = {(8, 0), (8, 7), (9, 0)}
+"""Compute capabilities with 163 KiB of shared memory or more, where others have 99: several of the wider tiles for few
+pairs fit their multiprocessors, and one the others'. On 10.0, which has as much, the wider ones spill registers."""
+
 COLUMNS = 64  # of 16-bit weights at a time
 
 
@@ -23,7 +35,6 @@ class Launch(NamedTuple):
 
     tiling: Tiling
     num_warps: int
-    num_stages: int
 
 
 class Plan(NamedTuple):
@@ -34,30 +45,57 @@ class Plan(NamedTuple):
     down: tuple[Launch, ...]
 
 
-def plan_for(num_pairs: int, num_experts: int, up: Matrix, down: Matrix, swiglu: bool) -> Plan:
+class Multiprocessor(NamedTuple):
+    """What tiles depend on of a GPU.
+
+    Attributes:
+        roomy: several of the wider tiles for few pairs fit one; see `ROOMY`.
+        takes_int2: the compiler makes products of many pairs with int2 for it. Triton before 3.9 makes a trap of them
+            on Blackwell's data center cards, without a word.
+    """
+
+    roomy: bool = False
+    takes_int2: bool = True
+
+
+def multiprocessor(capability: tuple[int, int]) -> Multiprocessor:
+    """That of a compute capability, with the compiler that is here."""
+    compiler = tuple(map(int, triton.__version__.split(".")[:2]))
+    return Multiprocessor(capability in ROOMY, capability[0] != 10 or compiler >= (3, 9))
+
+
+@cache
+def multiprocessor_of(device: torch.device) -> Multiprocessor:
+    """That of `device`; any, where it is no GPU."""
+    return multiprocessor(torch.cuda.get_device_capability(device)) if device.type == "cuda" else Multiprocessor()
+
+
+def plan_for(num_pairs: int, num_experts: int, up: Matrix, down: Matrix, swiglu: bool, on: Multiprocessor) -> Plan:
     """Tiles for so many pairs; with `swiglu`, the first product ends in silu(gate) * up."""
     if num_pairs <= SINGLE_PAIRS:
-        return few_pairs(up, down, swiglu, 64)
-    if num_pairs <= FEW_PAIRS * num_experts:
-        return few_pairs(up, down, swiglu, 128)
+        return few_pairs(up, down, swiglu, 8, 64)
+    if num_pairs <= FEW_PAIRS * num_experts or (up.base == 2 and not on.takes_int2):
+        return few_pairs(up, down, swiglu, 16, 128 if on.roomy else 64)
     return many_pairs(up, down, swiglu)
 
 
-def plan_for_linear(num_rows: int, matrix: Matrix) -> tuple[int, tuple[Launch, ...]]:
+def plan_for_linear(num_rows: int, matrix: Matrix, on: Multiprocessor) -> tuple[int, tuple[Launch, ...]]:
     """Rows of a block and the launches of one matrix, which every row meets."""
-    plan = plan_for(num_rows, 1, matrix, matrix, swiglu=False)
+    if num_rows <= SINGLE_PAIRS:  # in as few blocks as there may be, as each reads the whole matrix
+        plan = few_pairs(matrix, matrix, False, 8 if num_rows <= 8 else 16, 64)
+    else:
+        plan = plan_for(num_rows, 1, matrix, matrix, False, on)
     return plan.block_m, plan.up
 
 
 @lru_cache(maxsize=256)
-def few_pairs(up: Matrix, down: Matrix, swiglu: bool, block_n: int) -> Plan:
+def few_pairs(up: Matrix, down: Matrix, swiglu: bool, block_m: int, block_n: int) -> Plan:
     """Products are scaled, group by group; all tiers in one launch, told apart by a branch that a tile takes whole."""
-    block_m = 16
     next_sum_width = min(down.group, block_n // 2) if swiglu and down.base != 16 else 0
     sum_widths = [0 if matrix.base == 16 else matrix.group for matrix in (up, down)]
-    first = Tiling(block_m, block_n, COLUMNS, "all", swiglu, False, sum_widths[0], next_sum_width)
-    second = Tiling(block_m, block_n, COLUMNS, "all", False, False, next_sum_width or sum_widths[1], 0)
-    return Plan(block_m, (Launch(first, 4, 2),), (Launch(second, 4, 2),))
+    first = Tiling(block_m, block_n, COLUMNS, "all", swiglu, STAGES, False, sum_widths[0], next_sum_width)
+    second = Tiling(block_m, block_n, COLUMNS, "all", False, STAGES, False, next_sum_width or sum_widths[1], 0)
+    return Plan(block_m, (Launch(first, 4),), (Launch(second, 4),))
 
 
 @lru_cache(maxsize=256)
@@ -66,7 +104,7 @@ def many_pairs(up: Matrix, down: Matrix, swiglu: bool) -> Plan:
     block_m, block_n = 64, 128
     tiers = ("base", "upgraded") if up.upgrade else ("all",)
     first, second = (
-        tuple(Launch(Tiling(block_m, block_n, COLUMNS, tier, last, True, 0, 0), 8, 2) for tier in tiers)
+        tuple(Launch(Tiling(block_m, block_n, COLUMNS, tier, last, STAGES_OF_MANY, True, 0, 0), 8) for tier in tiers)
         for last in (swiglu, False)
     )
     return Plan(block_m, first, second)

@@ -21,6 +21,7 @@ import dynaexq.kernels.triton
 from dynaexq import kernels
 from dynaexq.kernels import PlainExchange, dispatch, reference
 from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, routing
+from dynaexq.kernels.triton.preparation import Sums, prepare
 from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
 from dynaexq.memory import RoutingCounter
 from dynaexq.planning.budget import TIER_CHOICES
@@ -147,8 +148,8 @@ def test_the_same_bits_every_time():
 
 
 def blocks_of(ids: Tensor, block_m: int, num_experts: int) -> list[tuple[int, list[int]]]:
-    """(expert, pairs) of every block that `route` lists."""
-    order, blocks = routing.route(ids, num_experts, block_m)
+    """(expert, pairs) of every block that `prepare` lists."""
+    (order, blocks), _ = prepare(ids, torch.ones(ids.shape), num_experts, block_m)
     assert order.dtype == blocks.dtype == torch.int32
     return [(e, order[first : first + n].tolist()) for e, first, n in blocks.T.tolist() if e >= 0]
 
@@ -156,7 +157,7 @@ def blocks_of(ids: Tensor, block_m: int, num_experts: int) -> list[tuple[int, li
 @pytest.mark.parametrize(("tokens", "num_experts", "block_m"), [(1, 8, 16), (9, 40, 16), (100, 4, 16), (70, 3, 64)])
 def test_the_kernel_finds_the_blocks_of_its_twin_in_torch(tokens, num_experts, block_m):
     ids = torch.randint(-1, num_experts + 2, (tokens, 3))
-    order, blocks = routing.route_torch(ids.flatten(), num_experts, block_m)
+    order, blocks = routing.route_torch(ids, num_experts, block_m)
     twin = [(e, order[first : first + n].tolist()) for e, first, n in blocks.T.tolist() if e >= 0]
     assert sorted(blocks_of(ids, block_m, num_experts)) == sorted(twin)
 
@@ -193,6 +194,23 @@ def test_sums_over_groups_leave_padding_out():
     rows = torch.randn(3, 70)
     padded = F.pad(rows, (0, 58))
     assert_close("sums", padded.view(3, 4, 32).sum(2), group_sums(rows, 128, 32), 1e-6)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["one launch", "many pairs"])
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_one_launch_prepares_what_three_would(tokens, counted, monkeypatch):
+    monkeypatch.setattr(routing, "COUNTED_PAIRS", 2048 if counted else 0)
+    ids, weights = torch.randint(-1, EXPERTS + 2, (tokens, 3)), torch.rand(tokens, 3).half()
+    rows = torch.randn(tokens, 700).half()
+    expected, got = (RoutingCounter(1, EXPERTS, torch.device("cpu")) for _ in range(2))
+    expected.observe(0, ids, weights)
+    found, sums = prepare(ids, weights, EXPERTS, 16, Sums(rows, 704, 32), got.row(0, 3))
+    alone, none = prepare(ids, weights, EXPERTS, 16)
+    assert none is None
+    assert torch.equal(found.order, alone.order)
+    assert torch.equal(*(blocks[:, blocks[0] >= 0] for blocks in (found.blocks, alone.blocks)))
+    assert torch.equal(sums, group_sums(rows, 704, 32))
+    assert torch.equal(got.sums, expected.sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
