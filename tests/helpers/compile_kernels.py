@@ -32,6 +32,9 @@ SHAPE = ExpertShape(hidden_size=2048, intermediate_size=768, up_rows=1536, has_b
 CHOICES, EXPERTS = 8, 128
 PAIRS = {"single": CHOICES, "few": 32 * CHOICES, "many": 4096 * CHOICES}
 
+MULTIPLES = "columns", "hidden", "num_experts", "num_groups"
+"""Sizes that are multiples of 16 in the layer above, and that kernels are specialized for."""
+
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*)")
 LABEL = re.compile(r"\s*(\.L_[x\d]\w*):")
@@ -152,10 +155,14 @@ def compiled_product(matrix: Matrix, launch: tuning.Launch, arch: int) -> Any:
 def compiled(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, int] | None = None
 ) -> Any:
-    """A kernel for `arch`, with the alignment that PyTorch's allocator gives its arguments."""
+    """A kernel for `arch`, with the alignment of PyTorch's allocator, and of sizes as a launch has them."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (name in MULTIPLES and signature[name] == "i32")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", arch, 32)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **(options or {})})
@@ -165,15 +172,16 @@ def facts(kernel: Any) -> dict[str, Any]:
     """What limits a kernel: registers, bytes parked on the stack, accesses to it inside loops, shared memory."""
     usage = of_cubin(kernel, "cuobjdump", "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    ptx = kernel.asm["ptx"]
+    ptx, code = kernel.asm["ptx"], of_cubin(kernel, "nvdisasm", "-c")
     return {
         "registers": registers,
         "parked": stack + local,
         "spills_in_loops": sum(name.startswith(("LDL", "STL")) for loop in inner_loops(kernel) for name in loop),
         "shared": kernel.metadata.shared,
+        "widest_load": max(map(int, re.findall(r"\bLDG\.E\.(?:\w+\.)*?(64|128)\b", code)), default=32),
         "wide_loads": len(re.findall(r"cp\.async[^;]*, (?:0x10|16)\b", ptx)),
         "wgmma": "wgmma" in ptx,
-        "stores": len(re.findall(r"\bSTG\b", of_cubin(kernel, "nvdisasm", "-c"))),
+        "stores": len(re.findall(r"\bSTG\b", code)),
     }
 
 

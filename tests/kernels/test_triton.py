@@ -79,6 +79,7 @@ def check(case: str, kernels: list[dict[str, Any]]) -> None:
         assert not SAME_COMPILER or found["registers"] <= MARGIN * recorded["registers"], f"more registers, {where}"
         assert found["shared"] <= SHARED_MEMORY[arch] * 1024, f"more shared memory than there is, {where}"
         if "tiers" not in found:
+            assert found["widest_load"] >= recorded["widest_load"], f"rows are read in small pieces, {where}"
             continue
         assert found["stores"], f"a kernel of which the compiler left nothing but a trap, {where}"
         check_overlap(case, found, where)
