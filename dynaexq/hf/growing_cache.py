@@ -58,7 +58,7 @@ class RoomyLayer(DynamicLayer):
 
     def _joined(self, name: str, joining: Tensor) -> Tensor:
         old, end = self._own(name), getattr(self, name).shape[-2] + joining.shape[-2]
-        if old is None:  # others may change it every time
+        if old is None or not _are_alike(old, joining):  # others may change it every time
             joined = torch.cat([getattr(self, name), joining], dim=-2)
         else:
             joined = _longer(old if end <= _capacity(old) else _with_room(old, end + tokens_ahead()), end)
@@ -82,6 +82,12 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for layer in getattr(kwargs.get(name), "layers", ()):
             if type(layer) is DynamicLayer:
                 layer.__class__, layer._given = RoomyLayer, {}
+
+
+def _are_alike(old: Tensor, joining: Tensor) -> bool:
+    """Whether the two differ in their tokens alone; `torch.cat` knows what is to become of others."""
+    others = [(*tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device) for tensor in (old, joining)]
+    return others[0] == others[1]
 
 
 def _capacity(tensor: Tensor) -> int:

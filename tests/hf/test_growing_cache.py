@@ -61,6 +61,20 @@ def test_tokens_join_in_place(moves: list[int]) -> None:
     assert layer.keys.untyped_storage().nbytes() <= 4 * 2 * 3 * 8 * (360 + 128)
 
 
+@torch.no_grad()
+def test_what_does_not_fit_is_left_to_pytorch() -> None:
+    layer, plain = roomy(), DynamicLayer()
+    for arrived in (joining(5), joining(1), joining(1), [tensor.double() for tensor in joining(1)], joining(1)):
+        layer.update(*arrived)
+        plain.update(*arrived)
+        assert same(layer, plain)
+        assert layer.keys.dtype == plain.keys.dtype
+    for other in (joining(1, batch=1), [tensor[..., :1] for tensor in joining(1)]):
+        with pytest.raises(RuntimeError):
+            layer.update(*other)
+        assert same(layer, plain)
+
+
 def replaced(layer: DynamicLayer) -> None:
     layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
