@@ -78,7 +78,12 @@ def around(arch: int) -> list[dict[str, Any]]:
         | {"sums": "*fp32"}
         | dict.fromkeys(("counting", "adding", "pairs", "tokens", "slots", "num_experts", "block_m"), "i32")
         | dict.fromkeys(("columns", "num_groups"), "i32"),
-        {"PAIRS": routing.PAIRS_PER_PROGRAM, "UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS}
+        {
+            "PAIRS": routing.PAIRS_PER_PROGRAM,
+            "OTHERS": routing.OTHERS_AT_A_TIME,
+            "UNITS": MASS_UNIT,
+            "LARGEST": LARGEST_MASS,
+        }
         | {"COUNTED": routing.COUNTED_PER_PROGRAM, "WIDTH": 64, "GROUPS": reductions.GROUPS_PER_PROGRAM},
         arch,
     )

@@ -16,6 +16,7 @@ from dynaexq.kernels.triton import routing
 from dynaexq.kernels.triton.reductions import GROUPS_PER_PROGRAM, group_sums, sum_groups
 from dynaexq.kernels.triton.routing import (
     COUNTED_PER_PROGRAM,
+    OTHERS_AT_A_TIME,
     PAIRS_PER_PROGRAM,
     Routing,
     add_mass,
@@ -66,7 +67,15 @@ def prepare(
         *(top_k_index, top_k_weights, found.order, found.blocks, counts),
         *(None if wanted is None else wanted.rows, sums),
         *(counting, adding, pairs, tokens, found.blocks.shape[1], num_experts, block_m, columns, num_groups),
-        *(PAIRS_PER_PROGRAM, MASS_UNIT, LARGEST_MASS, COUNTED_PER_PROGRAM, width, GROUPS_PER_PROGRAM),
+        *(
+            PAIRS_PER_PROGRAM,
+            OTHERS_AT_A_TIME,
+            MASS_UNIT,
+            LARGEST_MASS,
+            COUNTED_PER_PROGRAM,
+            width,
+            GROUPS_PER_PROGRAM,
+        ),
     )
     return found, sums
 
@@ -90,6 +99,7 @@ def _prepare(
     columns,
     num_groups,
     PAIRS: tl.constexpr,
+    OTHERS: tl.constexpr,
     UNITS: tl.constexpr,
     LARGEST: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -99,7 +109,7 @@ def _prepare(
     """Programs `0 .. counting` find blocks, the next `adding` count the routing, all others sum activations."""
     program = tl.program_id(0)
     if program < counting:
-        count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, program, PAIRS)
+        count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, program, PAIRS, OTHERS)
     else:
         if counts is not None:
             if program < counting + adding:

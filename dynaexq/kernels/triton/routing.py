@@ -4,7 +4,8 @@ A *pair* is one choice of one token, number token * k + choice. Pairs are ordere
 most M that share one. The host cannot know how many blocks there are, so the list has as many slots as there could
 be, and some stay empty.
 
-Shapes: T tokens, k choices, P = T k pairs, M pairs of a block, S slots, G pairs of a program.
+Shapes: T tokens, k choices, P = T k pairs, M pairs of a block, S slots, G pairs of a program, O that they are compared
+with.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
 COUNTED_PAIRS = 2048  # up to here every pair is compared with every other in one launch; beyond, torch sorts
 
-PAIRS_PER_PROGRAM = 64
+PAIRS_PER_PROGRAM, OTHERS_AT_A_TIME = 32, 128
+"""Pairs that a program places, and those that it compares them with in one step, of which each waits for its loads."""
+
 COUNTED_PER_PROGRAM = 256
 
 
@@ -76,17 +79,19 @@ def empty_routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Routin
 
 
 @triton.jit
-def count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, program, PROGRAM: tl.constexpr):
+def count_pairs(
+    ids, order, blocks, pairs, slots, num_experts, block_m, program, PROGRAM: tl.constexpr, OTHERS: tl.constexpr
+):
     """Each pair of a program finds its place by counting the pairs that come before it."""
     pair = program * PROGRAM + tl.arange(0, PROGRAM)  # [G]
     expert = _load_expert(ids, pair, pairs, num_experts)  # [G]
     place = tl.zeros((PROGRAM,), tl.int32)  # [G], its place in the order
     rank = tl.zeros((PROGRAM,), tl.int32)  # [G], pairs of its expert before it
     shared = tl.zeros((PROGRAM,), tl.int32)  # [G], pairs of its expert
-    for start in tl.range(0, pairs, PROGRAM):
-        other = start + tl.arange(0, PROGRAM)  # [G]
-        others = _load_expert(ids, other, pairs, num_experts)  # [G]
-        same = (others[None, :] == expert[:, None]) & (other < pairs)[None, :]  # [G, G]
+    for start in tl.range(0, pairs, OTHERS):
+        other = start + tl.arange(0, OTHERS)  # [O]
+        others = _load_expert(ids, other, pairs, num_experts)  # [O]
+        same = (others[None, :] == expert[:, None]) & (other < pairs)[None, :]  # [G, O]
         earlier = same & (other[None, :] < pair[:, None])
         place += tl.sum((earlier | (others[None, :] < expert[:, None])).to(tl.int32), axis=1)
         rank += tl.sum(earlier.to(tl.int32), axis=1)
