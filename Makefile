@@ -22,7 +22,8 @@ test: $(VENV)/installed
 # and 2.11; the other rooms know neither.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest TRANSFORMERS=transformers==5.17.0 TRITON=triton==3.6.0 TESTS="tests/hf tests/test_start_up.py \
-		tests/runtime/test_forward.py tests/runtime/test_door.py tests/server tests/kernels/test_triton.py tests/test_old_files.py tests/test_evaluate.py \
+		tests/runtime/test_forward.py tests/runtime/test_door.py tests/server tests/kernels/test_triton.py \
+		tests/benchmarks/test_benchmark_gpu.py tests/test_old_files.py tests/test_evaluate.py \
 		--ignore=tests/hf/test_plan.py --ignore=tests/hf/test_two_at_once.py --ignore=tests/hf/test_calibration.py"
 
 check: $(VENV)/installed format lint types test
