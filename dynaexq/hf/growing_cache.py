@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from dynaexq.runtime.cache_room import CACHE_NAMES, tokens_ahead
+from dynaexq.runtime.cache_room import tokens_ahead
+from dynaexq.runtime.door import CACHE_NAMES
 from dynaexq.runtime.experts import must_be_operators
 
 NAMES = ("keys", "values")
@@ -67,7 +68,7 @@ class RoomyLayer(DynamicLayer):
         return joined
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _unfilled, (), {name: value for name, value in vars(self).items() if name != "_given"}
+        return object.__new__, (DynamicLayer,), {name: value for name, value in vars(self).items() if name != "_given"}
 
 
 def watch_caches(model: nn.Module) -> Callable[[], None]:
@@ -106,7 +107,3 @@ def _with_room(old: Tensor, tokens: int) -> Tensor:
     beginning = memory[..., : old.shape[-2], :]
     beginning.copy_(old)
     return beginning
-
-
-def _unfilled() -> DynamicLayer:
-    return DynamicLayer.__new__(DynamicLayer)

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from dynaexq.errors import BudgetError
 from dynaexq.memory.tensor_bytes import reachable_tensors
 from dynaexq.runtime.device_runtime import DeviceRuntime
+from dynaexq.runtime.door import CACHE_NAMES
 from dynaexq.safeguards.call_lock import CallLock
 
 STRIDES = (128, 32, 8, 0)
 """Tokens that room is made for ahead; fewer where these do not fit."""
-
-CACHE_NAMES = ("past_key_values", "cache")
-"""What a forward calls its cache, by version of Transformers."""
 
 _AHEAD: ContextVar[int] = ContextVar("_AHEAD", default=STRIDES[0])
 

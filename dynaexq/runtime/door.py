@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from dynaexq.policy.kinds import Arrival
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What a forward calls its cache, by version of Transformers."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Given:
@@ -111,7 +114,7 @@ def _is_token(mask: Any, batch: int, length: int) -> Tensor | None:
 
 def _is_empty(kwargs: dict[str, Any]) -> bool:
     """Whether nothing is cached for what is given. Of a cache of pages on a GPU nothing is told."""
-    found = (kwargs.get(name) for name in ("past_key_values", "cache"))  # it has both names, by version
+    found = (kwargs.get(name) for name in CACHE_NAMES)
     lengths = [getattr(cache, "get_seq_length", None) for cache in found if cache is not None]
     return all(length is not None and int(length()) == 0 for length in lengths)
 

@@ -61,40 +61,43 @@ class FewRows(nn.Module):
         return _unfilled, (type(self).__bases__[1],), state
 
 
-class FewRowsLinear(FewRows):
-    """An `nn.Linear`."""
+class FewRowsProduct(FewRows):
+    """What begins with a product with its weight."""
 
-    bias: nn.Parameter | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.takes_native_way(input):
-            return super().forward(input)
-        product, rows = self.current(), input.reshape(-1, input.shape[-1])
-        if product is None or len(rows) > product.most_rows:
-            return super().forward(input)
-        output = product(rows.contiguous()).view(*input.shape[:-1], len(self.weight))
-        return output if self.bias is None else output.add_(self.bias)
+    def product(self, input: Tensor) -> Tensor | None:
+        """The product `[rows, outputs]`, natively; None where that is not its way."""
+        native = self.current() if self.takes_native_way(input) else None
+        rows = input.reshape(-1, input.shape[-1])
+        return None if native is None or len(rows) > native.most_rows else native(rows.contiguous())
 
     def made(self) -> DenseProduct | None:
         return dense_product(self.weight.detach())
 
 
-class FewRowsRouter(FewRows):
+class FewRowsLinear(FewRowsProduct):
+    """An `nn.Linear`."""
+
+    bias: nn.Parameter | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = self.product(input)
+        if product is None:
+            return super().forward(input)
+        output = product.view(*input.shape[:-1], len(self.weight))
+        return output if self.bias is None else output.add_(self.bias)
+
+
+class FewRowsRouter(FewRowsProduct):
     """A router, of a kind that `routing_kind` knows: the product is native, what follows it PyTorch's."""
 
     top_k: int
     _kind: RoutingKind
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        product = self.current() if not args and not kwargs and self.takes_native_way(hidden_states) else None
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if product is None or len(rows) > product.most_rows:
+        logits = None if args or kwargs else self.product(hidden_states)
+        if logits is None:
             return super().forward(hidden_states, *args, **kwargs)
-        logits = product(rows.contiguous())
         return logits, *top_k_routing(logits, self.top_k, self._kind)
-
-    def made(self) -> DenseProduct | None:
-        return dense_product(self.weight.detach())
 
 
 class FewRowsNorm(FewRows):

@@ -107,9 +107,9 @@ def around(arch: int) -> list[dict[str, Any]]:
         arch,
     )
     mass = compiled(
-        routing._add_routing,
+        routing.add_mass,
         {"sums": "*i64", "ids": "*i64", "weights": "*bf16", "pairs": "i32", "tokens": "i32", "num_experts": "i32"},
-        {"UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": routing.COUNTED_PER_PROGRAM},
+        {"first": 0, "UNITS": MASS_UNIT, "LARGEST": LARGEST_MASS, "PROGRAM": routing.COUNTED_PER_PROGRAM},
         arch,
     )
     fetch = compiled(
@@ -177,7 +177,7 @@ def facts(kernel: Any) -> dict[str, Any]:
     """What limits a kernel: registers, bytes parked on the stack, accesses to it inside loops, shared memory."""
     usage = of_cubin(kernel, "cuobjdump", "--dump-resource-usage")
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    ptx, code = kernel.asm["ptx"], of_cubin(kernel, "nvdisasm", "-c")
+    ptx, code = kernel.asm["ptx"], disassembled(kernel)
     return {
         "registers": registers,
         "parked": stack + local,
@@ -214,10 +214,16 @@ def of_cubin(kernel: Any, binary: str, option: str) -> str:
 
 
 @cache
+def disassembled(kernel: Any) -> str:
+    """The instructions of a kernel."""
+    return of_cubin(kernel, "nvdisasm", "-c")
+
+
+@cache
 def inner_loops(kernel: Any) -> list[list[str]]:
     """Names of the instructions of each loop that has none inside."""
     places, branches, names = {}, [], []
-    for line in of_cubin(kernel, "nvdisasm", "-c").splitlines():
+    for line in disassembled(kernel).splitlines():
         if label := LABEL.match(line):
             places[label[1]] = len(names)
         elif instruction := INSTRUCTION.match(line):

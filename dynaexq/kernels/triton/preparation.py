@@ -109,11 +109,11 @@ def _prepare(
     """Programs `0 .. counting` find blocks, the next `adding` count the routing, all others sum activations."""
     program = tl.program_id(0)
     if program < counting:
-        count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, program, PAIRS, OTHERS)
+        count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, PAIRS, OTHERS)
     else:
         if counts is not None:
             if program < counting + adding:
-                add_mass(counts, ids, weights, pairs, tokens, num_experts, program - counting, UNITS, LARGEST, COUNTED)
+                add_mass(counts, ids, weights, pairs, tokens, num_experts, counting, UNITS, LARGEST, COUNTED)
         if sums is not None:
             if program >= counting + adding:
                 parts = (num_groups + GROUPS - 1) // GROUPS

@@ -79,11 +79,9 @@ def empty_routing(top_k_index: Tensor, num_experts: int, block_m: int) -> Routin
 
 
 @triton.jit
-def count_pairs(
-    ids, order, blocks, pairs, slots, num_experts, block_m, program, PROGRAM: tl.constexpr, OTHERS: tl.constexpr
-):
+def count_pairs(ids, order, blocks, pairs, slots, num_experts, block_m, PROGRAM: tl.constexpr, OTHERS: tl.constexpr):
     """Each pair of a program finds its place by counting the pairs that come before it."""
-    pair = program * PROGRAM + tl.arange(0, PROGRAM)  # [G]
+    pair = tl.program_id(0) * PROGRAM + tl.arange(0, PROGRAM)  # [G]
     expert = _load_expert(ids, pair, pairs, num_experts)  # [G]
     place = tl.zeros((PROGRAM,), tl.int32)  # [G], its place in the order
     rank = tl.zeros((PROGRAM,), tl.int32)  # [G], pairs of its expert before it
@@ -123,27 +121,21 @@ def add_routing(sums: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Non
     ids, weights = top_k_index.contiguous(), top_k_weights.contiguous()
     programs = max(1, triton.cdiv(tokens * choices, COUNTED_PER_PROGRAM))
     with torch.cuda.device_of(sums):
-        _add_routing[(programs,)](
-            sums, ids, weights, tokens * choices, tokens, len(sums) - 2, MASS_UNIT, LARGEST_MASS, COUNTED_PER_PROGRAM
+        add_mass[(programs,)](
+            sums,
+            ids,
+            weights,
+            tokens * choices,
+            tokens,
+            len(sums) - 2,
+            0,
+            MASS_UNIT,
+            LARGEST_MASS,
+            COUNTED_PER_PROGRAM,
         )
 
 
 @triton.jit(do_not_specialize=["pairs", "tokens"])
-def _add_routing(
-    sums,
-    ids,
-    weights,
-    pairs,
-    tokens,
-    num_experts,
-    UNITS: tl.constexpr,
-    LARGEST: tl.constexpr,
-    PROGRAM: tl.constexpr,
-):
-    add_mass(sums, ids, weights, pairs, tokens, num_experts, tl.program_id(0), UNITS, LARGEST, PROGRAM)
-
-
-@triton.jit
 def add_mass(
     sums,
     ids,
@@ -151,12 +143,13 @@ def add_mass(
     pairs,
     tokens,
     num_experts,
-    program,
+    first,
     UNITS: tl.constexpr,
     LARGEST: tl.constexpr,
     PROGRAM: tl.constexpr,
 ):
-    """Add the routing mass of a program's pairs, and the tokens once."""
+    """Add the routing mass of the pairs of each program from `first` on, and the tokens once."""
+    program = tl.program_id(0) - first
     pair = program * PROGRAM + tl.arange(0, PROGRAM)
     mask = pair < pairs
     expert = tl.load(ids + pair, mask=mask, other=-1)

@@ -73,7 +73,7 @@ def multiprocessor_of(device: torch.device) -> Multiprocessor:
 def plan_for(num_pairs: int, num_experts: int, up: Matrix, down: Matrix, swiglu: bool, on: Multiprocessor) -> Plan:
     """Tiles for so many pairs; with `swiglu`, the first product ends in silu(gate) * up."""
     if num_pairs <= SINGLE_PAIRS:
-        return few_pairs(up, down, swiglu, 8, 64)
+        return few_pairs(up, down, swiglu, 8 if num_pairs <= 8 * num_experts else 16, 64)
     if num_pairs <= FEW_PAIRS * num_experts or (up.base == 2 and not on.takes_int2):
         return few_pairs(up, down, swiglu, 16, 128 if on.roomy else 64)
     return many_pairs(up, down, swiglu)
@@ -81,10 +81,7 @@ def plan_for(num_pairs: int, num_experts: int, up: Matrix, down: Matrix, swiglu:
 
 def plan_for_linear(num_rows: int, matrix: Matrix, on: Multiprocessor) -> tuple[int, tuple[Launch, ...]]:
     """Rows of a block and the launches of one matrix, which every row meets."""
-    if num_rows <= SINGLE_PAIRS:  # in as few blocks as there may be, as each reads the whole matrix
-        plan = few_pairs(matrix, matrix, False, 8 if num_rows <= 8 else 16, 64)
-    else:
-        plan = plan_for(num_rows, 1, matrix, matrix, False, on)
+    plan = plan_for(num_rows, 1, matrix, matrix, False, on)
     return plan.block_m, plan.up
 
 
