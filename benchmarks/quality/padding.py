@@ -3,8 +3,9 @@
     python benchmarks/quality/padding.py [--rounds 8] [--json FILE]
 
 The embedded model at int2 + int8, a quarter upgraded, on held-out prose, code and arithmetic in turn. A round is one
-batch of eight rows; it is sent as one padded batch or as eight forwards, and precision is decided after each round.
-Nats per token, over tokens that are no padding.
+batch of eight rows; it is sent as one padded batch or as eight forwards, and precision is decided after each round. So
+requests are not recognized (`num_kinds=1`): that decides once for a batch, and eight times for its rows alone, padded
+or not. Nats per token, over tokens that are no padding.
 """
 
 import copy
@@ -47,7 +48,7 @@ def alone(model: Any, rows: list[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def kl(stream: Stream, sizes: tuple[int, ...], send: Callable[[Any, list[Tensor]], list[Tensor]]) -> float:
     model = copy.deepcopy(stream.model)
-    options = {"tiers": ("int2", "int8"), "update_interval": 10**6, "auto_pause": False}
+    options = {"tiers": ("int2", "int8"), "update_interval": 10**6, "auto_pause": False, "num_kinds": 1}
     runtime = dynaexq.patch(model, "1TiB", config=options)
     leave_slots(runtime, SHARE)
     total, tokens = 0.0, 0
