@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynaexq.kernels import ExpertLayer, Upgrades
-from dynaexq.kernels.cpu import expert_mlp, native
+from dynaexq.kernels.cpu import expert_mlp, interface
 from dynaexq.kernels.cpu.team import Team
 from dynaexq.quantization import IN_STRIPS, ExpertCodec
 from dynaexq.types import ExpertShape
@@ -92,7 +92,7 @@ def main(busy: int = 1, json_path: Annotated[Path | None, typer.Option("--json")
     rows = []
     for tokens in TOKENS:
         for name, new_team in (("all threads", AllThreads), ("chosen", Team), ("one thread", None)):
-            native.team = (new_team or AllThreads)()
+            interface.team = (new_team or AllThreads)()
             torch.set_num_threads(cores if new_team else 1)
             alone = statistics.median(milliseconds(layer, tokens) for _ in range(3))
             slow = statistics.median(beside(busy, lambda: milliseconds(layer, tokens)) for _ in range(3))  # noqa: B023

@@ -1,8 +1,16 @@
 """What differs between the versions of Transformers that are supported. Everything is detected, nothing is pinned."""
 
+from importlib import import_module
 from typing import Any
 
 from torch import nn
+
+CAPTURING = "transformers.utils.output_capturing"
+"""The module of the hooks behind `output_router_logits`, in versions that have them."""
+try:
+    _COLLECTOR: Any = import_module(CAPTURING)._active_collector
+except (ImportError, AttributeError):
+    _COLLECTOR = None
 
 
 def install_output_capturing(model: nn.Module) -> None:
@@ -21,6 +29,16 @@ def install_output_capturing(model: nn.Module) -> None:
 
 def _captures(module: nn.Module) -> bool:
     return getattr(module, "_output_capturing_hooks_installed", False)
+
+
+def captures_outputs() -> bool:
+    """Whether the forward at work collects outputs of modules inside the model, by those hooks."""
+    return bool(_COLLECTOR is not None and _COLLECTOR.get())
+
+
+def is_capturing_hook(hook: Any) -> bool:
+    """Whether it is one of them, which do nothing while nothing is collected."""
+    return getattr(hook, "__module__", None) == CAPTURING
 
 
 def take_loading_attributes(config_class: type) -> None:

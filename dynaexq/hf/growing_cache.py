@@ -63,7 +63,7 @@ class RoomyLayer(DynamicLayer):
             joined = torch.cat([getattr(self, name), joining], dim=-2)
         else:
             joined = _longer(old if end <= _capacity(old) else _with_room(old, end + tokens_ahead()), end)
-            joined[..., old.shape[-2] :, :] = joining
+            joined.narrow(-2, old.shape[-2], joining.shape[-2]).copy_(joining)
         self._given[name] = weakref.ref(joined)
         return joined
 
@@ -87,8 +87,9 @@ def _enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _are_alike(old: Tensor, joining: Tensor) -> bool:
     """Whether the two differ in their tokens alone; `torch.cat` knows what is to become of others."""
-    others = [(*tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device) for tensor in (old, joining)]
-    return others[0] == others[1]
+    if old.dtype != joining.dtype or old.device != joining.device or old.ndim != joining.ndim:
+        return False
+    return old.shape[:-2] == joining.shape[:-2] and old.shape[-1] == joining.shape[-1]
 
 
 def _capacity(tensor: Tensor) -> int:

@@ -17,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dynaexq.errors import CheckpointError, UnpatchError
+from dynaexq.hf import decoder_layer
 from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.decode_attention import attend_as_before, attend_natively
+from dynaexq.hf.decoder_layer import FewTokensDecoderLayer, passes_natively
 from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
 from dynaexq.hf.growing_cache import watch_caches
 from dynaexq.hf.packed_dense import untie
@@ -180,6 +182,10 @@ class ModelPatch:
             if mixin is not None:
                 self._undo_steps.callback(_restore_few_rows, module)
                 swap_class(module, mixin)
+        for module in self.model.modules():
+            if passes_natively(module):
+                self._undo_steps.callback(_restore_decoder_layer, module)
+                swap_class(module, FewTokensDecoderLayer)
         self._undo_steps.callback(attend_as_before, attend_natively(self.model))
         self._undo_steps.callback(watch_caches(self.model))
 
@@ -303,6 +309,12 @@ class ModelPatch:
 def _restore_few_rows(module: nn.Module) -> None:
     forgotten(module)
     if isinstance(module, FewRows):
+        restore_class(module)
+
+
+def _restore_decoder_layer(module: nn.Module) -> None:
+    decoder_layer.forgotten(module)
+    if isinstance(module, FewTokensDecoderLayer):
         restore_class(module)
 
 

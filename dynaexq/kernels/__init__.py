@@ -4,10 +4,12 @@ from dynaexq.kernels.custom_op import experts as experts_operator
 from dynaexq.kernels.custom_op import linear as linear_operator
 from dynaexq.kernels.custom_op import register_layer, register_matrix
 from dynaexq.kernels.decode_attention import DecodeAttention, attention
+from dynaexq.kernels.decoder_layer import DecoderLayer, DecoderParts, rotated
 from dynaexq.kernels.dispatch import (
     arrangement_on,
     counts_routing,
     decode_attention,
+    decoder_layer,
     dense_product,
     exchange_for,
     expert_gradients,
@@ -24,6 +26,8 @@ from dynaexq.memory.graph_sync import PlainExchange
 
 __all__ = [
     "DecodeAttention",
+    "DecoderLayer",
+    "DecoderParts",
     "DenseProduct",
     "ExpertLayer",
     "LinearLayer",
@@ -36,6 +40,7 @@ __all__ = [
     "attention",
     "counts_routing",
     "decode_attention",
+    "decoder_layer",
     "dense_product",
     "exchange_for",
     "expert_gradients",
@@ -47,6 +52,7 @@ __all__ = [
     "register_layer",
     "register_matrix",
     "rms_norm",
+    "rotated",
     "row_norm",
     "top_k_routing",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynaexq.kernels import reference
 from dynaexq.kernels.decode_attention import DecodeAttention
+from dynaexq.kernels.decoder_layer import DecoderLayer, DecoderParts
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import DenseProduct, LinearLayer
 from dynaexq.kernels.row_norm import NormKind, RowNorm
@@ -134,6 +135,15 @@ def decode_attention(device: torch.device) -> DecodeAttention | None:
     from dynaexq.kernels import cpu
 
     return cpu.decode_attention()
+
+
+def decoder_layer(parts: DecoderParts) -> DecoderLayer | None:
+    """What computes a decoder layer of these parts, besides attention, in two calls; None where nothing does."""
+    if parts.experts.base.device.type != "cpu":
+        return None
+    from dynaexq.kernels import cpu
+
+    return cpu.decoder_layer(parts)
 
 
 def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:

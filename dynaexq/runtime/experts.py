@@ -84,25 +84,33 @@ class MixedPrecisionExperts(nn.Module):
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the operator runs. Raises an InputError for tensors that do not belong together."""
         self._layer.check(hidden_states, top_k_index, top_k_weights)
-        ports, counts = self._ports, None
-        counter, observe = ports.memory.counter, not in_backward()
+        observe = not in_backward()
         is_token = tokens_among(hidden_states) if observe else None
         tokens = None if is_token is None else is_token.sum()
-        if observe and ports.before_forward is not None:
-            # On a GPU a look at the number would wait for it.
-            ports.before_forward(int(tokens) if tokens is not None and tokens.is_cpu else len(hidden_states))
-        with ports.memory.fence.reading():
-            ports.memory.layer_begins(ports.index)
+
+        def multiply(upgrades: Upgrades) -> Tensor:
+            counter, index, counts = self._ports.memory.counter, self._ports.index, None
             if is_token is not None:
                 mass = _mass(hidden_states, top_k_weights) * is_token[:, None]
-                counter.observe(ports.index, top_k_index, mass, tokens)
+                counter.observe(index, top_k_index, mass, tokens)
             elif observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
-                counts = counter.row(ports.index, top_k_index.shape[-1])
+                counts = counter.row(index, top_k_index.shape[-1])
             elif observe:
-                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
-            output = expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
-            ports.memory.layer_ends(ports.index, observe)
-        return output
+                counter.observe(index, top_k_index, _mass(hidden_states, top_k_weights))
+            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, upgrades, counts)
+
+        # On a GPU a look at the number would wait for it.
+        known = int(tokens) if tokens is not None and tokens.is_cpu else len(hidden_states)
+        return self._in_turn(known, observe, multiply)
+
+    def pass_through(self, num_tokens: int, top_k: int, work: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What `work` returns, which computes more than the experts of so many tokens and counts their routing itself.
+
+        Args:
+            work: given the entries of `Upgrades`, and the counts as `dispatch.expert_mlp` takes them.
+        """
+        counts = self._ports.memory.counter.row(self._ports.index, top_k)
+        return self._in_turn(num_tokens, True, lambda upgrades: work(upgrades.entries, counts))
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -139,6 +147,27 @@ class MixedPrecisionExperts(nn.Module):
     @property
     def _is_connected(self) -> bool:
         return "_layer" in self.__dict__
+
+    def _in_turn(self, num_tokens: int, observe: bool, work: Callable[[Upgrades], Tensor]) -> Tensor:
+        """What `work` returns, in the layer's turn: precision may move before it, and no slot changes hands during it.
+
+        Args:
+            num_tokens: those that count.
+            observe: whether any do.
+        """
+        ports = self._ports
+        if observe and ports.before_forward is not None:
+            ports.before_forward(num_tokens)
+        with ports.memory.fence.reading():
+            ports.memory.layer_begins(ports.index)
+            output = work(self._upgrades())
+            ports.memory.layer_ends(ports.index, observe)
+        return output
+
+    @property
+    def layer(self) -> ExpertLayer:
+        """The constant part."""
+        return self._layer
 
     def _upgrades(self) -> Upgrades:
         memory = self._ports.memory

@@ -49,7 +49,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, input.shape[-1])
         if in_function_transform():  # which cannot look into an opaque operator
-            layer = self._current_layer()
+            layer = self.current()
             output = F.linear(rows, layer.codec.decode(layer.block, rows.dtype))
         elif must_be_operators(rows, rows):
             output = linear_operator(rows, self._handle)
@@ -61,13 +61,13 @@ class PackedLinear(nn.Linear):
 
     def compute(self, rows: Tensor) -> Tensor:
         """What the operator runs, on rows `[N, in_features]`; an InputError if they are anything else."""
-        layer = self._current_layer()
+        layer = self.current()
         layer.check(rows, self.in_features)
         return linear(rows, layer)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the rows, from that of the product `[N, out_features]`."""
-        layer = self._current_layer()
+        layer = self.current()
         layer.check(grad, self.out_features)
         return linear_gradient(grad.contiguous(), layer)
 
@@ -85,7 +85,7 @@ class PackedLinear(nn.Linear):
             raise PatchError(PackedWeight.refusal)
         super().__setattr__(name, value)
 
-    def _current_layer(self) -> LinearLayer:
+    def current(self) -> LinearLayer:
         """The layer where the packed weight is now: a model may be moved, and a checkpoint read into it."""
         layer = self._layer
         if layer is None or layer.block.data_ptr() != self.packed.data_ptr():

@@ -3,10 +3,11 @@
 //
 //   driver FUNCTION CASE OUTPUT SIZE    CASE: arrays, each after its length in 8 bytes; SIZE: bytes of the output
 //
-// For `forward` the arrays are: layer, call, base, kinds, rows, ids, weights, one upgrade for every kind that is not
-// 0; for `attend`: the call, queries, keys, values, the mask.
+// Which arrays a function has, and in which order, is what it reads here.
 #include <cstdio>
 #include <fstream>
+#include <functional>
+#include <map>
 #include <string>
 #include <thread>
 
@@ -14,14 +15,7 @@
 
 namespace {
 
-using Bytes = std::unique_ptr<uint8_t[]>;
-
-Bytes read(std::ifstream& from, int64_t& size) {
-  from.read((char*)&size, sizeof size);
-  Bytes bytes(new uint8_t[size]);
-  from.read((char*)bytes.get(), size);
-  return bytes;
-}
+using dynaexq::AfterAttention, dynaexq::Attention, dynaexq::BeforeAttention, dynaexq::Call, dynaexq::Layer;
 
 void run_threads(void (*work)(void*), void* data, unsigned count, unsigned) {
   std::vector<std::thread> threads;
@@ -30,49 +24,100 @@ void run_threads(void (*work)(void*), void* data, unsigned count, unsigned) {
   for (auto& thread : threads) thread.join();
 }
 
-int forward(std::ifstream& from, int64_t output) {
-  int64_t size;
-  Bytes layer_bytes = read(from, size), call_bytes = read(from, size);
-  auto& layer = *(dynaexq::Layer*)layer_bytes.get();
-  auto& call = *(dynaexq::Call*)call_bytes.get();
-  Bytes base = read(from, size), kinds = read(from, size), rows = read(from, size), ids = read(from, size),
-        weights = read(from, size);
-  std::vector<void*> upgrades;
-  for (int64_t expert = 0; expert < layer.num_experts; expert++) {
-    int64_t& entry = ((int64_t*)kinds.get())[expert];
-    if (!entry) continue;
-    Bytes upgrade = read(from, size);
-    upgrades.push_back(std::aligned_alloc(256, size));  // sizes are multiples of 256
-    std::copy_n(upgrade.get(), size, (uint8_t*)upgrades.back());
-    entry |= (int64_t)upgrades.back();
+// The arrays of a case, one after the other; they stay where they are.
+class Case {
+ public:
+  explicit Case(const char* path) : from(path, std::ios::binary) {}
+
+  // The address of the next, or 0 where it is empty.
+  int64_t next() {
+    int64_t size;
+    from.read((char*)&size, sizeof size);
+    // Upgrades are aligned, and their sizes are multiples of 256.
+    arrays.emplace_back(size % 256 ? std::malloc(size) : std::aligned_alloc(256, size), std::free);
+    from.read((char*)arrays.back().get(), size);
+    return size ? (int64_t)arrays.back().get() : 0;
   }
-  layer.base = (int64_t)base.get();
-  call.hidden_states = (int64_t)rows.get(), call.top_k_index = call.top_k_index ? (int64_t)ids.get() : 0;
-  call.top_k_weights = (int64_t)weights.get(), call.entries = (int64_t)kinds.get();
-  call.output = output, call.parallel = (int64_t)run_threads;
-  const int failed = dynaexq_forward(&layer, &call);
-  for (void* upgrade : upgrades) std::free(upgrade);
+
+  template <typename Structure>
+  Structure& structure() {
+    return *(Structure*)next();
+  }
+
+  Layer& layer() {
+    auto& layer = structure<Layer>();
+    layer.base = next();
+    return layer;
+  }
+
+  // Kinds, and one upgrade for every kind that is not 0, as entries.
+  int64_t entries(const Layer& layer) {
+    const int64_t entries = next();
+    for (int64_t expert = 0; expert < layer.num_experts; expert++)
+      if (int64_t& entry = ((int64_t*)entries)[expert]) entry |= next();
+    return entries;
+  }
+
+ private:
+  std::ifstream from;
+  std::vector<std::unique_ptr<void, decltype(&std::free)>> arrays;
+};
+
+int forward(Case& from, int64_t output) {
+  auto& layer = from.layer();
+  auto& call = from.structure<Call>();
+  call.hidden_states = from.next(), call.top_k_index = from.next(), call.top_k_weights = from.next();
+  call.entries = from.entries(layer), call.output = output, call.team.parallel = (int64_t)run_threads;
+  return dynaexq_forward(&layer, &call);
+}
+
+int attend(Case& from, int64_t output) {
+  auto& call = from.structure<Attention>();
+  call.query = from.next(), call.key = from.next(), call.value = from.next(), call.mask = from.next();
+  call.output = output, call.team.parallel = (int64_t)run_threads;
+  return dynaexq_attend(&call);
+}
+
+int before_attention(Case& from, int64_t output) {
+  auto& call = from.structure<BeforeAttention>();
+  call.rows = from.next(), call.cosine = from.next(), call.sine = from.next(), call.norm.weight = from.next();
+  for (auto& norm : call.head_norms) norm.weight = from.next();
+  std::vector<std::unique_ptr<uint16_t[]>> outputs;
+  std::vector<int64_t> sizes;
+  for (int i = 0; i < 3; i++) {
+    auto& layer = from.layer();
+    sizes.push_back(call.num_rows * layer.up.rows);
+    outputs.emplace_back(new uint16_t[sizes[i]]);
+    call.products[i].layer = (int64_t)&layer, call.outputs[i] = (int64_t)outputs[i].get();
+  }
+  call.team.parallel = (int64_t)run_threads;
+  const int failed = dynaexq_before_attention(&call);
+  auto* to = (uint16_t*)output;
+  for (int i = 0; i < 3; i++) to = std::copy_n(outputs[i].get(), sizes[i], to);
   return failed;
 }
 
-int attend(std::ifstream& from, int64_t output) {
-  int64_t size;
-  Bytes bytes = read(from, size);
-  auto& call = *(dynaexq::Attention*)bytes.get();
-  Bytes query = read(from, size), key = read(from, size), value = read(from, size), mask = read(from, size);
-  call.query = (int64_t)query.get(), call.key = (int64_t)key.get(), call.value = (int64_t)value.get();
-  call.mask = (int64_t)mask.get(), call.output = output, call.parallel = (int64_t)run_threads;
-  return dynaexq_attend(&call);
+int after_attention(Case& from, int64_t output) {
+  auto& call = from.structure<AfterAttention>();
+  call.attended = from.next(), call.residual = from.next(), call.norm.weight = from.next();
+  call.out.layer = (int64_t)&from.layer(), call.router.layer = (int64_t)&from.layer();
+  auto& experts = from.layer();
+  call.experts.layer = (int64_t)&experts, call.counts = from.next(), call.entries = from.entries(experts);
+  call.output = output, call.team.parallel = (int64_t)run_threads;
+  return dynaexq_after_attention(&call);
 }
 
 }  // namespace
 
 int main(int, char** arguments) {
-  std::ifstream from(arguments[2], std::ios::binary);
+  const std::map<std::string, std::function<int(Case&, int64_t)>> functions{{"forward", forward},
+                                                                            {"attend", attend},
+                                                                            {"before_attention", before_attention},
+                                                                            {"after_attention", after_attention}};
+  Case from(arguments[2]);
   const int64_t size = std::stoll(arguments[4]);
-  Bytes output(new uint8_t[size]);
-  const bool attends = arguments[1] == std::string("attend");
-  const int failed = (attends ? attend : forward)(from, (int64_t)output.get());
+  std::unique_ptr<uint8_t[]> output(new uint8_t[size]);
+  const int failed = functions.at(arguments[1])(from, (int64_t)output.get());
   std::ofstream(arguments[3], std::ios::binary).write((char*)output.get(), size);
   return failed;
 }

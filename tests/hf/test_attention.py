@@ -14,7 +14,7 @@ from transformers import AttentionInterface, PreTrainedModel, StaticCache
 import dynaexq
 from dynaexq.hf.decode_attention import NATIVE, SdpaOfFew
 from dynaexq.kernels.cpu.build import load
-from dynaexq.kernels.cpu.native import NativeAttention
+from dynaexq.kernels.cpu.native_decoder import NativeAttention
 
 ROUNDINGS = 2**-5  # of some dozen operators in bfloat16
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dynaexq.hf.discovery import activation_name
 from dynaexq.kernels import cpu, reference
-from dynaexq.kernels.cpu import build, native, threads, torch_path
+from dynaexq.kernels.cpu import build, interface, native, threads, torch_path
 from dynaexq.memory import RoutingCounter
 from dynaexq.planning.budget import TIER_CHOICES
 from dynaexq.types import ExpertShape
@@ -115,8 +115,8 @@ def test_what_a_call_has_lost_is_what_its_caller_waited_or_stood_still(monkeypat
             time.sleep(pause)
 
     start = PARALLEL(parallel)
-    monkeypatch.setattr(native.threads, "parallel", lambda: ctypes.cast(start, ctypes.c_void_p).value)
-    monkeypatch.setattr(native, "team", SimpleNamespace(size=2, observe=lambda *seconds: seen.append(seconds)))
+    monkeypatch.setattr(interface.threads, "parallel", lambda: ctypes.cast(start, ctypes.c_void_p).value)
+    monkeypatch.setattr(interface, "team", SimpleNamespace(size=2, observe=lambda *seconds: seen.append(seconds)))
     got = fused(("int4", "int8"), torch.float32, GATED, 64)
     began, ran = time.monotonic(), time.thread_time()
     check(f"lost {lost}", got)
@@ -311,8 +311,15 @@ def test_only_the_standard_gate_has_a_name():
 
 
 def test_structures_have_the_sizes_that_c_gives_them():
-    assert ctypes.sizeof(native._Part) == 16
-    assert ctypes.sizeof(native._Reading) == 8 * 13
-    assert ctypes.sizeof(native._Matrix) == 8 * (4 + 2 * 13)
-    assert ctypes.sizeof(native._Layer) == 8 * (2 * 30 + 7)
-    assert ctypes.sizeof(native._Call) == 8 * 18
+    sizes = {
+        "Part": 2,
+        "Reading": 13,
+        "Matrix": 4 + 2 * 13,
+        "Layer": 2 * 30 + 7,
+        "Call": 18,
+        "Norm": 8,
+        "Attention": 31,
+        "BeforeAttention": 37,
+        "AfterAttention": 29,
+    }
+    assert sizes == {name: ctypes.sizeof(getattr(interface, name)) // 8 for name in sizes}

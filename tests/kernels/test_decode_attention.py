@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaexq.kernels import attention
-from dynaexq.kernels.cpu import build, native
-from dynaexq.kernels.cpu.native import NativeAttention
+from dynaexq.kernels.cpu import build, interface
+from dynaexq.kernels.cpu.native_decoder import NativeAttention
 
 AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
 MOST_ROWS = 64
@@ -88,7 +88,7 @@ def test_the_number_of_threads_changes_nothing(run: NativeAttention, monkeypatch
     tensors, outputs, waited = attention_cases.tensors(SHAPES[5], "bfloat16"), [], []
     for size in (1, 2, 5):
         team = SimpleNamespace(size=size, observe=lambda *seconds: waited.append(seconds))
-        monkeypatch.setattr(native, "team", team)
+        monkeypatch.setattr(interface, "team", team)
         outputs.append(run(*tensors, 0.2))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])

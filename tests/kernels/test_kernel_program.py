@@ -9,14 +9,15 @@ from typing import NamedTuple
 import attention_cases
 import pytest
 import torch
-from kernel_cases import TOLERANCE, UGLY, case, fused
+from decoder_cases import OPTIONS, decoder_case, decoder_inputs
+from kernel_cases import EXPERTS, TOLERANCE, UGLY, case, fused
 from kernel_program import KernelProgram, compile_driver
 from numerics import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
 from dynaexq.kernels import attention, reference
-from dynaexq.kernels.cpu import build, native
+from dynaexq.kernels.cpu import build, interface, native, native_decoder
 from dynaexq.kernels.gradients import expert_gradients
 from dynaexq.quantization import IN_STRIPS, LinearCodec
 
@@ -69,7 +70,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(autouse=True)
 def _three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "team", SimpleNamespace(size=3, observe=lambda *seconds: None))
+    monkeypatch.setattr(interface, "team", SimpleNamespace(size=3, observe=lambda *seconds: None))
 
 
 @pytest.mark.parametrize("tiers", TIERS, ids="+".join)
@@ -118,9 +119,27 @@ def test_and_dense_matrices(program, tmp_path, name):
 
 def test_attention_follows_the_formula(program, tmp_path):
     kernel = KernelProgram(program.command, tmp_path)
-    run = native.NativeAttention(kernel.attend, 64)
+    run = native_decoder.NativeAttention(kernel.attend, 64)
     for shape in attention_cases.SHAPES[:4]:
         for mask in attention_cases.MASKS:
             tensors = [t if t is None else t.contiguous() for t in attention_cases.tensors(shape, mask)]
             assert run.takes(*tensors)
             assert_close(f"{shape} {mask}", attention(*tensors, 0.2), run(*tensors, 0.2), 2**-8)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_decoder_layer_is_that_of_its_steps(program, tmp_path, options):
+    kernel = KernelProgram(program.command, tmp_path)
+    library = SimpleNamespace(
+        forward=kernel, before_attention=kernel.before_attention, after_attention=kernel.after_attention
+    )
+    case = decoder_case(library, options, num_tokens=4)
+    kernel.upgrades = case.experts.upgrades
+    rows, cosine, sine, attended = decoder_inputs(2, 2)
+    for one, other in zip(
+        case.before(rows, cosine, sine), case.native.before_attention(rows, cosine, sine), strict=True
+    ):
+        assert_close("heads", one, other, 0)
+    entries, counts = case.experts.upgrades.entries, torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    expected, _ = case.after(attended, rows, entries)
+    assert_close("output", expected, case.native.after_attention(attended, rows, entries, counts), 2**-8)

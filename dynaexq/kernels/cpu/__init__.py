@@ -10,8 +10,11 @@ from torch import Tensor
 from dynaexq.kernels import gradients, linear_layer
 from dynaexq.kernels.cpu import torch_path
 from dynaexq.kernels.cpu.build import AVX512_BF16, instruction_set, load
-from dynaexq.kernels.cpu.native import DTYPES, NativeAttention, NativeLayer, NativeLinear, NativeNorm, NativeProduct
+from dynaexq.kernels.cpu.interface import DTYPES
+from dynaexq.kernels.cpu.native import NativeLayer, NativeLinear, NativeProduct
+from dynaexq.kernels.cpu.native_decoder import NativeAttention, NativeDecoderLayer, NativeNorm
 from dynaexq.kernels.cpu.strips import NativeStrips
+from dynaexq.kernels.decoder_layer import DecoderParts, Matrix
 from dynaexq.kernels.expert_layer import ExpertLayer, Upgrades
 from dynaexq.kernels.linear_layer import LinearLayer
 from dynaexq.kernels.row_norm import NormKind
@@ -121,6 +124,26 @@ def decode_attention() -> NativeAttention | None:
     """The native attention of few queries in bfloat16; None where there is no kernel."""
     library = load(all_bfloat16=True)
     return library and NativeAttention(library.attend, MOST_QUERIES if _multiplies_pairs() else FEWER_QUERIES)
+
+
+def decoder_layer(parts: DecoderParts) -> NativeDecoderLayer | None:
+    """The decoder layer of these parts; None where some of them are not native."""
+    norms = (parts.norm, parts.block_norm, *filter(None, (parts.query_norm, parts.key_norm)))
+    library, experts = load(all_bfloat16=True), native_layer(parts.experts, torch.bfloat16)
+    matrices = (parts.query, parts.key, parts.value, parts.out, parts.router)
+    linears = [native for native in map(_native_matrix, matrices) if native is not None]
+    if library is None or experts is None or not experts.is_fused or len(linears) < len(matrices):
+        return None
+    if parts.experts.codec.dtype != torch.bfloat16 or not all(isinstance(norm, NativeNorm) for norm in norms):
+        return None
+    most_rows = min(linear.most_rows for linear in linears if isinstance(linear, NativeProduct))
+    return NativeDecoderLayer(parts, linears, experts, library, most_rows)
+
+
+def _native_matrix(matrix: Matrix) -> NativeLinear | None:
+    if isinstance(matrix, LinearLayer):
+        return _native_linear(matrix, torch.bfloat16) if matrix.codec.dtype == torch.bfloat16 else None
+    return matrix if isinstance(matrix, NativeLinear) else None
 
 
 def _multiplies_pairs() -> bool:

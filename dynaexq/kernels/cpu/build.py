@@ -47,6 +47,8 @@ class Library(NamedTuple):
     rearrange: Kernel
     normalize: Kernel
     attend: Kernel
+    before_attention: Kernel
+    after_attention: Kernel
 
 
 class InstructionSet(NamedTuple):

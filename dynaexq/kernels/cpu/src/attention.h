@@ -24,7 +24,7 @@ class DecodeAttention {
         rows(heads_a_group * call.queries),
         spans((call.keys + SPAN - 1) / SPAN),
         threads(threads_for(call.batch * call.heads * call.queries * call.keys * (call.width + call.value_width),
-                            call.num_threads, call.parallel)),
+                            call.team)),
         elements(new Element[call.batch * call.groups * rows * call.width]),
         scores(new float[threads * rows * BLOCK]),
         partial(new Partial[call.batch * call.groups * spans * rows]),
@@ -33,10 +33,9 @@ class DecodeAttention {
   void run() {
     const int64_t groups = call.batch * call.groups;
     for (int64_t group = 0; group < groups; group++) take_queries(group);
-    distribute(groups * spans, threads, call.parallel, call.took, call.lost,
+    distribute(groups * spans, threads, call.team,
                [&](int64_t task, int64_t thread) { attend(task, scores.get() + thread * rows * BLOCK); });
-    distribute(groups, threads, call.parallel, call.took, call.lost,
-               [&](int64_t group, int64_t) { put_together(group); });
+    distribute(groups, threads, call.team, [&](int64_t group, int64_t) { put_together(group); });
   }
 
  private:

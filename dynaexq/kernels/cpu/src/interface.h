@@ -43,17 +43,22 @@ struct Matrix {
   Reading readings[2];
 };
 
+// The threads that there are, and the address of OpenMP's `GOMP_parallel`, or 0 for one thread. Added to where several
+// ran: nanoseconds in parallel regions, and those of them in which the caller waited for others or was not on a core.
+struct Team {
+  int64_t num_threads, parallel, took, lost;
+};
+
 struct Layer {
   Matrix up, down;
   int64_t num_experts, base, base_nbytes, dtype, transposed, gated, activation;
 };
 
 // Addresses of: rows of `dtype`, int64 ids [tokens, top_k] or 0 where there is one matrix for all, float32 weights
-// [tokens, top_k], int64 entries [num_experts], output of `dtype`; and of OpenMP's `GOMP_parallel`, or 0 for one
-// thread.
+// [tokens, top_k], int64 entries [num_experts], output of `dtype`.
 struct Call {
   int64_t hidden_states, top_k_index, top_k_weights, entries, output;
-  int64_t num_tokens, top_k, dtype, stage, num_threads, parallel;
+  int64_t num_tokens, top_k, dtype, stage;
 
   // What rows are rounded to where they meet codes of at most four bits, and of eight.
   int64_t precisions[2];
@@ -62,27 +67,62 @@ struct Call {
   // A weight counts as that many units, `largest` at most.
   int64_t counts, unit, largest;
 
-  // Filled in where several threads ran: nanoseconds in parallel regions, and those of them in which the caller waited
-  // for others or was not on a core; else 0.
-  int64_t took, lost;
+  Team team;
 };
 
-// Rows [num_rows, columns] of bfloat16, each divided by its root mean square, times `weight + added`; the quotient is
-// rounded before that, or only the product. Columns are a multiple of 16.
-struct Norm {
-  int64_t rows, weight, output, num_rows, columns, added, rounded;
+// How a row of so many columns of bfloat16 is normalized: divided by its root mean square, times `weight + added`; the
+// quotient is rounded before that, or only the product. Columns are a multiple of 16.
+struct NormKind {
+  int64_t weight, columns, added, rounded;
   double epsilon;
+};
+
+struct Norm {
+  NormKind kind;
+  int64_t rows, output, num_rows;
 };
 
 // Queries [batch, heads, queries, width], keys and values [batch, groups, keys, width or value_width] of bfloat16,
 // whose last dimension lies in a row, and a mask [batch, heads, queries, keys]; strides are in elements. Output
-// [batch, queries, heads, value_width], in a row. Both widths are multiples of 32. The last fields are as in `Call`.
+// [batch, queries, heads, value_width], in a row. Both widths are multiples of 32.
 struct Attention {
   int64_t query, key, value, mask, output;
   int64_t batch, heads, groups, queries, keys, width, value_width, mask_kind;
   int64_t query_strides[3], key_strides[3], value_strides[3], mask_strides[4];
   double scale;
-  int64_t num_threads, parallel, took, lost;
+  Team team;
+};
+
+// A layer, and `Call.precisions` of what is multiplied by it.
+struct Product {
+  int64_t layer, precisions[2];
+};
+
+// What a decoder layer computes before attention, of rows [num_rows, columns] of bfloat16: their norm; queries, keys
+// and values [num_rows, heads * width]; norms of each head of the first two, unless their weight is 0; and the first
+// two rotated by `cosine` and `sine` [positions, width], of which row r has number r % positions.
+struct BeforeAttention {
+  int64_t rows, num_rows;
+  NormKind norm;
+  Product products[3];
+  int64_t outputs[3];
+  NormKind head_norms[2];
+  int64_t width, cosine, sine, positions;
+  Team team;
+};
+
+// What it computes after attention: the product of what was attended to, added to `residual`; the norm of that; routing
+// by the `top_k` largest of its products with the router (kernels/top_k_routing.py); the experts' sum, added to it.
+// The other fields are as in `Call`.
+struct AfterAttention {
+  int64_t attended, residual, output, num_rows;
+  Product out;
+  NormKind norm;
+  Product router;
+  int64_t top_k, normalized, rounded;
+  Product experts;
+  int64_t entries, counts, unit, largest;
+  Team team;
 };
 
 // One plane of a matrix, int32 words [rows, padded * bits / 32], and whether it is to be laid in strips or taken out.
