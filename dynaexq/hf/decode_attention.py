@@ -63,10 +63,15 @@ def attend_as_before(modules: Iterable[nn.Module]) -> None:
 def _is_plain(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], kwargs: dict[str, Any]) -> bool:
     """Whether this is the plain formula, and PyTorch need not see its operators."""
     query, key, value, mask = tensors
-    if mask is None and query.shape[2] > 1:  # causal or not, as the function that was there finds out
+    if not is_formula(query.shape[2], mask, kwargs) or in_function_transform():
+        return False
+    return not (must_be_operators(query, key) or must_be_operators(value, value))
+
+
+def is_formula(queries: int, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether what is asked of `sdpa` is plain attention under `mask`."""
+    if mask is None and queries > 1:  # causal or not, as the function that was there finds out
         return False
     if kwargs.get("dropout") or kwargs.get("output_attentions") or kwargs.get("softcap") is not None:
         return False
-    if kwargs.get("position_bias") is not None or in_function_transform():
-        return False
-    return not (must_be_operators(query, key) or must_be_operators(value, value))
+    return kwargs.get("position_bias") is None

@@ -1,15 +1,16 @@
-"""Decoder layers that few tokens pass in two native calls on a CPU, one on each side of attention.
+"""Decoder layers that few tokens pass natively on a CPU: around the model's attention, or many of them in one call.
 
 A decoded token of a 30B model is a dozen modules in every layer, and Python takes as long for them as half of the
-kernels. Here a layer does itself what its modules would do, rounded where they round. The cache and the attention stay
-Transformers', between the two. Which layers may do so is found by trying: their modules are those of `_MODULES`, and
-what they make of a few rows is, bit for bit, what the formulas here make of them. Many tokens, gradients, compilers,
-padding, and whoever hooks, wraps or replaces a module inside find the layer's own forward.
+kernels. Here a layer does itself what its modules would do, rounded where they round; decision 20 has the reasons.
+Which layers may do so is found by trying: their modules are those of `_MODULES`, and what they make of a few rows is,
+bit for bit, what the formulas here make of them. Many tokens, gradients, compilers, padding, and a module inside that
+has a hook, a wrapped forward or a successor, bring the layer's own forward back.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,10 @@ from torch.nn.modules import module as torch_modules
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynaexq.hf.compat import captures_outputs, is_capturing_hook
-from dynaexq.kernels import DecoderLayer, DecoderParts, decoder_layer, rotated
+from dynaexq.hf.decode_attention import NATIVE, SdpaOfFew, is_formula
+from dynaexq.hf.growing_cache import RoomyLayer
+from dynaexq.hf.pending_rows import PendingRows, computed
+from dynaexq.kernels import DecoderLayer, DecoderParts, Step, decoder_layer, rotated
 from dynaexq.runtime.door import CACHE_NAMES, tokens_among
 from dynaexq.runtime.experts import MixedPrecisionExperts, in_backward, in_function_transform, must_be_operators
 from dynaexq.runtime.few_rows import FewRowsLinear, FewRowsNorm, FewRowsRouter
@@ -34,7 +38,7 @@ _MODULES: dict[str, dict[str, tuple[type[nn.Module], ...]]] = {
 _HEAD_NORMS = dict.fromkeys(("q_norm", "k_norm"), _NORM)
 """What attention may have as well."""
 
-OWN = ("_inside", "_addresses", "_decoder")
+OWN = ("_inside", "_addresses", "_decoder", "_following")
 """Attributes that a layer has only while the mixin is in its place."""
 
 TRIED, LARGE = 4, 1e4
@@ -54,25 +58,89 @@ class _Inside(NamedTuple):
     top_k: int
 
 
+class _Work:
+    """What some layers, one after the other, have yet to compute; called, it computes it."""
+
+    def __init__(self, native: DecoderLayer, top_k: int):
+        self._native, self._top_k = native, top_k
+        self._layers: list[MixedPrecisionExperts] = []
+        self._steps: list[Any] = []
+
+    def takes(self, experts: MixedPrecisionExperts, top_k: int) -> bool:
+        """Whether a layer of these may be the next."""
+        return self._top_k == top_k and all(layer.memory is experts.memory for layer in self._layers[:1])
+
+    def add(self, experts: MixedPrecisionExperts, step: Any) -> None:
+        self._layers.append(experts)
+        self._steps.append(step)
+
+    def __call__(self) -> None:
+        if self._layers:
+            run = partial(self._native.run, self._steps)
+            MixedPrecisionExperts.pass_through(self._layers, self._top_k, run)
+            self._layers, self._steps = [], []
+
+
 class FewTokensDecoderLayer(nn.Module):
     """Mixin that takes the place of a decoder layer (`hf.model_patch`), of those that `passes_natively` finds."""
 
     _inside: _Inside
     _addresses: list[int] | None = None
     _decoder: DecoderLayer | None = None
+    _following: tuple[nn.Module, ...] = ()
+    """The next layer, if the work may be left to it."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        native = None if args else self._native_for(hidden_states, kwargs)
+        rows = hidden_states.memory if isinstance(hidden_states, PendingRows) else hidden_states
+        native = None if args else self._native_for(rows, kwargs)
         if native is None:
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(computed(hidden_states), *args, **kwargs)
+        step = self._step(native, rows, kwargs)
+        if step is None:
+            return self._in_two_calls(native, computed(hidden_states), kwargs)
+        return self._with_others(native, step, hidden_states)
+
+    def _with_others(self, native: DecoderLayer, step: Step, hidden_states: Tensor) -> Tensor:
+        """The layer after what has been left to do for its rows; left to do itself, if another layer follows."""
+        _, _, experts, top_k = self._inside
+        work: Any = hidden_states.work if isinstance(hidden_states, PendingRows) else _Work(native, top_k)
+        if not work.takes(experts, top_k):
+            work()
+            work = _Work(native, top_k)
+        experts.about_to_pass(step.output.shape[0] * step.output.shape[1])
+        work.add(experts, native.step(step))
+        if self._following and all(map(_is_plain, (self, *self._following))):
+            return PendingRows.of(step.output, work)
+        work()
+        return step.output
+
+    def _step(self, native: DecoderLayer, rows: Tensor, kwargs: dict[str, Any]) -> Step | None:
+        """The whole layer for these rows, attention included; None where that has to be the model's."""
+        attention = self._inside.attention
+        mask = kwargs.get("attention_mask")
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        layer = _roomy_layer(cache, attention.layer_idx)
+        if layer is None or layer.keys is None or layer.values is None:
+            return None
+        if NATIVE not in vars(attention) or not isinstance(ALL_ATTENTION_FUNCTIONS["sdpa"], SdpaOfFew):
+            return None
+        if not is_formula(rows.shape[1], mask, kwargs) or not native.attends(rows, layer.keys, layer.values, mask):
+            return None
+        longer = layer.extended(rows.shape[1])
+        if longer is None:
+            return None
+        cosine, sine = (angles.contiguous() for angles in kwargs["position_embeddings"])
+        return Step(rows, torch.empty_like(rows), cosine, sine, *longer, mask, attention.scaling)
+
+    def _in_two_calls(self, native: DecoderLayer, rows: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The layer around the model's attention."""
         _, attention, experts, top_k = self._inside
-        heads = native.before_attention(hidden_states, *kwargs.pop("position_embeddings"))
+        heads = native.before_attention(rows, *kwargs.pop("position_embeddings"))
         attended = _attend(attention, heads, kwargs)
-        return experts.pass_through(
-            hidden_states.shape[0] * hidden_states.shape[1],
-            top_k,
-            lambda entries, counts: native.after_attention(attended, hidden_states, entries, counts),
-        )
+        experts.about_to_pass(rows.shape[0] * rows.shape[1])
+        after = partial(native.after_attention, attended, rows)
+        output: Tensor = experts.pass_through([experts], top_k, lambda published: after(*published[0]))
+        return output
 
     def _native_for(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> DecoderLayer | None:
         """What computes this layer for these rows; None where that is the layer's own forward."""
@@ -92,7 +160,7 @@ class FewTokensDecoderLayer(nn.Module):
         return native if tokens_among(hidden_states.view(rows, -1)) is None else None
 
     def _is_untouched(self) -> bool:
-        """Whether the modules inside are those that were tried, and nobody waits for one of them to be called."""
+        """Whether the modules inside are those that were tried, and no hook waits for one of them to be called."""
         if captures_outputs() or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
             return False
         modules = self._inside.modules
@@ -107,6 +175,14 @@ class FewTokensDecoderLayer(nn.Module):
             self._decoder = parts and decoder_layer(parts)
             self._addresses = addresses
         return self._decoder
+
+
+def link(model: nn.Module) -> None:
+    """Tell the layers of a model which of them are followed by another, to which they may leave their work."""
+    for modules in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        for layer, following in pairwise(modules):
+            if isinstance(layer, FewTokensDecoderLayer):
+                layer._following = (following,) if isinstance(following, FewTokensDecoderLayer) else ()
 
 
 @torch.no_grad()
@@ -191,6 +267,15 @@ def _routes_as_formula(block: Any) -> bool:
     expected = rows[0], *block.gate(rows[0])[1:]
     routed = len(seen) == 3 and all(map(_are_equal, seen, expected))
     return routed and _are_equal(found, 0.5 * rows)
+
+
+def _roomy_layer(cache: Any, index: int) -> RoomyLayer | None:
+    """The layer of a cache that grows in place, if it is one."""
+    layers = getattr(cache, "layers", ())
+    if len(layers) <= index or type(layers[index]) is not RoomyLayer or getattr(cache, "offloading", False):
+        return None
+    layer: RoomyLayer = layers[index]
+    return layer
 
 
 def _attend(attention: Any, heads: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Tensor:

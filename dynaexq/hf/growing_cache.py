@@ -37,6 +37,24 @@ class RoomyLayer(DynamicLayer):
         self.values = self._joined("values", value_states)
         return self.keys, self.values
 
+    def extended(self, joining: int) -> tuple[Tensor, Tensor] | None:
+        """Keys and values with room for so many more tokens at their end, for the caller to write.
+
+        None where they do not grow in place, or `update` has to make room first.
+        """
+        if not self._grows_in_place(self.keys, self.values):
+            return None
+        longer = {}
+        for name in NAMES:
+            old = self._own(name)
+            end = 0 if old is None else old.shape[-2] + joining
+            if old is None or end > _capacity(old):
+                return None
+            longer[name] = _longer(old, end)
+        self.keys, self.values = longer["keys"], longer["values"]
+        self._given = {name: weakref.ref(tensor) for name, tensor in longer.items()}
+        return self.keys, self.values
+
     @property
     def tokens_free(self) -> int:
         """Tokens that there is room for."""

@@ -186,6 +186,7 @@ class ModelPatch:
             if passes_natively(module):
                 self._undo_steps.callback(_restore_decoder_layer, module)
                 swap_class(module, FewTokensDecoderLayer)
+        decoder_layer.link(self.model)
         self._undo_steps.callback(attend_as_before, attend_natively(self.model))
         self._undo_steps.callback(watch_caches(self.model))
 

@@ -4,7 +4,7 @@ from dynaexq.kernels.custom_op import experts as experts_operator
 from dynaexq.kernels.custom_op import linear as linear_operator
 from dynaexq.kernels.custom_op import register_layer, register_matrix
 from dynaexq.kernels.decode_attention import DecodeAttention, attention
-from dynaexq.kernels.decoder_layer import DecoderLayer, DecoderParts, rotated
+from dynaexq.kernels.decoder_layer import DecoderLayer, DecoderParts, Step, rotated
 from dynaexq.kernels.dispatch import (
     arrangement_on,
     counts_routing,
@@ -35,6 +35,7 @@ __all__ = [
     "PlainExchange",
     "RoutingKind",
     "RowNorm",
+    "Step",
     "Upgrades",
     "arrangement_on",
     "attention",

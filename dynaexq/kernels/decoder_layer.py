@@ -1,10 +1,12 @@
-"""What few tokens pass in a decoder layer besides attention: its parts, and what computes them in two calls.
+"""What few tokens pass in a decoder layer: its parts, and what computes them in two calls, or many layers in one.
 
 Before attention: norm, queries, keys and values, norms of their heads, rotation. After it: the linear layer behind
-attention, residual, norm, router, choice, experts, residual. It knows no model.
+attention, residual, norm, router, choice, experts, residual. Attention in between is the model's, or that of few
+queries over a cache that has room. It knows no model.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +45,26 @@ class DecoderParts(NamedTuple):
     experts: ExpertLayer
 
 
+class Step(NamedTuple):
+    """What a whole layer is given.
+
+    Attributes:
+        output: like `hidden_states`, to be written.
+        cosine: `[1 or batch, length, width]`, as is `sine`.
+        key: `[batch, groups, keys, width]`, of which the last `length` are to be written; and so is `value`.
+        mask: as in `decode_attention.attention`.
+    """
+
+    hidden_states: Tensor
+    output: Tensor
+    cosine: Tensor
+    sine: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+
+
 class DecoderLayer(Protocol):
     """Computes them for a few rows of bfloat16, each step rounded as Transformers rounds it.
 
@@ -68,6 +90,19 @@ class DecoderLayer(Protocol):
             attended: `[batch, length, heads, width]`.
             entries: as in `Upgrades`.
             counts: as in `dispatch.expert_mlp`.
+        """
+
+    def attends(self, hidden_states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        """Whether attention of these rows, over keys and values and their own, may be computed with the rest."""
+
+    def step(self, given: Step) -> Any:
+        """The whole layer, for `run` of this layer or another; holds what it was given."""
+
+    def run(self, steps: Sequence[Any], published: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compute the steps of many layers, of which each begins with the output of the one before.
+
+        Args:
+            published: entries and counts of each, as for `after_attention`.
         """
 
 

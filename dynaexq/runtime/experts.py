@@ -1,6 +1,6 @@
 """The experts of one patched layer: observe, look up, multiply. They hold no policy and never see the runtime."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -84,33 +84,59 @@ class MixedPrecisionExperts(nn.Module):
     def compute(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """What the operator runs. Raises an InputError for tensors that do not belong together."""
         self._layer.check(hidden_states, top_k_index, top_k_weights)
-        observe = not in_backward()
+        ports, counts = self._ports, None
+        counter, observe = ports.memory.counter, not in_backward()
         is_token = tokens_among(hidden_states) if observe else None
         tokens = None if is_token is None else is_token.sum()
-
-        def multiply(upgrades: Upgrades) -> Tensor:
-            counter, index, counts = self._ports.memory.counter, self._ports.index, None
+        if observe and ports.before_forward is not None:
+            # On a GPU a look at the number would wait for it.
+            ports.before_forward(int(tokens) if tokens is not None and tokens.is_cpu else len(hidden_states))
+        with ports.memory.fence.reading():
+            ports.memory.layer_begins(ports.index)
             if is_token is not None:
                 mass = _mass(hidden_states, top_k_weights) * is_token[:, None]
-                counter.observe(index, top_k_index, mass, tokens)
+                counter.observe(ports.index, top_k_index, mass, tokens)
             elif observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
-                counts = counter.row(index, top_k_index.shape[-1])
+                counts = counter.row(ports.index, top_k_index.shape[-1])
             elif observe:
-                counter.observe(index, top_k_index, _mass(hidden_states, top_k_weights))
-            return expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, upgrades, counts)
+                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
+            output = expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
+            ports.memory.layer_ends(ports.index, observe)
+        return output
 
-        # On a GPU a look at the number would wait for it.
-        known = int(tokens) if tokens is not None and tokens.is_cpu else len(hidden_states)
-        return self._in_turn(known, observe, multiply)
+    def about_to_pass(self, num_tokens: int) -> None:
+        """Let precision move, as before a forward of so many tokens; `pass_through` follows."""
+        if self._ports.before_forward is not None:
+            self._ports.before_forward(num_tokens)
 
-    def pass_through(self, num_tokens: int, top_k: int, work: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """What `work` returns, which computes more than the experts of so many tokens and counts their routing itself.
+    @staticmethod
+    def pass_through(
+        layers: "Sequence[MixedPrecisionExperts]", top_k: int, work: Callable[[list[tuple[Tensor, Tensor]]], Any]
+    ) -> Any:
+        """What `work` returns, which computes more than the experts of some layers, and counts their routing itself.
 
         Args:
-            work: given the entries of `Upgrades`, and the counts as `dispatch.expert_mlp` takes them.
+            layers: that share a memory.
+            work: given, for each layer, the entries of `Upgrades` and the counts as `dispatch.expert_mlp` takes them.
         """
-        counts = self._ports.memory.counter.row(self._ports.index, top_k)
-        return self._in_turn(num_tokens, True, lambda upgrades: work(upgrades.entries, counts))
+        memory, indices = layers[0]._ports.memory, [layer._ports.index for layer in layers]
+        with memory.fence.reading():
+            for index in indices:
+                memory.layer_begins(index)
+            done = work([(memory.table.row(index), memory.counter.row(index, top_k)) for index in indices])
+            for index in indices:
+                memory.layer_ends(index, True)
+        return done
+
+    @property
+    def layer(self) -> ExpertLayer:
+        """The constant part."""
+        return self._layer
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """What it is read through."""
+        return self._ports.memory
 
     def gradients(
         self, grad: Tensor, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -147,27 +173,6 @@ class MixedPrecisionExperts(nn.Module):
     @property
     def _is_connected(self) -> bool:
         return "_layer" in self.__dict__
-
-    def _in_turn(self, num_tokens: int, observe: bool, work: Callable[[Upgrades], Tensor]) -> Tensor:
-        """What `work` returns, in the layer's turn: precision may move before it, and no slot changes hands during it.
-
-        Args:
-            num_tokens: those that count.
-            observe: whether any do.
-        """
-        ports = self._ports
-        if observe and ports.before_forward is not None:
-            ports.before_forward(num_tokens)
-        with ports.memory.fence.reading():
-            ports.memory.layer_begins(ports.index)
-            output = work(self._upgrades())
-            ports.memory.layer_ends(ports.index, observe)
-        return output
-
-    @property
-    def layer(self) -> ExpertLayer:
-        """The constant part."""
-        return self._layer
 
     def _upgrades(self) -> Upgrades:
         memory = self._ports.memory

@@ -15,7 +15,8 @@
 
 namespace {
 
-using dynaexq::AfterAttention, dynaexq::Attention, dynaexq::BeforeAttention, dynaexq::Call, dynaexq::Layer;
+using dynaexq::AfterAttention, dynaexq::Attention, dynaexq::BeforeAttention, dynaexq::Call, dynaexq::DecoderStep,
+    dynaexq::DecoderSteps, dynaexq::Layer;
 
 void run_threads(void (*work)(void*), void* data, unsigned count, unsigned) {
   std::vector<std::thread> threads;
@@ -107,13 +108,37 @@ int after_attention(Case& from, int64_t output) {
   return dynaexq_after_attention(&call);
 }
 
+// One layer; of its output, keys and values.
+int pass_layers(Case& from, int64_t output) {
+  auto& step = from.structure<DecoderStep>();
+  auto& [before, attention, after] = step;
+  before.rows = after.residual = from.next(), before.cosine = from.next(), before.sine = from.next();
+  for (auto* norm : {&before.norm, &before.head_norms[0], &before.head_norms[1], &after.norm})
+    norm->weight = from.next();
+  for (auto* product : {&before.products[0], &before.products[1], &before.products[2], &after.out, &after.router})
+    product->layer = (int64_t)&from.layer();
+  attention.key = from.next(), attention.value = from.next(), attention.mask = from.next();
+  auto& experts = from.layer();
+  after.experts.layer = (int64_t)&experts, after.counts = from.next(), after.entries = from.entries(experts);
+  after.output = output;
+  before.team.parallel = attention.team.parallel = after.team.parallel = (int64_t)run_threads;
+  const DecoderSteps steps{(int64_t)&step, 1};
+  const int failed = dynaexq_pass_layers(&steps);
+  const int64_t rows = before.num_rows * before.norm.columns;
+  const int64_t cached = attention.batch * attention.groups * attention.keys * attention.width;
+  auto* to = std::copy_n((const uint16_t*)attention.key, cached, (uint16_t*)output + rows);
+  std::copy_n((const uint16_t*)attention.value, cached, to);
+  return failed;
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
   const std::map<std::string, std::function<int(Case&, int64_t)>> functions{{"forward", forward},
                                                                             {"attend", attend},
                                                                             {"before_attention", before_attention},
-                                                                            {"after_attention", after_attention}};
+                                                                            {"after_attention", after_attention},
+                                                                            {"pass_layers", pass_layers}};
   Case from(arguments[2]);
   const int64_t size = std::stoll(arguments[4]);
   std::unique_ptr<uint8_t[]> output(new uint8_t[size]);

@@ -15,6 +15,8 @@ from dynaexq.types import ExpertShape
 
 SHAPE = ExpertShape(hidden_size=192, intermediate_size=96, up_rows=192, has_bias=False, transposed=False)
 HEADS, GROUPS, WIDTH, TOP_K = 6, 2, 32, 3
+CACHED = 70
+"""Tokens before those that are new."""
 KINDS = [NormKind(1e-6, 0, True), NormKind(1e-5, 1, False)]
 
 
@@ -111,7 +113,7 @@ def decoder_case(kernel: Any, options: Options, num_tokens: int = 1) -> DecoderC
         experts=experts.layer,
     )
     router = kept[-1]
-    native = NativeDecoderLayer(parts, list(linears.values()), layer, kernel, 16)
+    native = NativeDecoderLayer(parts, list(linears.values()), layer, kernel, 16, 64)
     return DecoderCase(native, experts, linears, norms, layer, options, router, kept)
 
 
@@ -121,3 +123,8 @@ def decoder_inputs(batch: int, length: int, per_row: bool = False) -> tuple[Tens
     rows = torch.randn(batch, length, SHAPE.hidden_size).bfloat16()
     attended = torch.randn(batch, length, HEADS, WIDTH).bfloat16()
     return rows, angles.cos().bfloat16(), angles.sin().bfloat16(), attended
+
+
+def decoder_cache(batch: int, length: int) -> Tensor:
+    """Keys and values `[2, batch, groups, CACHED + length, width]` in memory with room for more."""
+    return torch.randn(2, batch, GROUPS, CACHED + length + 3, WIDTH).bfloat16()[..., : CACHED + length, :]

@@ -114,6 +114,39 @@ class KernelProgram:
         self._fill(call.output, "after_attention", parts, size)
         return 0
 
+    def pass_layers(self, steps_reference: Any) -> int:
+        """Stands where `Library.pass_layers` does, for one layer over keys and values that lie in a row."""
+        step = interface.DecoderStep.from_address(steps_reference._obj.steps)
+        before, attention, after = step.before, step.attention, step.after
+        rows, angles = 2 * before.num_rows * before.norm.columns, 2 * before.positions * before.width
+        cached = 2 * attention.batch * attention.groups * attention.keys * attention.width
+        scores = attention.batch * attention.queries * attention.keys
+        norms = (before.norm, *before.head_norms, after.norm)
+        products = (*before.products, after.out, after.router)
+        experts = interface.Layer.from_address(after.experts.layer)
+        parts = [
+            bytes(step),
+            ctypes.string_at(before.rows, rows),
+            ctypes.string_at(before.cosine, angles),
+            ctypes.string_at(before.sine, angles),
+            *(ctypes.string_at(norm.weight, 2 * norm.columns) for norm in norms),
+            *chain.from_iterable(_layer(interface.Layer.from_address(product.layer)) for product in products),
+            ctypes.string_at(attention.key, cached),
+            ctypes.string_at(attention.value, cached),
+            ctypes.string_at(attention.mask, scores * MASK_SIZES[attention.mask_kind]),
+            *_layer(experts),
+            ctypes.string_at(after.counts, 8 * (experts.num_experts + 2)),
+            *self._entries(after.entries, experts.num_experts),
+        ]
+        written = self._run("pass_layers", parts, rows + 2 * cached)
+        for to, begin, size in (
+            (after.output, 0, rows),
+            (attention.key, rows, cached),
+            (attention.value, rows + cached, cached),
+        ):
+            ctypes.memmove(to, written[begin : begin + size], size)
+        return 0
+
     def _entries(self, address: int, num_experts: int) -> list[bytes]:
         """Kinds, and an upgrade for each that is not 0."""
         entries = (ctypes.c_int64 * num_experts).from_address(address)

@@ -10,12 +10,13 @@ import torch
 from models import FAMILIES, is_known, tiny_model, tokens
 from numerics import assert_close
 from torch import Tensor, nn
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import dynaexq
 from dynaexq.hf import decoder_layer
 from dynaexq.hf.decoder_layer import FewTokensDecoderLayer, passes_natively
 from dynaexq.hf.model_patch import restore_class
+from dynaexq.kernels import Step
 from dynaexq.kernels.cpu.build import load
 from dynaexq.kernels.cpu.native_decoder import NativeDecoderLayer
 
@@ -33,14 +34,33 @@ def _small_matrices_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every native call before attention."""
-    found, native = [], NativeDecoderLayer.before_attention
+    """Rows of every layer that is native, in two calls or with others."""
+    found: list[int] = []
+    before, step = NativeDecoderLayer.before_attention, NativeDecoderLayer.step
 
-    def counted(layer: NativeDecoderLayer, hidden_states: Tensor, *angles: Tensor) -> Any:
+    def in_two_calls(layer: NativeDecoderLayer, hidden_states: Tensor, *angles: Tensor) -> Any:
         found.append(hidden_states.shape[0] * hidden_states.shape[1])
-        return native(layer, hidden_states, *angles)
+        return before(layer, hidden_states, *angles)
 
-    monkeypatch.setattr(NativeDecoderLayer, "before_attention", counted)
+    def with_others(layer: NativeDecoderLayer, given: Step) -> Any:
+        found.append(given.hidden_states.shape[0] * given.hidden_states.shape[1])
+        return step(layer, given)
+
+    monkeypatch.setattr(NativeDecoderLayer, "before_attention", in_two_calls)
+    monkeypatch.setattr(NativeDecoderLayer, "step", with_others)
+    return found
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers of every call for many."""
+    found, run = list[int](), NativeDecoderLayer.run
+
+    def counted(layer: NativeDecoderLayer, steps: Any, published: Any) -> None:
+        found.append(len(steps))
+        run(layer, steps, published)
+
+    monkeypatch.setattr(NativeDecoderLayer, "run", counted)
     return found
 
 
@@ -246,6 +266,111 @@ def test_a_model_gets_its_own_back():
 
 def test_exact_models_are_left_alone():
     assert not any(isinstance(module, FewTokensDecoderLayer) for module in patched(tiers=("fp16",)).modules())
+
+
+def in_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FewTokensDecoderLayer, "_step", lambda *_: None)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_layers_over_a_cache_that_has_room_are_one_call(case, runs, monkeypatch):
+    model, case = patched(), case | {"count": min(2, case.get("count", 1))}
+    got = steps(model, **case)
+    assert runs == [2] * (8 // case["count"] - 2), "the first to follow the prompt make room"
+    in_two_calls(monkeypatch)
+    runs.clear()
+    assert torch.equal(steps(model, **case), got)
+    assert not runs
+
+
+def test_a_static_cache_is_attended_to_by_the_model(calls, runs):
+    model = patched()
+    steps(model, cache=StaticCache(config=model.config, max_cache_len=48))
+    assert calls
+    assert not runs
+
+
+def _look(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    _between(layers, lambda output: seen.append(output.clone()))
+
+
+def _change(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    _between(layers, lambda output: 2 * output)
+
+
+def _change_in_place(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    _between(layers, lambda output: output.mul_(2))
+
+
+def _keep(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    _between(layers, seen.append)
+
+
+def _between(layers: nn.ModuleList, do: Callable[[Tensor], Tensor | None]) -> None:
+    """Have a model do something between two of its layers."""
+    kind: Any = type(layers[0])
+
+    class First(kind):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            changed = do(output)
+            return output if changed is None else changed
+
+    layers[0].__class__ = First
+
+
+def _hook_a_layer(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    layers[0].register_forward_hook(lambda _, args, output: seen.append(output) or 2 * output)
+
+
+def _hook_the_next(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+
+def _leave_out(layers: nn.ModuleList, seen: list[Tensor]) -> None:
+    del layers[1]
+
+
+@pytest.mark.parametrize(
+    "change", [_look, _change, _change_in_place, _keep, _hook_a_layer, _hook_the_next, _leave_out]
+)
+def test_who_looks_between_two_layers_sees_what_is_there(change, runs, monkeypatch):
+    def run() -> tuple[Tensor, list[Tensor]]:
+        model, seen = patched(), list[Tensor]()
+        change(model.model.layers, seen)
+        return steps(model), [one + 0 for one in seen]
+
+    got, seen = run()
+    assert runs
+    in_two_calls(monkeypatch)
+    expected, seen_in_turn = run()
+    assert torch.equal(got, expected)
+    assert len(seen) == len(seen_in_turn)
+    assert all(map(torch.equal, seen, seen_in_turn))
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_on_a_layer_finds_the_cache_written(hook: str) -> None:
+    model, lengths = patched(), list[float]()
+    layers, cache = model.model.layers, DynamicCache(config=model.config)
+
+    def look(*_: Any) -> None:
+        lengths.append(float(cache.layers[0].keys.abs().sum(-1).min()))
+
+    getattr(layers[hook == "register_forward_pre_hook"], hook)(look)
+    steps(model, cache=cache)
+    before = cache.layers[0].keys.abs().sum(-1).min()
+    assert len(lengths) == 9
+    assert min(lengths) >= float(before) > 0, "no key is still to be written"
+
+
+def test_precision_moves_between_forwards_and_not_within(runs):
+    model = patched(tiers=("int2", "int4"), update_interval=1)
+    runtime = model.dynaexq
+    ticks = runtime.devices[0].ticks
+    steps(model)
+    assert runtime.devices[0].ticks - ticks == 9
+    assert runs == [2] * len(runs)
 
 
 def _clipped(layer: Any) -> None:

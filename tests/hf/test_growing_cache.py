@@ -199,3 +199,40 @@ def test_the_watch_ends() -> None:
     model = torch.nn.Linear(1, 1)
     watch_caches(model)()
     assert not model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_caller_may_write_what_joins_where_there_is_room() -> None:
+    layer, plain = roomy(), DynamicLayer()
+    extended = 0
+    for tokens in (30, *[1] * 140, 3, *[2] * 10):
+        arrived = joining(tokens)
+        before = None if layer.keys is None else layer.keys
+        seen = None if before is None else before.clone()
+        longer = layer.extended(tokens) if before is not None else None
+        if longer is None:
+            layer.update(*arrived)
+        else:
+            extended += 1
+            for memory, new in zip(longer, arrived, strict=True):
+                memory[..., -tokens:, :] = new
+            assert longer[0] is layer.keys
+        plain.update(*arrived)
+        assert same(layer, plain)
+        assert before is None or torch.equal(before, seen), "who holds what was given out sees no change"
+    assert extended == 148, "all but the first to come, two that make room, and one when it is full"
+
+
+@torch.no_grad()
+def test_nobody_writes_where_there_is_no_room_or_what_others_may_hold() -> None:
+    layer = roomy()
+    for tokens in (5, 1, 1, 1):
+        layer.update(*joining(tokens))
+    assert layer.extended(layer.tokens_free + 1) is None
+    layer.crop(-1)
+    assert layer.extended(1) is None, "what was cropped may be held by others"
+    with torch.enable_grad():
+        layer.update(*joining(1))
+        layer.update(*joining(1))
+        layer.keys.requires_grad_()
+        assert layer.extended(1) is None

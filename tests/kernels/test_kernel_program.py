@@ -9,14 +9,14 @@ from typing import NamedTuple
 import attention_cases
 import pytest
 import torch
-from decoder_cases import OPTIONS, decoder_case, decoder_inputs
+from decoder_cases import CACHED, OPTIONS, DecoderCase, decoder_cache, decoder_case, decoder_inputs
 from kernel_cases import EXPERTS, TOLERANCE, UGLY, case, fused
 from kernel_program import KernelProgram, compile_driver
 from numerics import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynaexq.kernels import attention, reference
+from dynaexq.kernels import Step, attention, reference
 from dynaexq.kernels.cpu import build, interface, native, native_decoder
 from dynaexq.kernels.gradients import expert_gradients
 from dynaexq.quantization import IN_STRIPS, LinearCodec
@@ -127,19 +127,37 @@ def test_attention_follows_the_formula(program, tmp_path):
             assert_close(f"{shape} {mask}", attention(*tensors, 0.2), run(*tensors, 0.2), 2**-8)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_a_decoder_layer_is_that_of_its_steps(program, tmp_path, options):
+@pytest.fixture(params=OPTIONS, ids=str)
+def decoder(request: pytest.FixtureRequest, program: Program, tmp_path: Path) -> DecoderCase:
     kernel = KernelProgram(program.command, tmp_path)
-    library = SimpleNamespace(
-        forward=kernel, before_attention=kernel.before_attention, after_attention=kernel.after_attention
-    )
-    case = decoder_case(library, options, num_tokens=4)
+    functions = {name: getattr(kernel, name) for name in ("before_attention", "after_attention", "pass_layers")}
+    case = decoder_case(SimpleNamespace(forward=kernel, **functions), request.param, num_tokens=4)
     kernel.upgrades = case.experts.upgrades
+    return case
+
+
+def test_a_decoder_layer_is_that_of_its_steps(decoder):
     rows, cosine, sine, attended = decoder_inputs(2, 2)
     for one, other in zip(
-        case.before(rows, cosine, sine), case.native.before_attention(rows, cosine, sine), strict=True
+        decoder.before(rows, cosine, sine), decoder.native.before_attention(rows, cosine, sine), strict=True
     ):
         assert_close("heads", one, other, 0)
-    entries, counts = case.experts.upgrades.entries, torch.zeros(EXPERTS + 2, dtype=torch.int64)
-    expected, _ = case.after(attended, rows, entries)
-    assert_close("output", expected, case.native.after_attention(attended, rows, entries, counts), 2**-8)
+    entries, counts = decoder.experts.upgrades.entries, torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    expected, _ = decoder.after(attended, rows, entries)
+    assert_close("output", expected, decoder.native.after_attention(attended, rows, entries, counts), 2**-8)
+
+
+def test_and_so_is_a_whole_one_over_a_cache(decoder):
+    rows, cosine, sine, _ = decoder_inputs(2, 2)
+    cache = decoder_cache(2, 2).contiguous()
+    seen = torch.rand(2, 1, 2, CACHED + 2) < 0.8
+    query, key, value = decoder.before(rows, cosine, sine)
+    wanted = cache.clone()
+    wanted[0, :, :, CACHED:], wanted[1, :, :, CACHED:] = key, value
+    entries, counts = decoder.experts.upgrades.entries, torch.zeros(EXPERTS + 2, dtype=torch.int64)
+    expected, _ = decoder.after(attention(query, *wanted, seen, 0.3), rows, entries)
+    output = torch.empty_like(rows)
+    step = decoder.native.step(Step(rows, output, cosine, sine, *cache, seen, 0.3))
+    decoder.native.run([step], [(entries, counts)])
+    assert_close("output", expected, output, 2**-6)  # attention rounds as well
+    assert torch.equal(cache, wanted)

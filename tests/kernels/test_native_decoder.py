@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from decoder_cases import OPTIONS, SHAPE, TOP_K, Options, decoder_case, decoder_inputs
+from decoder_cases import CACHED, OPTIONS, SHAPE, TOP_K, Options, decoder_cache, decoder_case, decoder_inputs
 from kernel_cases import EXPERTS
 from numerics import assert_close
 from torch import Tensor
 
 from dynaexq.errors import InputError
+from dynaexq.kernels import Step
 from dynaexq.kernels.cpu import build
+from dynaexq.kernels.cpu.native_decoder import NativeAttention
 from dynaexq.memory import RoutingCounter
 
 AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
@@ -103,3 +105,48 @@ def test_strided_angles_are_read_as_they_are_meant(library: build.Library) -> No
     expected = case.before(rows, cosine, sine)
     for one, other in zip(expected, case.native.before_attention(rows, strided(cosine), strided(sine)), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mask", ["none", "truths"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_layers_in_one_call_are_those_of_two_and_attention(
+    library: build.Library, options: Options, mask: str
+) -> None:
+    case = decoder_case(library, options)
+    for batch, length, per_row in SIZES:
+        if mask == "none" and length > 1:
+            continue
+        rows, cosine, sine, _ = decoder_inputs(batch, length, per_row)
+        layers = [decoder_cache(batch, length) for _ in range(2)]
+        seen = None if mask == "none" else torch.rand(batch, 1, length, CACHED + length) < 0.8
+        published = case.experts.upgrades.entries, torch.zeros(EXPERTS + 2, dtype=torch.int64)
+        expected, wanted = rows, [cache.clone() for cache in layers]
+        for cache in wanted:
+            query, key, value = case.native.before_attention(expected, cosine, sine)
+            cache[0, :, :, CACHED:], cache[1, :, :, CACHED:] = key, value
+            attended = NativeAttention(library.attend, 64)(query, *cache, seen, 0.3)
+            expected = case.native.after_attention(attended, expected, *published)
+        counted = published[1].clone()
+        published[1].zero_()
+        steps, given = [], rows
+        for cache in layers:
+            assert case.native.attends(given, *cache[:, :, :, :CACHED], seen)
+            output = torch.empty_like(given)
+            steps.append(case.native.step(Step(given, output, cosine, sine, *cache, seen, 0.3)))
+            given = output
+        case.native.run(steps, [published] * 2)
+        assert torch.equal(given, expected), (batch, length)
+        assert all(map(torch.equal, layers, wanted)), "keys and values"
+        assert torch.equal(published[1], counted)
+
+
+def test_rows_that_attention_would_not_take_are_left_to_the_model(library: build.Library) -> None:
+    case = decoder_case(library, OPTIONS[0])
+    rows, _, _, _ = decoder_inputs(2, 1)
+    key, value = decoder_cache(2, 0)
+    assert case.native.attends(rows, key, value, None)
+    assert case.native.attends(rows, key, value, torch.ones(2, 1, 1, CACHED + 1, dtype=torch.bool))
+    assert not case.native.attends(rows, key, value, torch.ones(2, 1, 1, CACHED, dtype=torch.bool)), "of too few keys"
+    assert not case.native.attends(rows, key.float(), value, None)
+    assert not case.native.attends(rows, key[:, :1], value[:, :1], None), "of another model"
+    assert not case.native.attends(rows[:1], key, value, None), "of another batch"

@@ -123,7 +123,7 @@ def row_norm(weight: Tensor, kind: NormKind) -> NativeNorm | None:
 def decode_attention() -> NativeAttention | None:
     """The native attention of few queries in bfloat16; None where there is no kernel."""
     library = load(all_bfloat16=True)
-    return library and NativeAttention(library.attend, MOST_QUERIES if _multiplies_pairs() else FEWER_QUERIES)
+    return library and NativeAttention(library.attend, _most_queries())
 
 
 def decoder_layer(parts: DecoderParts) -> NativeDecoderLayer | None:
@@ -137,13 +137,17 @@ def decoder_layer(parts: DecoderParts) -> NativeDecoderLayer | None:
     if parts.experts.codec.dtype != torch.bfloat16 or not all(isinstance(norm, NativeNorm) for norm in norms):
         return None
     most_rows = min(linear.most_rows for linear in linears if isinstance(linear, NativeProduct))
-    return NativeDecoderLayer(parts, linears, experts, library, most_rows)
+    return NativeDecoderLayer(parts, linears, experts, library, most_rows, _most_queries())
 
 
 def _native_matrix(matrix: Matrix) -> NativeLinear | None:
     if isinstance(matrix, LinearLayer):
         return _native_linear(matrix, torch.bfloat16) if matrix.codec.dtype == torch.bfloat16 else None
     return matrix if isinstance(matrix, NativeLinear) else None
+
+
+def _most_queries() -> int:
+    return MOST_QUERIES if _multiplies_pairs() else FEWER_QUERIES
 
 
 def _multiplies_pairs() -> bool:

@@ -49,6 +49,7 @@ class Library(NamedTuple):
     attend: Kernel
     before_attention: Kernel
     after_attention: Kernel
+    pass_layers: Kernel
 
 
 class InstructionSet(NamedTuple):

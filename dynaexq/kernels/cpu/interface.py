@@ -115,6 +115,14 @@ class AfterAttention(ctypes.Structure):
     ]
 
 
+class DecoderStep(ctypes.Structure):
+    _fields_ = [("before", BeforeAttention), ("attention", Attention), ("after", AfterAttention)]
+
+
+class DecoderSteps(ctypes.Structure):
+    _fields_ = _fields("steps", "count")
+
+
 def our_team() -> Team:
     """The threads that there are now."""
     return Team(team.size, threads.parallel())

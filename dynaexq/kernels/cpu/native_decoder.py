@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from dynaexq.kernels.cpu import interface
 from dynaexq.kernels.cpu.build import Kernel, Library
 from dynaexq.kernels.cpu.native import NativeLayer, NativeLinear, check_words
-from dynaexq.kernels.decoder_layer import DecoderParts
+from dynaexq.kernels.decoder_layer import DecoderParts, Step
 from dynaexq.kernels.row_norm import NormKind, RowNorm
 from dynaexq.types import LARGEST_MASS, MASS_UNIT
 
@@ -53,42 +54,69 @@ class NativeAttention:
         self._kernel, self._most_rows = kernel, most_rows
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-        tensors = query, key, value
-        if any(t.dtype != torch.bfloat16 or t.ndim != 4 or not t.is_cpu or t.stride(-1) != 1 for t in tensors):
+        if query.dtype != torch.bfloat16 or query.ndim != 4 or not query.is_cpu or query.stride(-1) != 1:
             return False
-        (batch, heads, queries, width), (_, groups, keys, _), value_width = query.shape, key.shape, value.shape[-1]
-        if key.shape != (batch, groups, keys, width) or value.shape != (batch, groups, keys, value_width):
-            return False
-        if not groups or heads % groups or not keys or any(w % LANES for w in (width, value_width)):
-            return False
-        if mask is not None and (mask.dtype not in interface.MASKS or not mask.is_cpu or mask.ndim != 4):
-            return False
-        scores = batch, heads, queries, keys
-        if mask is not None and any(size not in (1, wanted) for size, wanted in zip(mask.shape, scores, strict=True)):
-            return False
-        return 0 < heads // groups * queries <= self._most_rows
+        return takes((*query.shape, key.shape[2]), key, value, mask, self._most_rows)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        (batch, heads, queries, width), (_, groups, keys, _), value_width = query.shape, key.shape, value.shape[-1]
-        output = query.new_empty(batch, queries, heads, value_width)
-        strides = (0, 0, 0, 0) if mask is None else mask.expand(batch, heads, queries, keys).stride()
-        call = interface.Attention(
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            0 if mask is None else mask.data_ptr(),
-            output.data_ptr(),
-            *(batch, heads, groups, queries, keys, width, value_width),
-            0 if mask is None else interface.MASKS[mask.dtype],
-            *(tensor.stride()[:3] for tensor in (query, key, value)),
-            strides,
-            scale,
-            interface.our_team(),
-        )
+        batch, heads, queries, _ = query.shape
+        output = query.new_empty(batch, queries, heads, value.shape[-1])
+        call = interface.Attention(query=query.data_ptr(), output=output.data_ptr(), team=interface.our_team())
+        call.query_strides = query.stride()[:3]
+        _fill(call, tuple(query.shape), key, value, mask, scale)
         if self._kernel(ctypes.byref(call)):
-            raise MemoryError(f"the CPU kernel found no memory for attention over {keys:,} tokens")
+            raise MemoryError(f"the CPU kernel found no memory for attention over {call.keys:,} tokens")
         interface.observe(call.team)
         return output
+
+
+def takes(shape: tuple[int, ...], key: Tensor, value: Tensor, mask: Tensor | None, most_rows: int) -> bool:
+    """Whether the kernel attends from queries of this shape, so many of which may share a head of keys.
+
+    Args:
+        shape: batch, heads, queries, width, keys.
+        key: of which there may be fewer so far, as of `value`.
+    """
+    if any(t.dtype != torch.bfloat16 or t.ndim != 4 or not t.is_cpu or t.stride(-1) != 1 for t in (key, value)):
+        return False
+    (batch, heads, queries, width, keys), (_, groups, so_far, _), value_width = shape, key.shape, value.shape[-1]
+    if key.shape != (batch, groups, so_far, width) or value.shape != (batch, groups, so_far, value_width):
+        return False
+    if not groups or heads % groups or not keys or any(w % LANES for w in (width, value_width)):
+        return False
+    if mask is not None and (mask.dtype not in interface.MASKS or not mask.is_cpu or mask.ndim != 4):
+        return False
+    scores = batch, heads, queries, keys
+    if mask is not None and any(size not in (1, wanted) for size, wanted in zip(mask.shape, scores, strict=True)):
+        return False
+    return 0 < heads // groups * queries <= most_rows
+
+
+def _fill(
+    call: interface.Attention,
+    shape: tuple[int, ...],
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> None:
+    """Tell a call all but where queries and output lie."""
+    call.batch, call.heads, call.queries, call.width = shape
+    call.groups, call.keys, call.value_width = key.shape[1], key.shape[2], value.shape[3]
+    call.key, call.value = key.data_ptr(), value.data_ptr()
+    call.key_strides, call.value_strides = key.stride()[:3], value.stride()[:3]
+    if mask is not None:
+        call.mask, call.mask_kind = mask.data_ptr(), interface.MASKS[mask.dtype]
+        call.mask_strides = mask.expand(*shape[:3], call.keys).stride()
+    call.scale = scale
+
+
+class NativeStep(NamedTuple):
+    """One layer of `NativeDecoderLayer.run`, and what its addresses are of."""
+
+    call: interface.DecoderStep
+    given: Step
+    num_experts: int
 
 
 class NativeDecoderLayer:
@@ -99,6 +127,7 @@ class NativeDecoderLayer:
         linears: its matrices: query, key, value, out, router.
         experts: whose activation the kernel knows.
         most_rows: up to which all of it is faster than PyTorch's.
+        most_queries: as for `NativeAttention`.
     """
 
     def __init__(
@@ -108,11 +137,13 @@ class NativeDecoderLayer:
         experts: NativeLayer,
         library: Library,
         most_rows: int,
+        most_queries: int,
     ):
         self.most_rows, self._library, self._num_experts = most_rows, library, parts.experts.num_experts
         self._kept = parts, linears, experts  # whose addresses are below
         *projections, out, router = linears
         self._heads = [linear.outputs // parts.width for linear in projections]
+        self._most_queries = most_queries
         self._before = interface.BeforeAttention(
             norm=_kind_of(parts.norm),
             products=(interface.Product * 3)(*(linear.as_product() for linear in projections)),
@@ -130,6 +161,7 @@ class NativeDecoderLayer:
             unit=MASS_UNIT,
             largest=LARGEST_MASS,
         )
+        self._step = interface.DecoderStep(before=self._before, after=self._after)
 
     def before_attention(self, hidden_states: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, length, _ = hidden_states.shape
@@ -139,7 +171,8 @@ class NativeDecoderLayer:
         call.rows, call.num_rows, call.positions = hidden_states.data_ptr(), batch * length, cosine.shape[0] * length
         call.cosine, call.sine, call.team = cosine.data_ptr(), sine.data_ptr(), interface.our_team()
         call.outputs[:] = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        self._run(self._library.before_attention, call)
+        self._run(self._library.before_attention, call, batch * length)
+        interface.observe(call.team)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def after_attention(
@@ -153,13 +186,46 @@ class NativeDecoderLayer:
         call.attended, call.residual, call.output = attended.data_ptr(), hidden_states.data_ptr(), output.data_ptr()
         call.entries, call.counts = entries.data_ptr(), 0 if counts is None else counts.data_ptr()
         call.num_rows, call.team = hidden_states.shape[0] * hidden_states.shape[1], interface.our_team()
-        self._run(self._library.after_attention, call)
+        self._run(self._library.after_attention, call, call.num_rows)
+        interface.observe(call.team)
         return output
 
-    def _run(self, kernel: Kernel, call: interface.BeforeAttention | interface.AfterAttention) -> None:
+    def attends(self, hidden_states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        batch, length, _ = hidden_states.shape
+        heads, groups, _ = self._heads
+        shape = batch, heads, length, self._before.width, key.shape[2] + length
+        return key.shape[1] == groups and takes(shape, key, value, mask, self._most_queries)
+
+    def step(self, given: Step) -> NativeStep:
+        batch, length, _ = given.hidden_states.shape
+        call = interface.DecoderStep.from_buffer_copy(self._step)
+        before, attention, after = call.before, call.attention, call.after
+        before.rows = after.residual = given.hidden_states.data_ptr()
+        before.num_rows = after.num_rows = batch * length
+        before.positions = given.cosine.shape[0] * length
+        before.cosine, before.sine = given.cosine.data_ptr(), given.sine.data_ptr()
+        heads, width = self._heads[0], before.width
+        _fill(attention, (batch, heads, length, width), given.key, given.value, given.mask, given.scale)
+        attention.query_strides = length * heads * width, width, heads * width
+        after.output = given.output.data_ptr()
+        return NativeStep(call, given, self._num_experts)
+
+    def run(self, steps: Sequence[NativeStep], published: Sequence[tuple[Tensor, Tensor]]) -> None:
+        calls = (interface.DecoderStep * len(steps))(*(step.call for step in steps))
+        for call, step, (entries, counts) in zip(calls, steps, published, strict=True):
+            check_words(entries, step.num_experts)
+            check_words(counts, step.num_experts + 2)
+            call.after.entries, call.after.counts = entries.data_ptr(), counts.data_ptr()
+            call.before.team = call.attention.team = call.after.team = interface.our_team()
+        whole = interface.DecoderSteps(ctypes.addressof(calls), len(calls))
+        self._run(self._library.pass_layers, whole, calls[0].before.num_rows)
+        for call in calls:
+            for done in (call.before.team, call.attention.team, call.after.team):
+                interface.observe(done)
+
+    def _run(self, kernel: Kernel, call: ctypes.Structure, num_rows: int) -> None:
         if kernel(ctypes.byref(call)):
-            raise MemoryError(f"the CPU kernel found no memory for {call.num_rows:,} tokens")
-        interface.observe(call.team)
+            raise MemoryError(f"the CPU kernel found no memory for {num_rows:,} tokens")
 
 
 def _kind_of(norm: RowNorm | None) -> interface.NormKind:

@@ -1,6 +1,6 @@
 // What few tokens pass in a decoder layer before attention and after it, rounded where Transformers' models round.
 //
-// It knows neither masks nor caches: between the two, attention is whatever the model has.
+// Attention in between may be whatever the model has, or attention.h's over a cache that has room.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention.h"
 #include "interface.h"
 #include "layer.h"
 #include "norm.h"
@@ -129,6 +130,30 @@ inline void after_attention(AfterAttention& call) {
   Forward(*(const Layer*)call.experts.layer, experts).run();
   call.team = experts.team;
   add(sum.data(), count, (uint16_t*)call.output);
+}
+
+// Rows [batch * queries, groups * width] to the last tokens of [batch, groups, keys, width].
+inline void append(const Rows16& rows, const Attention& call, int64_t width, int64_t to, const int64_t (&strides)[3]) {
+  const uint16_t* from = rows.data();
+  for (int64_t batch = 0; batch < call.batch; batch++)
+    for (int64_t token = call.keys - call.queries; token < call.keys; token++)
+      for (int64_t group = 0; group < call.groups; group++, from += width)
+        std::copy_n(from, width, (uint16_t*)to + batch * strides[0] + group * strides[1] + token * strides[2]);
+}
+
+inline void pass(DecoderStep& step) {
+  auto& [before, attention, after] = step;
+  const int64_t rows = before.num_rows;
+  Rows16 query(rows * attention.heads * attention.width), key(rows * attention.groups * attention.width),
+      value(rows * attention.groups * attention.value_width), attended(rows * attention.heads * attention.value_width);
+  before.outputs[0] = (int64_t)query.data(), before.outputs[1] = (int64_t)key.data();
+  before.outputs[2] = (int64_t)value.data();
+  before_attention(before);
+  append(key, attention, attention.width, attention.key, attention.key_strides);
+  append(value, attention, attention.value_width, attention.value, attention.value_strides);
+  attention.query = (int64_t)query.data(), attention.output = after.attended = (int64_t)attended.data();
+  DecodeAttention(attention).run();
+  after_attention(after);
 }
 
 }  // namespace dynaexq

@@ -111,9 +111,9 @@ struct BeforeAttention {
   Team team;
 };
 
-// What it computes after attention: the product of what was attended to, added to `residual`; the norm of that; routing
-// by the `top_k` largest of its products with the router (kernels/top_k_routing.py); the experts' sum, added to it.
-// The other fields are as in `Call`.
+// What it computes after attention: the product of what was attended to, added to `residual`; the norm of that;
+// routing by the `top_k` largest of its products with the router (kernels/top_k_routing.py); the experts' sum, added
+// to it. The other fields are as in `Call`.
 struct AfterAttention {
   int64_t attended, residual, output, num_rows;
   Product out;
@@ -123,6 +123,19 @@ struct AfterAttention {
   Product experts;
   int64_t entries, counts, unit, largest;
   Team team;
+};
+
+// A whole decoder layer. New keys and values are written behind those that there are, as the last of `attention.keys`;
+// what lies between the parts, heads and what was attended to, is found a place.
+struct DecoderStep {
+  BeforeAttention before;
+  Attention attention;
+  AfterAttention after;
+};
+
+// So many of them, of which each begins with the output of the one before.
+struct DecoderSteps {
+  int64_t steps, count;
 };
 
 // One plane of a matrix, int32 words [rows, padded * bits / 32], and whether it is to be laid in strips or taken out.

@@ -127,7 +127,8 @@ class Forward {
   // Run tasks 0 .. count - 1, each with the scratch of its thread.
   template <typename Work>
   void distribute(int64_t count, const Work& work) {
-    dynaexq::distribute(count, threads, call.team, [&](int64_t task, int64_t thread) { work(task, scratches[thread]); });
+    dynaexq::distribute(count, threads, call.team,
+                        [&](int64_t task, int64_t thread) { work(task, scratches[thread]); });
   }
 
   // Whether any expert of this call reads `matrix` in a way that is `wanted`.

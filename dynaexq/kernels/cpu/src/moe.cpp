@@ -1,4 +1,5 @@
 // What the library offers; `native.py` calls it.
+#include <algorithm>
 #include <new>
 
 #include "attention.h"
@@ -34,7 +35,8 @@ extern "C" int dynaexq_rearrange(const dynaexq::Plane* plane) {
 }
 
 extern "C" int dynaexq_normalize(const dynaexq::Norm* norm) {
-  return dynaexq::status_of([&] { dynaexq::normalize(norm->kind, (const uint16_t*)norm->rows, norm->num_rows, (uint16_t*)norm->output); });
+  return dynaexq::status_of(
+      [&] { dynaexq::normalize(norm->kind, (const uint16_t*)norm->rows, norm->num_rows, (uint16_t*)norm->output); });
 }
 
 extern "C" int dynaexq_attend(dynaexq::Attention* attention) {
@@ -43,6 +45,11 @@ extern "C" int dynaexq_attend(dynaexq::Attention* attention) {
 
 extern "C" int dynaexq_before_attention(dynaexq::BeforeAttention* call) {
   return dynaexq::status_of([&] { dynaexq::before_attention(*call); });
+}
+
+extern "C" int dynaexq_pass_layers(const dynaexq::DecoderSteps* layers) {
+  return dynaexq::status_of(
+      [&] { std::for_each_n((dynaexq::DecoderStep*)layers->steps, layers->count, dynaexq::pass); });
 }
 
 extern "C" int dynaexq_after_attention(dynaexq::AfterAttention* call) {
