@@ -1,8 +1,8 @@
 // One mixture-of-experts layer on packed experts: sort the choices by expert, first matrix, activation, second matrix.
 //
-// The work is cut into tasks that any thread may take: TILE columns of the hidden layer of one expert, then TILE
-// columns of the output over all experts. Every number is computed inside one task, in an order that depends on the
-// routing alone, so the result does not depend on the number of threads.
+// The work is cut into tasks that any thread may take: a tile of columns of the hidden layer of one expert, then one
+// of the output over all experts. Every number is computed inside one task, in an order that depends on the routing
+// alone, so the result does not depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -214,13 +214,19 @@ class Forward {
     return {rows.data(), Precision(call.precisions[deep]), pointers.data()};
   }
 
+  // Rows of a matrix in one task, of so many in all: half where threads would go without a task, or where results of
+  // many activation rows have to stay in the cache.
+  int64_t tile_height(int64_t rows) const {
+    return most_rows > MANY_ROWS || rows < 2 * threads * TILE ? TILE / 2 : TILE;
+  }
+
   void project_up() {
     const int64_t columns = call.stage == WHOLE ? layer.down.columns : layer.up.rows;
-    const int64_t tiles = (columns + TILE - 1) / TILE;
+    const int64_t height = tile_height(columns * int64_t(segments.size())), tiles = (columns + height - 1) / height;
     if (call.stage == WHOLE) hidden.reset(new float[pairs.size() * inner]());
     distribute(int64_t(segments.size()) * tiles, [&](int64_t task, Scratch& scratch) {
       const Segment& segment = segments[task / tiles];
-      const int64_t first = task % tiles * TILE, count = std::min<int64_t>(TILE, columns - first);
+      const int64_t first = task % tiles * height, count = std::min(height, columns - first);
       auto token = [&](int64_t i) { return pairs[segment.first + i] / call.top_k; };
       const MatrixView up = view(layer.up, segment.expert);
       const Inputs inputs = gather(up, segment.count, token, scratch);
@@ -246,12 +252,12 @@ class Forward {
   }
 
   void project_down() {
-    const int64_t columns = layer.down.rows, tiles = (columns + TILE - 1) / TILE;
+    const int64_t columns = layer.down.rows, height = tile_height(columns), tiles = (columns + height - 1) / height;
     if (call.stage == WHOLE) prepare_hidden();
     const auto* weights = (const float*)call.top_k_weights;
     totals.reset(new float[threads * call.num_tokens * TILE]);
     distribute(tiles, [&](int64_t task, Scratch& scratch) {
-      const int64_t first = task * TILE, count = std::min<int64_t>(TILE, columns - first);
+      const int64_t first = task * height, count = std::min(height, columns - first);
       float* total = totals.get() + thread_of(scratch) * call.num_tokens * TILE;
       std::fill_n(total, call.num_tokens * TILE, 0.0f);
       for (const Segment& segment : segments) {

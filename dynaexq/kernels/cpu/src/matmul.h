@@ -17,7 +17,7 @@ namespace dynaexq {
 using A = Arithmetic;
 using Element = A::Element;
 
-constexpr int TILE = 64;       // rows of a matrix in one task
+constexpr int TILE = 128;      // rows of a matrix in one task, at most
 constexpr int PANEL = 16;      // of a matrix that was never coded: rows that are copied at a time, where they must be
 constexpr int MANY_ROWS = 16;  // activation rows above which codes are put together once
 constexpr int64_t AHEAD = 4096;  // bytes of a plane that are fetched beforehand
