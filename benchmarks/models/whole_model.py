@@ -8,7 +8,7 @@ turns, round by round, and figures are medians over the rounds. Decoding is `gen
 its tokens, after a prompt of 32 and, for one sequence, after longer ones; prefill is one forward that keeps no logits
 but the last. Compiled means a static cache and `torch.compile` for every token after the prompt, with the seconds that
 it takes. Bytes per token are the weights that one token's matrices read, and the limit is what this machine reads of
-them per second, measured first.
+them per second, measured first. Parts of a token are timed by hooks, which have layers go module by module.
 
 For llama.cpp give the directory of its programs, `llama-bench` and `llama-batched-bench`, and GGUF files of the same
 shape; `--write-gguf FILE` makes one in 16 bit, for `llama-quantize` (needs the package gguf).
