@@ -118,8 +118,7 @@ class FewTokensDecoderLayer(nn.Module):
         """The whole layer for these rows, attention included; None where that has to be the model's."""
         attention = self._inside.attention
         mask = kwargs.get("attention_mask")
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        layer = _roomy_layer(cache, attention.layer_idx)
+        layer = _roomy_layer(kwargs, attention.layer_idx)
         if layer is None or layer.keys is None or layer.values is None:
             return None
         if NATIVE not in vars(attention) or not isinstance(ALL_ATTENTION_FUNCTIONS["sdpa"], SdpaOfFew):
@@ -194,12 +193,9 @@ def passes_natively(module: Any) -> bool:
     if not 1 < gate.top_k <= len(gate.weight) == experts.layer.num_experts:
         return False
     try:
-        as_formula = (
-            _is_as_formula(module) and _attends_as_formula(module.self_attn) and _routes_as_formula(module.mlp)
-        )
+        if not (_is_as_formula(module) and _attends_as_formula(module.self_attn) and _routes_as_formula(module.mlp)):
+            return False
     except Exception:  # it wants something else, or is not on a CPU
-        return False
-    if not as_formula:
         return False
     module._inside = _Inside(_modules_inside(module), module.self_attn, experts, gate.top_k)
     return True
@@ -269,8 +265,13 @@ def _routes_as_formula(block: Any) -> bool:
     return routed and _are_equal(found, 0.5 * rows)
 
 
-def _roomy_layer(cache: Any, index: int) -> RoomyLayer | None:
+def _cache_in(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def _roomy_layer(kwargs: dict[str, Any], index: int) -> RoomyLayer | None:
     """The layer of a cache that grows in place, if it is one."""
+    cache = _cache_in(kwargs)
     layers = getattr(cache, "layers", ())
     if len(layers) <= index or type(layers[index]) is not RoomyLayer or getattr(cache, "offloading", False):
         return None
@@ -284,13 +285,12 @@ def _attend(attention: Any, heads: tuple[Tensor, ...], kwargs: dict[str, Any]) -
     Keys and values join the cache first, where there is one.
     """
     query, key, value = heads
-    for name in CACHE_NAMES:
-        cache = kwargs.pop(name, None)
-        if cache is not None:
-            key, value = cache.update(key, value, attention.layer_idx)
-    mask, scale = kwargs.pop("attention_mask", None), attention.scaling
+    if (cache := _cache_in(kwargs)) is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+    mask, scale = kwargs.get("attention_mask"), attention.scaling
+    others = {name: other for name, other in kwargs.items() if name not in (*CACHE_NAMES, "attention_mask")}
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    attended: Tensor = attend(attention, query, key, value, mask, dropout=0.0, scaling=scale, **kwargs)[0]
+    attended: Tensor = attend(attention, query, key, value, mask, dropout=0.0, scaling=scale, **others)[0]
     return attended
 
 

@@ -55,6 +55,21 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
         return model(prompt() if ids is None else ids).logits
 
 
+def steps(
+    model: nn.Module, first: int, last: int, mask: Tensor | None = None, cache: Any = None, count: int = 1
+) -> Tensor:
+    """Logits of the first tokens of a prompt, and of those up to the last that follow, so many at a time."""
+    ids, found = prompt(length=last), []
+    with torch.no_grad():
+        start = 0
+        for end in (first, *range(first + count, last + 1, count)):
+            seen = None if mask is None else mask[:, :end]
+            output = model(ids[:, start:end], attention_mask=seen, use_cache=True, past_key_values=cache)
+            cache, start = output.past_key_values, end
+            found.append(output.logits)
+    return torch.cat(found, 1)
+
+
 def generated(model: nn.Module, new_tokens: int = 4) -> list[list[int]]:
     """What `model` writes greedily after the prompt."""
     return model.generate(prompt(), max_new_tokens=new_tokens, do_sample=False).tolist()

@@ -1,6 +1,7 @@
 """Few tokens pass decoder layers in two native calls, as they would module by module; all else is the layer's own."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import patching
@@ -74,18 +75,8 @@ def module_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FewTokensDecoderLayer, "_native_for", lambda *_: None)
 
 
-def steps(model: PreTrainedModel, mask: Tensor | None = None, cache: Any = None, count: int = 1) -> Tensor:
-    """Logits of a prompt of 24, too many for the native way, and of what follows it, so many tokens at a time."""
-    ids, found = tiny.prompt(length=32), []
-    with torch.no_grad():
-        start = 0
-        for end in (24, *range(24 + count, 33, count)):
-            seen = None if mask is None else mask[:, :end]
-            output = model(ids[:, start:end], attention_mask=seen, use_cache=True, past_key_values=cache)
-            cache, start = output.past_key_values, end
-            found.append(output.logits)
-    return torch.cat(found, 1)
-
+steps = partial(tiny.steps, first=24, last=32)
+"""The prompt is too many for the native way."""
 
 PADDED = torch.ones(2, 32, dtype=torch.int64)
 PADDED[0, :5] = 0

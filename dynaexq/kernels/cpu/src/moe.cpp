@@ -1,4 +1,4 @@
-// What the library offers; `native.py` calls it.
+// What the library offers; `native.py`, `native_decoder.py` and `strips.py` call it.
 #include <algorithm>
 #include <new>
 
