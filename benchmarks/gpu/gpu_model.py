@@ -23,12 +23,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
+from dynaexq.hf.answers import ANSWERS
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.hf.model_patch import ModelPatch
 from dynaexq.hf.planning import inspect_model, make_codec, plan
 from dynaexq.hf.quantizer import DynaExqQuantizer
-from dynaexq.hf.save import ANSWERS
 from dynaexq.quantization import ExpertCodec, ExpertWeights
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime

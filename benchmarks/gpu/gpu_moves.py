@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 import torch
-from gpu_layers import DEVICE, MODELS, Shape, routings, source_experts, swiglu
+from clock import allocations, step_times, synchronize
+from gpu_layers import Shape, routings, source_experts, swiglu
 from torch import Tensor
 
 from dynaexq.kernels import ExpertLayer, Upgrades, exchange_for, expert_mlp
@@ -26,23 +27,23 @@ class Decoder:
         idle: whether no forwards run between moves; then slots come back in the order of the stream.
     """
 
-    def __init__(self, shape: Shape, tiers: tuple[str, ...], pinned: bool, idle: bool = False):
+    def __init__(self, shape: Shape, tiers: tuple[str, ...], pinned: bool, device: torch.device, idle: bool = False):
         codec = ExpertCodec(shape.expert, torch.bfloat16, tiers, method="rtn")
         assert codec.upgrade is not None, "a pair of two"
         count, slots = LAYERS * shape.num_experts, int(UPGRADED * LAYERS * shape.num_experts)
-        self.shape, self.slot_nbytes = shape, codec.upgrade.nbytes
+        self.shape, self.tiers, self.slot_nbytes = shape, tiers, codec.upgrade.nbytes
         self.memory = DeviceMemory(
             LAYERS,
             shape.num_experts,
             codec.base.nbytes,
             codec.upgrade.nbytes,
             slots + MOVES,
-            DEVICE,
-            exchange=None if idle else exchange_for(DEVICE, codec.dtype),
+            device,
+            exchange=None if idle else exchange_for(device, codec.dtype),
         )
         store = RamStore(count, codec.upgrade.nbytes, pinned)
-        self._fill(codec, store)
-        copier = copier_for(DEVICE, codec.upgrade.nbytes, staged=not pinned)
+        self._fill(codec, store, device)
+        copier = copier_for(device, codec.upgrade.nbytes, staged=not pinned)
         self.pipeline = SwapPipeline(self.memory.table, self.memory.pool, store, copier, codec.upgrade.bits)
         self.layers = [
             ExpertLayer(codec, self.memory.base[layer], swiglu, activation_name="silu") for layer in range(LAYERS)
@@ -77,8 +78,8 @@ class Decoder:
                 begun += 1
         return begun
 
-    def _fill(self, codec: ExpertCodec, store: RamStore) -> None:
-        source, experts = source_experts(self.shape), self.shape.num_experts
+    def _fill(self, codec: ExpertCodec, store: RamStore, device: torch.device) -> None:
+        source, experts = source_experts(self.shape, device), self.shape.num_experts
         for expert in range(experts):
             weights = ExpertWeights(source.gate_up_proj.data[[expert]], source.down_proj.data[[expert]])
             encoded = codec.encode(weights)
@@ -88,21 +89,21 @@ class Decoder:
                 store.write(layer * experts + expert, encoded.upgrade.cpu())
 
 
-def link(shape: Shape, tiers: tuple[str, ...], pinned: bool) -> dict[str, Any]:
+def link(shape: Shape, tiers: tuple[str, ...], pinned: bool, device: torch.device) -> dict[str, Any]:
     """Gigabytes a second of many promotions, microseconds of one, while nothing else runs."""
-    decoder = Decoder(shape, tiers, pinned, idle=True)
-    torch.cuda.synchronize()
+    decoder = Decoder(shape, tiers, pinned, device, idle=True)
+    synchronize(device)
     start = time.perf_counter()
     begun = decoder.swap(MOVES)
     decoder.pipeline.drain()
     seconds = time.perf_counter() - start
     single = []
     for _ in range(20):
-        torch.cuda.synchronize()
+        synchronize(device)
         start = time.perf_counter()
         decoder.swap(1)
         decoder.pipeline.drain()
-        torch.cuda.synchronize()
+        synchronize(device)
         single.append((time.perf_counter() - start) * 1e6)
     decoder.pipeline.close()
     return {
@@ -114,47 +115,46 @@ def link(shape: Shape, tiers: tuple[str, ...], pinned: bool) -> dict[str, Any]:
     }
 
 
-def swapping(shape: Shape, tiers: tuple[str, ...], steps: int) -> list[dict[str, Any]]:
+def swapping(shape: Shape, tiers: tuple[str, ...], steps: int, device: torch.device) -> list[dict[str, Any]]:
     """Step times with no moves, and with as many as a quarter of the link carries, all the time."""
-    decoder = Decoder(shape, tiers, pinned=False)
-    arguments = routings(shape, BATCH)
+    decoder = Decoder(shape, tiers, False, device)
+    arguments = routings(shape, BATCH, device)
     for i in range(16):
         decoder.step(arguments[i % len(arguments)])
-    rows = []
-    for moves in (0, max(1, 16 * 2**20 // decoder.slot_nbytes)):
-        allocated = torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"]
-        ends = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        ends[0].record()
-        begun, start = 0, time.perf_counter()
-        for i in range(steps):
-            if moves and i % TICK_EVERY == 0:
-                begun += decoder.swap(moves)
-            decoder.step(arguments[i % len(arguments)])
-            ends[i + 1].record()
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        times = sorted(a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(ends))
-        rows.append(
-            {
-                "model": shape.name,
-                "pair": "+".join(tiers),
-                "moves": begun,
-                "megabytes_a_second": begun * decoder.slot_nbytes / seconds / 1e6,
-                "tokens_a_second": steps * BATCH / seconds,
-                "median_microseconds": statistics.median(times),
-                "p99_microseconds": times[int(0.99 * len(times))],
-                "allocations_a_step": (torch.cuda.memory_stats(DEVICE)["allocation.all.allocated"] - allocated)
-                / steps,
-            }
-        )
+    quarter = min(MOVES, max(1, 16 * 2**20 // decoder.slot_nbytes))
+    rows = [_swapped(decoder, arguments, steps, moves, device) for moves in (0, quarter)]
     decoder.pipeline.close()
     return rows
 
 
-def run(steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Everything that moves, on the first model."""
-    shape = MODELS[0]
+def _swapped(decoder: Decoder, arguments: list[Any], steps: int, moves: int, device: torch.device) -> dict[str, Any]:
+    """Step times with so many moves for every few steps."""
+    numbers, begun, before = itertools.count(), 0, allocations(device)
+
+    def step() -> None:
+        nonlocal begun
+        number = next(numbers)
+        if moves and number % TICK_EVERY == 0:
+            begun += decoder.swap(moves)
+        decoder.step(arguments[number % len(arguments)])
+
+    times, seconds = step_times(step, steps, device)
     return {
-        "link": [link(shape, tiers, pinned) for tiers in TIERS for pinned in (True, False)],
-        "swapping": [row for tiers in TIERS for row in swapping(shape, tiers, steps)],
+        "model": decoder.shape.name,
+        "pair": "+".join(decoder.tiers),
+        "moves": begun,
+        "megabytes_a_second": begun * decoder.slot_nbytes / seconds / 1e6,
+        "tokens_a_second": steps * BATCH / seconds,
+        "median_microseconds": statistics.median(times),
+        "p99_microseconds": times[int(0.99 * len(times))],
+        "allocations_a_step": (allocations(device) - before) / steps,
+    }
+
+
+def run(shape: Shape, steps: int, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """Everything that moves."""
+    stores = (True, False) if device.type == "cuda" else (False,)
+    return {
+        "link": [link(shape, tiers, pinned, device) for tiers in TIERS for pinned in stores],
+        "swapping": [row for tiers in TIERS for row in swapping(shape, tiers, steps, device)],
     }

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dynaexq.errors import PatchError, UnsupportedModelError
+from dynaexq.hf.answers import ANSWERS
 from dynaexq.hf.calibration import calibration_for
 from dynaexq.hf.checkpoint_source import CheckpointSource
 from dynaexq.hf.config import DynaExqConfig, as_config
@@ -24,7 +25,6 @@ from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_d
 from dynaexq.hf.planning import plan as make_plan
 from dynaexq.hf.quantized_source import open_checkpoint
 from dynaexq.hf.quantizer import DynaExqQuantizer
-from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.weights.quantize_experts import QuantizingLoader

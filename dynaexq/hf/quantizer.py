@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.checkpoint import QUANT_METHOD
 from dynaexq.errors import PatchError, SettingsError
+from dynaexq.hf.answers import ANSWERS
 from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.dense import dense_quantizer
 from dynaexq.hf.discovery import find_sparse_layers
@@ -20,7 +21,6 @@ from dynaexq.hf.distributed import check_distribution
 from dynaexq.hf.load import CheckpointLoad
 from dynaexq.hf.model_patch import RECORD
 from dynaexq.hf.planning import resolve_device, with_dense_chosen
-from dynaexq.hf.save import ANSWERS
 from dynaexq.runtime.experts import saved_apart
 
 

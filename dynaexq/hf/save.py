@@ -5,7 +5,7 @@ name of every expert parameter stands a tensor of a shape that no model has, whi
 its report says why. dynaexq itself hides the experts from the loader and never meets the guard.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -128,10 +128,6 @@ def push_packed(
         tags = [*(model.model_tags or ()), *own_tags]
         save_packed(patch, directory, max_shard_size=max_shard_size or "50GB", repo_id=repo_id, tags=tags)
         return upload(directory, (path.name for path in Path(directory).iterdir()), repo_id, **to_hub)
-
-
-ANSWERS: dict[str, Callable[..., Any]] = {"save_pretrained": save_packed, "push_to_hub": push_packed}
-"""Methods of a patched model, and what takes their places."""
 
 
 def packed_config(

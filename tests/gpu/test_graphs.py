@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
 from dynaexq.kernels import PlainExchange, exchange_for
@@ -250,9 +250,43 @@ def test_the_host_never_waits_for_the_device():
     model.dynaexq.close()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_static_cache_is_compiled_with_graphs_and_precision_goes_on_moving():
+def test_generate_captures_decoding_with_a_static_cache_and_precision_goes_on_moving(monkeypatch):
     model, common = patched(update_interval=4), {"do_sample": False, "cache_implementation": "static"}
+    monkeypatch.setattr(torch, "compile", None)
+    runtime = model.dynaexq
+    model.generate(prompt(), max_new_tokens=16, **common)
+    assert len(pollers()) == 1, "a capture was seen"
+    torch.cuda.synchronize()
+    before = runtime.stats()
+    model.generate(prompt(), max_new_tokens=64, **common)
+    torch.cuda.synchronize()
+    after = runtime.stats()
+    assert after["steps"] - before["steps"] == 64, "each forward was reported, replayed or not"
+    assert after["ticks"] > before["ticks"]
+    runtime.freeze()
+    replayed = model.generate(prompt(), max_new_tokens=64, **common)
+    plain = model.generate(prompt(), max_new_tokens=64, **common, disable_compile=True)
+    assert torch.equal(replayed, plain), "the same kernels on the same numbers"
+    runtime.close()
+
+
+def test_graphs_of_many_calls_leave_no_memory_behind():
+    model, common = patched(), {"do_sample": False, "cache_implementation": "static", "max_new_tokens": 8}
+    for _ in range(3):
+        model.generate(prompt(), **common)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for _ in range(10):
+        model.generate(prompt(), **common)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() <= before
+    model.dynaexq.close()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_static_cache_is_compiled_where_that_is_asked_for_and_precision_goes_on_moving():
+    model = patched(update_interval=4)
+    common = {"do_sample": False, "cache_implementation": "static", "compile_config": CompileConfig()}
     assert model.hf_quantizer.is_compileable
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
     model.generate(prompt(), max_new_tokens=16, **common)
@@ -267,7 +301,7 @@ def test_a_static_cache_is_compiled_with_graphs_and_precision_goes_on_moving():
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == skips, "mutated inputs, or others"
     model.dynaexq.freeze()
     compiled = model.generate(prompt(), max_new_tokens=16, **common)
-    plain = model.generate(prompt(), max_new_tokens=16, **common, disable_compile=True)
+    plain = model.generate(prompt(), max_new_tokens=16, **common | {"compile_config": None}, disable_compile=True)
     assert (compiled == plain).float().mean() > 0.9, "bfloat16 rounds differently in fused kernels; few tokens differ"
     model.dynaexq.close()
 
