@@ -1,13 +1,14 @@
 """One move: copy, publish, retire, reclaim; spread over ticks, never waited for. It decides nothing.
 
 A promotion takes a slot and starts a copy (`submit`); when the bytes have arrived the expert is published (`settle`).
-A demotion is published at once, and its slot retires until the last reader has finished. A slot with a copy in flight
-stays owned until that copy is done. What fails leaves the published version as it was, is counted, and is tried again
-later (`retries`).
+A demotion is published at once, and its slot retires until the last reader has finished; the promotion that is to have
+it waits in line. A slot with a copy in flight stays owned until that copy is done. What fails leaves the published
+version as it was, is counted, and is tried again later (`retries`).
 """
 
 import logging
 import threading
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,10 +67,12 @@ class SwapPipeline:
         self.counts = MoveCounts()
         shape = tuple(table.entries.shape)
         self.upgraded = np.zeros(shape, dtype=bool)
-        """Experts published or in flight: what the next decision must take as given."""
+        """Experts published or on their way: what the next decision must take as given."""
         self.retries = Retries(shape)  # type: ignore[arg-type]
         self._published: dict[Key, Slot] = {}
         self._in_flight: dict[Key, Flight] = {}
+        self._waiting: deque[Key] = deque()
+        """Promotions that slots which are retired now are meant for, the first in line first."""
 
     @property
     def num_slots(self) -> int:
@@ -78,13 +81,13 @@ class SwapPipeline:
 
     @property
     def num_free(self) -> int:
-        """Slots that are free, or will be once their last reader has finished."""
-        return self.pool.num_available
+        """Slots that no promotion is meant for: free, or to be free once their last reader has finished."""
+        return self.pool.num_available - len(self._waiting)
 
     @property
     def num_in_flight(self) -> int:
-        """Copies on their way."""
-        return len(self._in_flight)
+        """Promotions on their way: copies, and those that wait for a slot."""
+        return len(self._in_flight) + len(self._waiting)
 
     @property
     def barred(self) -> np.ndarray:
@@ -95,7 +98,7 @@ class SwapPipeline:
     def allowance(self) -> int | None:
         """Promotions that may begin now: None for any number, 1 to probe a store that failed, 0 while it rests."""
         allowance = self.retries.allowance
-        return 0 if allowance and self._in_flight else allowance
+        return 0 if allowance and self.num_in_flight else allowance
 
     def tick(self) -> None:
         """Time passes for what waits to be tried again."""
@@ -113,7 +116,8 @@ class SwapPipeline:
         return begun
 
     def settle(self) -> None:
-        """Publish every upgrade whose bytes have arrived. Never waits."""
+        """Publish every upgrade whose bytes have arrived, and copy those whose slot has become free. Never waits."""
+        self._begin_copies()
         for key, flight in list(self._in_flight.items()):
             if flight.copy is None or not flight.copy.done:
                 continue
@@ -123,7 +127,10 @@ class SwapPipeline:
                 self._publish(key, flight.slot)
 
     def drain(self) -> None:
-        """Wait for everything in flight and publish it."""
+        """Wait for everything on its way, for the last readers of slots that it is to have as well, and publish it."""
+        if self._waiting:
+            self.pool.settle()
+            self._begin_copies()
         self.copier.synchronize()
         self.settle()
 
@@ -144,13 +151,18 @@ class SwapPipeline:
         return {slot.address: float(score[key]) for key, slot in self._published.items()}
 
     def vacate(self, addresses: set[int]) -> None:
-        """Demote every expert whose upgrade lies at one of `addresses`; waits for copies in flight, not readers."""
+        """Demote every expert whose upgrade lies at one of `addresses`; waits for copies in flight, not readers.
+
+        Promotions that wait for a slot are given up.
+        """
+        self._clear_line()
         self.drain()
         for key in [key for key, slot in self._published.items() if slot.address in addresses]:
             self._demote(key)
 
     def keep(self, wanted: np.ndarray) -> None:
         """Demote every expert but those `wanted [L, E]`; waits for copies in flight and for the last readers."""
+        self._clear_line()
         self.drain()
         for key in [key for key in self._published if not wanted[key]]:
             self._demote(key)
@@ -169,10 +181,11 @@ class SwapPipeline:
         self.counts.promotions = self.counts.demotions + len(published)
         self.counts.bytes_copied = self.counts.promotions * self.pool.slot_nbytes
         self._published, self._in_flight = published, in_flight
-        self._count_upgraded()
+        self._clear_line()
 
     def close(self) -> None:
         """Wait for copies in flight, then close the copier and the store. A second call finishes what one began."""
+        self._clear_line()
         self.copier.close()
         self.settle()
         self.store.close()
@@ -194,16 +207,24 @@ class SwapPipeline:
             threading.Thread(target=self.close, name="dynaexq-closing", daemon=True).start()
 
     def _promote(self, key: Key) -> bool:
-        if self.upgraded[key]:
+        if self.upgraded[key] or self.num_free <= 0:
             return False
-        slot = self.pool.allocate()
-        if slot is None:
-            return False
-        index = key[0] * self.upgraded.shape[1] + key[1]
-        flight = self._in_flight[key] = Flight(slot)
-        flight.copy = self.copier.start(self.store, index, slot.bytes)
+        self._waiting.append(key)
         self.upgraded[key] = True
+        self._begin_copies()
         return True
+
+    def _begin_copies(self) -> None:
+        """Begin the first copies in line, as far as there are slots for them."""
+        while self._waiting and (slot := self.pool.allocate()) is not None:
+            key = self._waiting.popleft()
+            flight = self._in_flight[key] = Flight(slot)
+            flight.copy = self.copier.start(self.store, key[0] * self.upgraded.shape[1] + key[1], slot.bytes)
+
+    def _clear_line(self) -> None:
+        """Give up the promotions that have no slot yet."""
+        self._waiting.clear()
+        self._count_upgraded()
 
     def _publish(self, key: Key, slot: Slot) -> None:
         with self.pool.fence.writing():

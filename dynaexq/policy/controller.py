@@ -80,10 +80,10 @@ class Slots(Protocol):
 
     @property
     def num_free(self) -> int:
-        """Slots that are free, or will be once their last reader has finished."""
+        """Slots that no promotion is meant for: free, or to be free once their last reader has finished."""
 
     def submit(self, move: Transition) -> bool:
-        """Begin one move; whether that was possible."""
+        """Begin one move, or have it wait for its slot; whether that was possible."""
 
     def tick(self) -> None:
         """Time passes for what waits to be tried again."""

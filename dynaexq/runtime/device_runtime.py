@@ -300,7 +300,7 @@ class DeviceRuntime:
             self.poller.start()
 
     def _look(self, arrival: Arrival | None = None) -> int:
-        """Tick if it is time, from a forward or from the poller; how many forwards there were so far.
+        """Tick if it is time, else let moves go on, from a forward or the poller; how many forwards there were so far.
 
         Args:
             arrival: requests that begin with the forward, which make it time unless ticks are failing.
@@ -312,7 +312,16 @@ class DeviceRuntime:
                 self._note_failure(error)
             else:
                 self.steps.postpone(1)
+        elif self.pipeline.num_in_flight:
+            self._go_on()
         return self.steps.total
+
+    @torch.inference_mode(False)  # as above
+    def _go_on(self) -> None:
+        """Publish what has arrived since the last tick, and copy what has got its slot."""
+        with self._ticking.turn(wait=False) as taken:
+            if taken and not self.closed:
+                self.pipeline.settle()
 
     def _note_failure(self, error: Exception) -> None:
         """A tick has failed: one of a user's policy freezes precision, another is tried again, ever later."""

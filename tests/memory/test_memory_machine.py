@@ -23,7 +23,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dynaexq.memory import ExpertTable, ManualCopier, ManualFence, RamStore, SlabPool, SwapPipeline
+from dynaexq.memory import ExpertTable, HostStore, ManualCopier, ManualFence, RamStore, SlabPool, SwapPipeline
+from dynaexq.memory.copy_engine import Copy
 from dynaexq.memory.swap_pipeline import MoveCounts
 from dynaexq.types import Transition, split_entry
 
@@ -48,6 +49,7 @@ class Model:
     retired: dict[int, set[int]] = field(default_factory=dict)  # slot -> readers that may still read it
     in_flight: dict[Key, int] = field(default_factory=dict)
     published: dict[Key, int] = field(default_factory=dict)
+    waiting: list[Key] = field(default_factory=list)  # promotions that retired slots are meant for, in their order
     landed: dict[Key, bool] = field(default_factory=dict)  # copies in flight that have ended -> whether well
     readers: dict[int, dict[Key, int]] = field(default_factory=dict)  # reader -> the slots it found in its layer
     counts: MoveCounts = field(default_factory=MoveCounts)
@@ -56,11 +58,19 @@ class Model:
         return [*self.free, *self.retired, *self.in_flight.values(), *self.published.values()]
 
     def base_only(self) -> list[Key]:
-        return [key for key in np.ndindex(LAYERS, EXPERTS) if key not in self.in_flight and key not in self.published]
+        above = {*self.in_flight, *self.published, *self.waiting}
+        return [key for key in np.ndindex(LAYERS, EXPERTS) if key not in above]
 
-    def promote(self, key: Key, slot: int) -> None:
-        self.free.remove(slot)  # a KeyError says that the pool gave away what is not free
-        self.in_flight[key] = slot
+    def num_unclaimed(self) -> int:
+        return len(self.free) + len(self.retired) - len(self.waiting)
+
+    def begin(self, copies: list[tuple[Key, int]]) -> None:
+        """Copies that were begun: those first in line, as many as there were free slots."""
+        assert [key for key, _ in copies] == self.waiting[: len(self.free)]
+        del self.waiting[: len(copies)]
+        for key, slot in copies:
+            self.free.remove(slot)  # a KeyError says that the pool gave away what is not free
+            self.in_flight[key] = slot
 
     def settle(self) -> None:
         for key, arrived in self.landed.items():
@@ -96,6 +106,23 @@ class Model:
             del self.retired[slot]
 
 
+class Copier(ManualCopier):
+    """Notes which copies were begun, and where to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started: list[tuple[Key, int]] = []
+
+    def start(self, store: HostStore, index: int, out: torch.Tensor) -> Copy:
+        self._started.append((divmod(index, EXPERTS), out.data_ptr()))
+        return super().start(store, index, out)
+
+    def take_started(self) -> list[tuple[Key, int]]:
+        """Those since it was asked last."""
+        started, self._started = self._started, []
+        return started
+
+
 def pick(items: list[Any], position: int) -> Any:
     return items[position % len(items)]
 
@@ -121,7 +148,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.model = Model()
-        self.fence, self.copier = ManualFence(), ManualCopier()
+        self.fence, self.copier = ManualFence(), Copier()
         self.table = ExpertTable(LAYERS, EXPERTS, CPU)
         self.pool = SlabPool(SLOT_NBYTES, CPU, self.fence)
         store = RamStore(LAYERS * EXPERTS, SLOT_NBYTES)
@@ -160,16 +187,20 @@ class MemoryMachine(RuleBasedStateMachine):
         self.model.landed[self._key_of(position)] = False
         self.copier.fail(position)
 
-    @precondition(lambda self: self.model.landed)
+    @precondition(lambda self: self.model.landed or self.model.waiting)
     @step()
     def settle(self) -> None:
         self.pipeline.settle()
+        self.model.begin(self.copier.take_started())
         self.model.settle()
 
     @precondition(lambda self: len(self.copier.pending) > 2)
     @step()
     def drain(self) -> None:
+        if self.model.waiting:
+            self._finish_readers_of(set(self.model.retired))
         self.pipeline.drain()
+        self.model.begin(self.copier.take_started())
         self.model.drain()
 
     @precondition(lambda self: len(self.model.readers) < 4)
@@ -197,13 +228,13 @@ class MemoryMachine(RuleBasedStateMachine):
         num_slots = max(0, self.pool.num_slots - count)
         model, addresses = self.model, self.pool.surplus(num_slots, self.pipeline.worth(SCORE))
         self.pipeline.vacate(addresses)
+        model.waiting.clear()
         model.drain()
         for key in [key for key, slot in model.published.items() if slot in addresses]:
             model.demote(key)
         self.readers_find_what_they_were_promised()  # those the pool now waits for finish inside `drop`
         self.pool.drop(addresses)
-        for reader in set().union(*(model.retired[slot] for slot in addresses & model.retired.keys())):
-            model.finish(reader)
+        self._finish_readers_of(addresses & model.retired.keys())
         assert addresses <= model.free
         model.free -= addresses
         assert self.pool.num_slots <= num_slots
@@ -236,10 +267,11 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def the_pipeline_agrees_with_the_table(self) -> None:
         in_flight = np.zeros((LAYERS, EXPERTS), dtype=bool)
-        for key in self.model.in_flight:
+        for key in (*self.model.in_flight, *self.model.waiting):
             in_flight[key] = True
         np.testing.assert_array_equal(self.table.kinds(), KIND * (self.pipeline.upgraded & ~in_flight))
-        assert self.pipeline.num_in_flight == len(self.model.in_flight)
+        assert self.pipeline.num_in_flight == len(self.model.in_flight) + len(self.model.waiting)
+        assert self.pipeline.num_free == self.model.num_unclaimed()
         assert self.pipeline.counts == self.model.counts
 
     def teardown(self) -> None:
@@ -252,12 +284,13 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def _submit(self, key: Key, promote: bool) -> None:
         model = self.model
-        possible = bool(model.free) and key in model.base_only() if promote else key in model.published
+        possible = model.num_unclaimed() > 0 and key in model.base_only() if promote else key in model.published
         assert self.pipeline.submit(Transition(*key, promote)) == possible
         if not possible:
             model.counts.refused += 1
         elif promote:
-            model.promote(key, self.copier.pending[-1][3].data_ptr())
+            model.waiting.append(key)
+            model.begin(self.copier.take_started())
         else:
             model.demote(key)
 
@@ -267,6 +300,11 @@ class MemoryMachine(RuleBasedStateMachine):
         added = self._addresses() - before
         assert len(added) == count
         self.model.free |= added
+
+    def _finish_readers_of(self, slots: set[int]) -> None:
+        """What waits for those slots waits until none of their readers is left."""
+        for reader in set().union(*(self.model.retired[slot] for slot in slots)):
+            self.model.finish(reader)
 
     def _addresses(self) -> set[int]:
         return self.pool.surplus(0, {})

@@ -133,17 +133,34 @@ def test_mending_waits_for_a_copier_only_where_a_flight_has_no_copy_yet() -> Non
     assert pipeline.num_in_flight == 0
 
 
-def test_a_slot_whose_readers_have_left_is_found_when_one_is_wanted() -> None:
+def test_who_is_to_have_a_slot_that_is_still_read_waits_in_line() -> None:
     pipeline = new_pipeline(EagerCopier())
     for expert in range(4):
         assert pipeline.submit(Transition(0, expert, promote=True))
     pipeline.settle()
-    assert not pipeline.submit(Transition(0, 4, promote=True))
+    assert not pipeline.submit(Transition(0, 4, promote=True)), "no slot is to become free"
     reader = pipeline.pool.fence.begin()
     assert pipeline.submit(Transition(0, 0, promote=False))
-    assert not pipeline.submit(Transition(0, 4, promote=True)), "a reader may still be there"
-    pipeline.pool.fence.finish(reader)
     assert pipeline.submit(Transition(0, 4, promote=True))
+    assert not pipeline.submit(Transition(0, 5, promote=True)), "the slot is promised"
+    pipeline.settle()
+    assert pipeline.table.kinds()[0].tolist() == [0, 8, 8, 8, 0, 0, 0, 0], "a reader may still be there"
+    pipeline.pool.fence.finish(reader)
+    pipeline.settle()
+    assert pipeline.table.kinds()[0].tolist() == [0, 8, 8, 8, 8, 0, 0, 0]
+
+
+def test_who_waits_in_line_is_given_up_when_the_pipeline_ends() -> None:
+    pipeline = new_pipeline(EagerCopier())
+    for expert in range(4):
+        pipeline.submit(Transition(0, expert, promote=True))
+    pipeline.settle()
+    pipeline.pool.fence.begin()
+    pipeline.submit(Transition(0, 0, promote=False))
+    pipeline.submit(Transition(0, 4, promote=True))
+    pipeline.close()
+    assert pipeline.num_in_flight == 0
+    assert not pipeline.upgraded[0, 4]
 
 
 def test_settling_frees_what_was_retired_and_not_only_waits() -> None:

@@ -130,7 +130,7 @@ def test_what_the_table_and_the_counter_take_is_known_beforehand(shape: tuple[in
     assert memory.parts()["workspace"] == DeviceMemory.workspace_bytes(*shape)
 
 
-def test_a_slot_whose_last_reader_has_ended_is_given_away_by_the_next_tick():
+def test_a_slot_is_given_away_once_its_last_reader_has_ended_and_not_a_tick_later():
     options = {"policy": "topn", "auto_pause": False, "hysteresis": 0.0, "alpha": 0.0}
     slots, control = pipeline(1), loop(options, seed=0)
 
@@ -144,6 +144,7 @@ def test_a_slot_whose_last_reader_has_ended_is_given_away_by_the_next_tick():
     with slots.pool.fence.reading():
         for _ in range(3):
             see(1)
-        assert not slots.upgraded.any(), "the slot is still being read"
-    see(1)
-    assert slots.upgraded[0, 1]
+        assert slots.upgraded.sum() == 1, "promised once"
+        assert not slots.table.kinds().any(), "the slot is still being read"
+    slots.settle()
+    assert slots.table.kinds()[0, 1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dynaexq
 import dynaexq.runtime.experts
 from dynaexq.errors import ClosedError, SettingsError, StoreError
-from dynaexq.memory import RamStore
+from dynaexq.memory import ManualCopier, RamStore
 from dynaexq.types import BITS
 
 TIER_CHOICES = [("int2", "int4"), ("int4", "int8"), ("int2", "int8"), ("int4", "fp16"), ("int2", "fp16")]
@@ -40,6 +40,25 @@ def test_precision_follows_the_traffic(tiers: tuple[str, ...]) -> None:
     assert stats["promotions"] - stats["demotions"] == stats["upgraded"] == 4
     assert stats["bytes_copied"] == stats["promotions"] * model.dynaexq.plan.upgrade.nbytes
     assert stats["failed"] == stats["refused"] == 0
+
+
+def test_what_arrives_between_two_ticks_is_published_with_the_next_forward() -> None:
+    model = patched()
+    tiny.steer(model, MORNING)
+    run(model, 4)
+    pipeline = model.dynaexq.devices[0].pipeline
+    pipeline.copier = copier = ManualCopier()
+    tiny.steer(model, EVENING)
+    while len(copier.pending) < 4:
+        run(model, 1)
+    model.dynaexq.devices[0].steps.update_interval = 1000
+    ticks, before = model.dynaexq.stats()["ticks"], upgraded(model)
+    copier.complete(0)
+    assert upgraded(model) == before
+    run(model, 1)
+    assert sum(map(len, upgraded(model))) == sum(map(len, before)) + 1
+    assert model.dynaexq.stats()["ticks"] == ticks
+    copier.synchronize()
 
 
 @two_tiers
