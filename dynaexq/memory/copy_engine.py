@@ -5,6 +5,7 @@ import ctypes
 import queue
 import sys
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -56,11 +57,14 @@ class Arrivals:
             memory = allocate_bytes(nbytes, torch.device("cpu"))
         self._free.extend(memory.view(torch.int64).split(1))
 
-    def expect(self, source: Tensor) -> Arrival:
-        """A word that waits for the last 8 bytes of uint8 `source`, which lies in host memory. Raises StoreError."""
+    def take(self) -> Tensor:
+        """A word for `expect`. Raises StoreError."""
         self.reserve()
+        return self._free.pop()
+
+    def expect(self, source: Tensor, word: Tensor) -> Arrival:
+        """Have a word wait for the last 8 bytes of uint8 `source`, which lies in host memory."""
         expected = int(last_word(source))
-        word = self._free.pop()
         word.fill_(~expected)
         return Arrival(word, expected, self._free)
 
@@ -90,6 +94,9 @@ class Copier(Protocol):
     def start(self, store: HostStore, index: int, out: Tensor) -> Copy:
         """Begin to copy upgrade `index` into the slot bytes `out`; `out` belongs to the copy until it is done."""
 
+    def flush(self) -> None:
+        """No more is started for now: from here on copies can be found to be done. Never waits."""
+
     def synchronize(self) -> None:
         """Return once every copy that was started is done."""
 
@@ -109,6 +116,9 @@ class EagerCopier:
         else:
             copy.finish()
         return copy
+
+    def flush(self) -> None:
+        pass
 
     def synchronize(self) -> None:
         pass
@@ -137,6 +147,9 @@ class ManualCopier:
     def fail(self, position: int) -> None:
         self.pending.pop(position)[0].finish(StoreError("failed by the test"))
 
+    def flush(self) -> None:
+        pass
+
     def synchronize(self) -> None:
         while self.pending:
             self.complete(0)
@@ -145,14 +158,53 @@ class ManualCopier:
         self.synchronize()
 
 
-class _CudaCopy(Copy):
-    """Done when its last bytes have come back; `arrival` exists once the copy has been queued on the stream."""
+class Batch:
+    """Copies queued one behind the other on a stream: when the last has arrived, so have all.
 
-    arrival: Arrival | None = None
+    One word comes back for all of them, because between copies in the two directions the link idles.
+
+    Args:
+        queue: copies its second argument into its first one, behind what was queued before.
+
+    Raises:
+        StoreError: there is no word to be had.
+    """
+
+    def __init__(self, arrivals: Arrivals, queue: Callable[[Tensor, Tensor], None]):
+        self._arrivals, self._queue = arrivals, queue
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._arrival: Arrival | None = None
+        self._has_come = False
+        self._word = arrivals.take()
+
+    def add(self, source: Tensor, out: Tensor) -> None:
+        """Queue a copy of uint8 `source`, in host memory, into `out`."""
+        self._queue(out, source)
+        self._last = source, out
+
+    def end(self) -> None:
+        """Have it reported when the copies so far have arrived; there will be no others."""
+        assert self._last is not None, "a batch is begun for a copy"
+        source, out = self._last
+        arrival = self._arrivals.expect(source, self._word)
+        self._queue(arrival.word, last_word(out))
+        self._arrival = arrival
+
+    def has_come(self) -> bool:
+        """Whether it was ended, and all copies have arrived."""
+        if not self._has_come and self._arrival is not None:
+            self._has_come = self._arrival.has_come()
+        return self._has_come
+
+
+class _CudaCopy(Copy):
+    """Done when its batch has come, in which it is once it has been queued on the stream."""
+
+    batch: Batch | None = None
 
     @property
     def done(self) -> bool:
-        if not self._finished and self.arrival is not None and self.arrival.has_come():
+        if not self._finished and self.batch is not None and self.batch.has_come():
             self.finish()
         return self._finished
 
@@ -169,6 +221,7 @@ class CudaCopier:
         self._slot_nbytes, self._ring_slots = slot_nbytes, ring_slots
         self._ring: PageLocked | None = None
         self._arrivals = Arrivals()
+        self._batch: Batch | None = None
         self._jobs: queue.Queue[tuple[_CudaCopy, HostStore, int, Tensor] | None] = queue.Queue()
         self._worker: threading.Thread | None = None
 
@@ -188,16 +241,24 @@ class CudaCopier:
         copy = _CudaCopy()
         source = store.page_locked(index)
         try:
-            if source is not None:
-                self._queue(copy, source, out)
-            else:
+            if source is None:
                 self.reserve()
                 self._jobs.put((copy, store, index, out))
+            else:
+                self._batch = self._batch or self._new_batch()
+                self._batch.add(source, out)
+                copy.batch = self._batch
         except StoreError as error:
             copy.finish(error)
         return copy
 
+    def flush(self) -> None:
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.end()
+
     def synchronize(self) -> None:
+        self.flush()
         self._jobs.join()
         self._stream.synchronize()
 
@@ -211,29 +272,34 @@ class CudaCopier:
             self._ring.close()
             self._ring = None
 
-    def _queue(self, copy: _CudaCopy, source: Tensor, out: Tensor) -> None:
+    def _new_batch(self) -> Batch:
+        with on_device(self._stream.device):  # where memory is locked
+            return Batch(self._arrivals, self._queue)
+
+    def _queue(self, out: Tensor, source: Tensor) -> None:
         with on_device(self._stream.device), torch.cuda.stream(self._stream):
-            arrival = self._arrivals.expect(source)
             out.copy_(source, non_blocking=True)
-            arrival.word.copy_(last_word(out), non_blocking=True)
-        copy.arrival = arrival
 
     def _work(self, buffers: list[Tensor]) -> None:
         torch.cuda.set_device(self._stream.device)  # which has an index even where the device given had none
         leave_captures_alone()
         last_use = [torch.cuda.Event() for _ in buffers]
-        turn = 0
+        turn, batch = 0, None
         while (job := self._jobs.get()) is not None:
             copy, store, index, out = job
             try:
                 last_use[turn].synchronize()
                 store.read_into(index, buffers[turn])
-                self._queue(copy, buffers[turn], out)
+                batch = batch or self._new_batch()
+                copy.batch = batch
+                batch.add(buffers[turn], out)
                 last_use[turn].record(self._stream)
             except Exception as error:  # whatever it is, the move fails and generation goes on
                 copy.finish(error)
-            finally:
-                self._jobs.task_done()
+            if batch is not None and (self._jobs.empty() or turn == len(buffers) - 1):
+                batch.end()  # before a buffer is filled again, whose last bytes the word is compared with
+                batch = None
+            self._jobs.task_done()
             turn = (turn + 1) % len(buffers)
         self._jobs.task_done()
 

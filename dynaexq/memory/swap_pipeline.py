@@ -118,6 +118,7 @@ class SwapPipeline:
     def settle(self) -> None:
         """Publish every upgrade whose bytes have arrived, and copy those whose slot has become free. Never waits."""
         self._begin_copies()
+        self.copier.flush()
         for key, flight in list(self._in_flight.items()):
             if flight.copy is None or not flight.copy.done:
                 continue

@@ -113,6 +113,7 @@ def test_copies_end_in_the_order_in_which_they_were_started(
 ) -> None:
     store = filled(RamStore(COUNT, NBYTES, pinned), blocks)
     copies = [copier.start(store, index, slots[index].bytes) for index in range(COUNT)]
+    copier.flush()
     while not copies[-1].done:
         # Looked at from the last to the first: one that ends in between makes the earlier ones done, never the later.
         done = [copy.done for copy in reversed(copies)]

@@ -15,6 +15,7 @@ import torch
 
 from dynaexq.errors import StoreError
 from dynaexq.memory import CudaCopier, HostMailbox, RamStore
+from dynaexq.memory.copy_engine import Arrivals
 from dynaexq.memory.pinned import PageLocked
 from dynaexq.types import Transition
 
@@ -201,3 +202,31 @@ def test_a_runtime_that_is_collected_on_the_staging_thread_closes_without_waitin
             assert not thread.is_alive()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_copies_are_reported_together_and_one_that_fails_takes_no_other_along(cuda, pinned, monkeypatch):
+    words = []
+    expect = Arrivals.expect
+    monkeypatch.setattr(Arrivals, "expect", lambda *arguments: words.append(1) or expect(*arguments))
+    blocks = torch.randint(0, 256, (9, 256), dtype=torch.uint8)
+    store, broken = RamStore(9, 256, pinned), RamStore(9, 256)
+    store.write(0, blocks)
+    broken.read_into = lambda index, out: 1 / 0
+    copier, slots = CudaCopier(torch.device("cuda"), 256), torch.zeros(10, 256, dtype=torch.uint8)
+    copies = [copier.start(store, index, slots[index]) for index in range(9)]
+    failed = copier.start(broken, 0, slots[9])
+    copier.synchronize()
+    assert all(copy.done and copy.error is None for copy in copies)
+    assert torch.equal(slots[:9], blocks)
+    assert isinstance(failed.error, ZeroDivisionError)
+    if pinned:
+        assert len(words) == 1
+    again = copier.start(store, 3, slots[0])
+    if pinned:
+        assert not again.done, "more may be started"
+        copier.flush()
+        assert again.done
+    copier.close()
+    assert again.done
+    assert torch.equal(slots[0], blocks[3])

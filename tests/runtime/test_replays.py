@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shifting import EVENING, MORNING, assert_answers_as_published, patched, upgraded
-from torch import nn
+from torch import Tensor, nn
 from transformers import CompileConfig, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
@@ -29,7 +29,7 @@ from dynaexq.errors import BudgetError, ClosedError, StoreError
 from dynaexq.hf.quantizer import DynaExqQuantizer
 from dynaexq.kernels import PlainExchange
 from dynaexq.memory import HostMailbox
-from dynaexq.memory.copy_engine import WORDS_PER_PAGE, Arrivals, last_word
+from dynaexq.memory.copy_engine import WORDS_PER_PAGE, Arrivals, Batch, last_word
 from dynaexq.runtime.tick_loop import Poller, StepCount
 
 SECONDS = 20  # long enough for any thread on any machine
@@ -399,7 +399,7 @@ def test_steps_are_those_that_python_began_or_those_that_were_reported() -> None
 def test_a_copy_has_come_when_its_last_bytes_have_come_back_whole() -> None:
     arrivals = Arrivals(locked=False)
     source = torch.randint(0, 256, (256,), dtype=torch.uint8)
-    arrival = arrivals.expect(source)
+    arrival = arrivals.expect(source, arrivals.take())
     assert not arrival.has_come()
     arrival.word.view(torch.uint8)[:7] = source[-8:-1]
     assert not arrival.has_come(), "seven of eight bytes"
@@ -411,7 +411,7 @@ def test_a_copy_has_come_when_its_last_bytes_have_come_back_whole() -> None:
 def test_no_bytes_look_as_if_they_had_come_before_they_did(fill: int) -> None:
     arrivals, source = Arrivals(locked=False), torch.full((256,), fill, dtype=torch.uint8)
     for _ in range(3):  # the second time the word holds those very bytes
-        arrival = arrivals.expect(source)
+        arrival = arrivals.expect(source, arrivals.take())
         assert not arrival.has_come()
         arrival.word.copy_(last_word(source))
         assert arrival.has_come()
@@ -420,13 +420,31 @@ def test_no_bytes_look_as_if_they_had_come_before_they_did(fill: int) -> None:
 def test_there_are_words_for_any_number_of_copies_and_each_is_used_again() -> None:
     arrivals = Arrivals(locked=False)
     sources = torch.arange(3 * WORDS_PER_PAGE).view(-1, 1).repeat(1, 2).view(torch.uint8)
-    waiting = [arrivals.expect(source) for source in sources]
+    waiting = [arrivals.expect(source, arrivals.take()) for source in sources]
     words = {arrival.word.data_ptr() for arrival in waiting}
     assert len(words) == len(waiting)
     for arrival, source in zip(reversed(waiting), sources.flip(0), strict=True):
         arrival.word.copy_(last_word(source))
         assert arrival.has_come()
-    assert {arrivals.expect(source).word.data_ptr() for source in sources} == words
+    assert {arrivals.take().data_ptr() for _ in sources} == words
+
+
+def test_one_word_says_that_all_copies_of_a_batch_have_come() -> None:
+    queued: list[tuple[Tensor, Tensor]] = []
+    arrivals = Arrivals(locked=False)
+    batch = Batch(arrivals, lambda out, source: queued.append((out, source)))
+    sources, slots = torch.randint(0, 256, (3, 256), dtype=torch.uint8), torch.zeros(3, 256, dtype=torch.uint8)
+    for source, slot in zip(sources, slots, strict=True):
+        batch.add(source, slot)
+    assert not batch.has_come(), "it may go on"
+    batch.end()
+    assert len(queued) == 4, "three copies, one word"
+    for out, source in queued:
+        assert not batch.has_come()
+        out.copy_(source)
+    assert batch.has_come()
+    assert torch.equal(slots, sources)
+    assert batch.has_come(), "asked again, when its word may be another's"
 
 
 def test_host_words_begin_at_zero_and_lie_apart() -> None:
