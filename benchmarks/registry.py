@@ -128,7 +128,7 @@ BENCHMARKS = (
     Benchmark("figures/table1", "figures/table1_accuracy.py", "accuracy on tasks", "table1_accuracy.json", "lm_eval"),
     Benchmark("gpu/host", "gpu/host_time.py", "what a layer costs the host, without a GPU", "host_time.json"),
     Benchmark("gpu/predicted", "gpu/predicted.py", "a layer and a token by arithmetic", "predicted_gpu.json"),
-    Benchmark("gpu", "gpu/gpu.py", "correctness and speed on one GPU", "gpu-NAME.json", "a CUDA device"),
+    Benchmark("gpu", "gpu/gpu.py", "correctness and speed on one GPU", "gpu-CARD-CALL.json", "a CUDA device"),
     Benchmark("structure", "structure.py", "packages, floors, arrows; what a call passes through", "structure.json"),
 )
 

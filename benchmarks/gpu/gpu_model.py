@@ -7,7 +7,7 @@ next to nothing, to all contestants alike; `gpu_generate.py` has caches.
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,18 @@ def _union(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
     return merged
 
 
-def run(workload: Workload, out: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every pair, batch and prompt; the trace is of the first pair's first batch."""
-    found: dict[str, list[dict[str, Any]]] = {"model": [], "overlap": []}
+def run(workload: Workload, out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every pair, batch and prompt: titles, and a row below each; the trace is of the first pair's first batch."""
     vocabulary = workload.sizes["vocab_size"]
     for tiers in TIERS:
         policy = Rotation()
         model = build(workload.sizes, tiers, policy, workload.device)
         for size in [(batch, 1) for batch in workload.batches] + [(1, prompt) for prompt in workload.prompts]:
             ids = torch.randint(vocabulary, size, device=workload.device)
-            found["model"] += measure(model, policy, ids, workload)
-        if not found["overlap"]:
+            for row in measure(model, policy, ids, workload):
+                yield "model", row
+        if tiers == TIERS[0]:
             ids = torch.randint(vocabulary, (workload.batches[0], 1), device=workload.device)
-            found["overlap"].append(trace(model, policy, ids, workload, out / "gpu-overlap-trace.json"))
+            yield "overlap", trace(model, policy, ids, workload, out / "gpu-overlap-trace.json")
         model.dynaexq.close()
         del model
-    return found

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Decoder:
         """Demote the oldest upgrades, promote as many others; how many copies were begun."""
         self.pipeline.settle()
         begun = 0
-        for _ in range(moves):
+        for _ in range(min(moves, len(self.upgraded))):
             layer, expert = self.upgraded.pop(0)
             self.pipeline.submit(Transition(layer, expert, promote=False))
             other = int(torch.randint(self.shape.num_experts, ()))
@@ -151,10 +152,10 @@ def _swapped(decoder: Decoder, arguments: list[Any], steps: int, moves: int, dev
     }
 
 
-def run(shape: Shape, steps: int, device: torch.device) -> dict[str, list[dict[str, Any]]]:
-    """Everything that moves."""
+def run(shape: Shape, steps: int, device: torch.device) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Everything that moves: titles, and rows below them."""
     stores = (True, False) if device.type == "cuda" else (False,)
-    return {
-        "link": [link(shape, tiers, pinned, device) for tiers in TIERS for pinned in stores],
-        "swapping": [row for tiers in TIERS for row in swapping(shape, tiers, steps, device)],
-    }
+    for tiers in TIERS:
+        for pinned in stores:
+            yield "link", [link(shape, tiers, pinned, device)]
+        yield "swapping", swapping(shape, tiers, steps, device)

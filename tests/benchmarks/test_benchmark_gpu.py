@@ -1,5 +1,6 @@
 """The GPU benchmark where there is no GPU: it says so, and its parts can at least be read and put together."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,17 +11,6 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,30 +26,90 @@ def benchmarks(monkeypatch):
 
 
 def test_without_a_gpu_it_refuses_with_a_sentence(tmp_path):
-    done = run("--quick", "--out", str(tmp_path))
+    done = run("layers", "--quick", "--out", str(tmp_path))
     assert done.returncode == 1
     assert "needs a CUDA device" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_it_knows_its_arguments():
-    assert run("--slow").returncode == 2
+    assert run("layers", "--slow").returncode == 2
+    done = run("layer", "--dry-run")
+    assert done.returncode == 2
+    assert "there is no call 'layer'" in done.stderr
 
 
-def test_its_mixes_run_and_agree_on_a_cpu(benchmarks, monkeypatch):
+@pytest.mark.timeout(180)
+def test_all_calls_run_dry(tmp_path):
+    done = run("all", "--dry-run", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {path.stem.rpartition("-")[2]: json.loads(path.read_text()) for path in tmp_path.glob("gpu-a-cpu*.json")}
+    assert {row["tests"]: row["outcome"].split(":")[0] for row in found["tests"]["tests"]} == {
+        "copier": "passed",
+        "kernels": "passed",
+        "graphs": "passed",
+        "memcheck": "not run",
+    }
+    assert {row["what"] for row in found["layers"]["layers"]} >= {"int4", "Transformers grouped_mm"}
+    assert len(found["moves"]["link"]) == 2
+    assert any(row["moves"] for row in found["moves"]["swapping"])
+    ways = {(row["model"], row["way"]) for row in found["generate"]["generate"]}
+    assert {way for model, way in ways if model == "Transformers, 16 bit"} == {"eager", "static cache, compiled"}
+    assert ("int2+int4, dynamic", "static cache") in ways
+    for row in found["long"]["long"]:
+        assert row["promotions"] > row["upgrades_compared"] > 0
+        assert row["failed"] == 0
+    rows = found["model"]["model"]
+    assert len(rows) == 2 * 3 * 2, "pairs, sizes, static and dynamic"
+    for row in rows:
+        assert row["p99_microseconds"] >= row["median_microseconds"] > 0
+        assert row["precision"] == "dynamic" or row["megabytes_a_second_copied"] == 0
+    assert any(row["megabytes_a_second_copied"] > 0 for row in rows), "nothing was swapped"
+    assert (tmp_path / found["model"]["overlap"][0]["trace"]).stat().st_size > 0
+    assert found["model"]["overlap"][0]["beside_kernels"] is None, "a CPU has no copies to hide"
+
+
+def test_what_goes_wrong_is_written_beside_what_was_found(benchmarks, tmp_path, monkeypatch):
+    import gpu
+
+    def call(bench, num_layers):
+        bench.add("link", [{"gigabytes_a_second": 1.0}])
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setitem(gpu.RUNNERS, "moves", call)
+    assert not gpu.run("moves", gpu.Bench("moves", tmp_path, quick=True, dry=True), 4)
+    found = json.loads((tmp_path / "gpu-a-cpu-dry-run-moves.json").read_text())
+    assert found["link"] == [{"gigabytes_a_second": 1.0}]
+    assert found["wrong"] == [{"call": "moves", "error": "RuntimeError: illegal memory access"}]
+
+
+def test_tests_that_hang_or_fail_are_told(benchmarks, tmp_path):
+    import gpu_tests
+
+    log = tmp_path / "log.txt"
+    hung = gpu_tests._row(gpu_tests.Run("hangs", (), 1), [sys.executable, "-c", "import time; time.sleep(60)"], log)
+    assert hung["outcome"] == "stopped after 1 seconds"
+    failing = [sys.executable, "-c", "print('== 1 failed, 2 passed in 3.00s =='); raise SystemExit(1)"]
+    failed = gpu_tests._row(gpu_tests.Run("fails", (), 30), failing, log)
+    assert (failed["outcome"], failed["summary"]) == ("exit status 1", "1 failed, 2 passed in 3.00s")
+
+
+def test_a_wrong_byte_in_an_upgrade_is_found(benchmarks):
+    import gpu_long
+
+    model = toy()
+    assert not gpu_long.wrong_upgrades(model.dynaexq)
+    (key, address), *_ = model.dynaexq.devices[0].pipeline.table.addresses().items()
+    model.dynaexq.devices[0].pipeline.pool.at(address)[100] ^= 1
+    assert gpu_long.wrong_upgrades(model.dynaexq) == [key]
+    model.dynaexq.close()
+
+
+def test_bytes_that_a_product_reads(benchmarks):
     import gpu_layers
 
-    monkeypatch.setattr(gpu_layers, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(gpu_layers, "TOLERANCE", 1.5 * 2**-7)  # of the CPU path, which rounds weights as well
-    gpu_layers.check(gpu_layers.Shape("small", num_experts=8, choices=2, hidden_size=64, intermediate_size=32))
-
-
-def test_bytes_that_a_product_reads(benchmarks, monkeypatch):
-    import gpu_layers
-
-    monkeypatch.setattr(gpu_layers, "DEVICE", torch.device("cpu"))
     shape = gpu_layers.Shape("small", num_experts=10, choices=2, hidden_size=64, intermediate_size=32)
-    source = gpu_layers.source_experts(shape)
+    source = gpu_layers.source_experts(shape, torch.device("cpu"))
     for tiers, upgraded in ((("int2", "int4"), "base and plane"), (("int4", "fp16"), "the 16-bit block alone")):
         mix = gpu_layers.build(shape, tiers, 0.2, source)
         codec = mix.layer.codec
@@ -67,29 +117,19 @@ def test_bytes_that_a_product_reads(benchmarks, monkeypatch):
         assert sorted(mix.expert_bytes().tolist()) == sorted([codec.base.nbytes] * 8 + [both] * 2), upgraded
 
 
-def test_whole_models_are_measured_static_and_dynamic_and_traced(benchmarks, tmp_path):
-    import gpu_model
-
-    work = gpu_model.Workload(torch.device("cpu"), 2, steps=40, shape=TINY, batches=(1, 2), prompts=(8,))
-    found = gpu_model.run(work, tmp_path)
-    assert len(found["model"]) == 2 * 3 * 2, "pairs, sizes, static and dynamic"
-    for row in found["model"]:
-        assert row["p99_microseconds"] >= row["median_microseconds"] > 0
-        assert row["precision"] == "dynamic" or row["megabytes_a_second_copied"] == 0
-    assert any(row["megabytes_a_second_copied"] > 0 for row in found["model"]), "nothing was swapped"
-    assert (tmp_path / found["overlap"][0]["trace"]).stat().st_size > 0
-    assert found["overlap"][0]["beside_kernels"] is None, "a CPU has no copies to hide"
-
-
 def test_no_16_bit_expert_is_held(benchmarks):
-    import gpu_model
-
-    work = gpu_model.Workload(torch.device("cpu"), 2, steps=1, shape=TINY)
-    model = gpu_model.build(work, ("int2", "int4"), gpu_model.Rotation())
+    model = toy()
     assert not [name for name, tensor in model.named_parameters() if "experts" in name or tensor.is_meta]
     assert model.dynaexq.stats()["upgraded"] == int(0.2 * 16)
     assert model.dynaexq.memory()["total"] <= model.dynaexq.plan.budget
     model.dynaexq.close()
+
+
+def toy():
+    import random_model
+
+    sizes = {**random_model.TOY, "num_hidden_layers": 2}
+    return random_model.build(sizes, ("int2", "int4"), random_model.Rotation(), torch.device("cpu"))
 
 
 def test_overlap_is_the_share_of_copy_time_beside_a_kernel(benchmarks):
@@ -119,15 +159,13 @@ def test_figures_become_tables(benchmarks, tmp_path):
         "gpu": "Some GPU",
         "torch": "2",
         "triton": "3",
-        "ceilings": {"x": 1.0},
-        "layers": [row],
+        "layers": [row, row | {"tokens": 8, "captured": False}],
         "link": [{"a": 1}],
     }
-    found["layers"] = [row, row | {"tokens": 8, "captured": False}]
-    text = gpu.write(found, tmp_path)
+    text = gpu.write(found, "layers", tmp_path)
     assert "|  | 1 | 8 |" in text
     assert "| int4 | 12 | 12 * |" in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-some-gpu.json", "gpu-some-gpu.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-some-gpu-layers.json", "gpu-some-gpu-layers.md"]
 
 
 LAUNCHES = """
