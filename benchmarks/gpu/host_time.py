@@ -35,6 +35,9 @@ class Utilities:
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 0, 0, 1024  # a module, a function, registers, spills, threads
 
+    def unload_module(self, module: int) -> None:
+        pass
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
 

@@ -31,6 +31,7 @@ from dynaexq.hf.planning import (
     plan,
     plan_together,
 )
+from dynaexq.hf.warm_up import warm_up
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.settings import Settings
@@ -108,6 +109,7 @@ class CheckpointLoad:
             part = DeviceRuntime(self.model, planned, codec, self.settings, device, loader, self._experts.base)
             self._patch.connect(part, layers)
             parts.append((part, rows[device]))
+        warm_up(self.model)
         self._patch.source = self._experts.source
         self._patch.attach(Runtime(self.model, parts), quantizer, answers)
 

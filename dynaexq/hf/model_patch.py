@@ -22,6 +22,7 @@ from dynaexq.hf.compat import install_output_capturing, is_distributed
 from dynaexq.hf.decode_attention import attend_as_before, attend_natively
 from dynaexq.hf.decoder_layer import FewTokensDecoderLayer, passes_natively
 from dynaexq.hf.discovery import SparseLayer, activation_name, activation_of
+from dynaexq.hf.distributed import sizes_of
 from dynaexq.hf.growing_cache import watch_caches
 from dynaexq.hf.packed_dense import untie
 from dynaexq.hf.planning import growth_of_cache
@@ -135,6 +136,7 @@ class ModelPatch:
 
     def connect(self, runtime: DeviceRuntime, layers: list[SparseLayer]) -> None:
         """Connect `layers`, in the order of `runtime`, to their bytes."""
+        exchanges_tokens = sizes_of(self.model.config)[1] > 1
         for index, layer in enumerate(layers):
             experts = layer.experts
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
@@ -148,7 +150,8 @@ class ModelPatch:
                 runtime.settings.activations,
             )
             self._undo_steps.callback(_disconnect, layer)
-            experts.connect(constant, runtime.ports(index), tuple(layer.parameters))
+            ports = replace(runtime.ports(index), exchanges_tokens=exchanges_tokens)
+            experts.connect(constant, ports, tuple(layer.parameters))
             self._homes[layer.name] = runtime, index
             if layer.block is not None:
                 layer.block._view = runtime.view(index)

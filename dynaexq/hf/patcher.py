@@ -25,6 +25,7 @@ from dynaexq.hf.planning import held_bytes, inspect_model, make_codec, resolve_d
 from dynaexq.hf.planning import plan as make_plan
 from dynaexq.hf.quantized_source import open_checkpoint
 from dynaexq.hf.quantizer import DynaExqQuantizer
+from dynaexq.hf.warm_up import warm_up
 from dynaexq.runtime.device_runtime import DeviceRuntime
 from dynaexq.runtime.runtime import Runtime
 from dynaexq.weights.quantize_experts import QuantizingLoader
@@ -150,6 +151,7 @@ def _commit(
         changes.move_dense(loaded.device)
         changes.connect(loaded, layers)
         changes.replace_linears(twins)
+        warm_up(model)
         wrapped = getattr(model, "hf_quantizer", None)
         if loaded.settings.dense is not None:
             wrapped = dense_quantizer(loaded.settings, layers[0].dtype, pre_quantized=False)

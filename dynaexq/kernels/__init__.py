@@ -7,6 +7,7 @@ from dynaexq.kernels.decode_attention import DecodeAttention, attention
 from dynaexq.kernels.decoder_layer import DecoderLayer, DecoderParts, Step, rotated
 from dynaexq.kernels.dispatch import (
     arrangement_on,
+    compilations,
     counts_routing,
     decode_attention,
     decoder_layer,
@@ -39,6 +40,7 @@ __all__ = [
     "Upgrades",
     "arrangement_on",
     "attention",
+    "compilations",
     "counts_routing",
     "decode_attention",
     "decoder_layer",

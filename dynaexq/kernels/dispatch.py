@@ -1,6 +1,7 @@
 """Dispatch to the backend of a device: callers never ask which one it is."""
 
 import logging
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -146,6 +147,28 @@ def decoder_layer(parts: DecoderParts) -> DecoderLayer | None:
     return cpu.decoder_layer(parts)
 
 
+def compilations(
+    experts: Sequence[ExpertLayer], linears: Sequence[LinearLayer], choices: int
+) -> list[Callable[[], None]]:
+    """Calls that compile the kernels of these layers, in any order and on any thread; none where nothing is compiled.
+
+    Args:
+        experts, linears: of one model, whose layers share a dtype.
+        choices: experts of a token.
+    """
+    on_cuda = [layer for layer in experts if _runs_triton(layer.base.device, layer.codec.dtype)]
+    dense = [layer for layer in linears if _runs_triton(layer.block.device, layer.codec.dtype)]
+    if not on_cuda and not dense:
+        return []
+    from dynaexq.kernels.triton import warm_up  # a CPU does without
+
+    return warm_up.compilations(on_cuda, dense, choices)
+
+
+def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and triton_runs(device, dtype, dtype)
+
+
 def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:
     """How the codes of a model of `dtype` should lie that is multiplied on `device`."""
     return _backend(device, dtype, dtype).arrangement(dtype)
@@ -153,7 +176,7 @@ def arrangement_on(device: torch.device, dtype: torch.dtype) -> Arrangement:
 
 def exchange_for(device: torch.device, dtype: torch.dtype) -> PlainExchange | None:
     """How a model of this dtype on `device` exchanges words with the host; None where no graph can be captured."""
-    if device.type != "cuda" or not triton_runs(device, dtype, dtype):
+    if not _runs_triton(device, dtype):
         return None
     from dynaexq.kernels.triton import TritonExchange  # a CPU does without
 

@@ -45,11 +45,14 @@ class LayerPorts:
     Attributes:
         before_forward: called with its tokens when a forward that counts reaches the layer, before it looks at the
             table.
+        exchanges_tokens: whether ranks exchange tokens. One that gets none is then called with a single row of zeros
+            for expert 0, which says nothing of the traffic.
     """
 
     index: int
     memory: DeviceMemory
     before_forward: Callable[[int], None] | None = None
+    exchanges_tokens: bool = False
 
 
 class MixedPrecisionExperts(nn.Module):
@@ -94,12 +97,12 @@ class MixedPrecisionExperts(nn.Module):
         with ports.memory.fence.reading():
             ports.memory.layer_begins(ports.index)
             if is_token is not None:
-                mass = _mass(hidden_states, top_k_weights) * is_token[:, None]
+                mass = self._mass(hidden_states, top_k_weights) * is_token[:, None]
                 counter.observe(ports.index, top_k_index, mass, tokens)
-            elif observe and counts_routing(hidden_states, self._layer) and top_k_index.numel() > 1:
+            elif observe and not self._may_be_none(top_k_index) and counts_routing(hidden_states, self._layer):
                 counts = counter.row(ports.index, top_k_index.shape[-1])
             elif observe:
-                counter.observe(ports.index, top_k_index, _mass(hidden_states, top_k_weights))
+                counter.observe(ports.index, top_k_index, self._mass(hidden_states, top_k_weights))
             output = expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, self._upgrades(), counts)
             ports.memory.layer_ends(ports.index, observe)
         return output
@@ -169,6 +172,14 @@ class MixedPrecisionExperts(nn.Module):
             # Copies: the gradient is taken later, when a slot may hold another expert.
             upgrades = Upgrades(memory.table.row(self._ports.index), lambda address: memory.pool.at(address).clone())
             return reference.expert_mlp(hidden_states, top_k_index, top_k_weights, self._layer, upgrades)
+
+    def _may_be_none(self, choices: Tensor) -> bool:
+        """Whether the only row may stand for a rank's lack of tokens."""
+        return self._ports.exchanges_tokens and choices.numel() == 1
+
+    def _mass(self, hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The routing weights that count for hotness."""
+        return top_k_weights * hidden_states.any() if self._may_be_none(top_k_weights) else top_k_weights
 
     @property
     def _is_connected(self) -> bool:
@@ -260,11 +271,3 @@ def in_function_transform() -> bool:
 def in_backward() -> bool:
     """Whether autograd is at work here: a forward that it recomputes (checkpointing) sees its tokens once more."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _mass(hidden_states: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The routing weights that count for hotness.
-
-    When tokens are exchanged among ranks, one that gets none is called with a single row of zeros for expert 0.
-    """
-    return top_k_weights * hidden_states.any() if top_k_weights.numel() == 1 else top_k_weights

@@ -135,3 +135,12 @@ def test_every_kernel_on_every_architecture(arch, tmp_path):
     cases = [case for case in RECORDED if case.endswith(f"/{arch}")]
     for case, kernels in compile_kernels(cases, tmp_path).items():
         check(case, kernels)
+
+
+@pytest.mark.timeout(300)
+def test_what_is_compiled_ahead_is_all_that_forwards_launch(tmp_path):
+    environment = {"TRITON_CACHE_DIR": str(tmp_path)}
+    found = json.loads(run(str(HELPERS / "warm_up_program.py"), interpret=False, **environment).splitlines()[-1])
+    assert found["ahead"] > 20
+    assert found["by"] == []
+    assert found["later"] == 0

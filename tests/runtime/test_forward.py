@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import tiny_model, tokens
 from numerics import assert_close
-from tiny import tiny_qwen3_moe
+from tiny import prompt, tiny_qwen3_moe
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import dynaexq
 from dynaexq.kernels.custom_op import experts, experts_backward
+from dynaexq.memory import RoutingCounter
 
 DOORS = {
     "model(x)": lambda model: model(tokens()),
@@ -54,6 +55,30 @@ def test_every_door_into_a_model_observes_and_ticks_once_a_step(door):
     for steps in (1, 2, 3):
         door(model)
         assert_observed(runtime, steps)
+
+
+@torch.no_grad()
+def test_one_token_of_one_choice_is_counted_by_the_kernel(monkeypatch):
+    model = tiny_qwen3_moe(num_experts_per_tok=1)
+    runtime = patch(model, "int4")
+    monkeypatch.setattr(RoutingCounter, "observe", lambda *_: pytest.fail("a dozen operators for one number"))
+    for _ in range(3):
+        model(prompt()[:1, :1])
+    assert runtime.stats()["tokens"] == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("among_ranks", [True, False])
+def test_a_row_of_zeros_stands_for_no_tokens_where_ranks_exchange_them(among_ranks):
+    model = tiny_qwen3_moe()
+    runtime = patching.patch(model, "1GiB", tiers=("int4",), device="cpu", update_interval=100)
+    experts = model.model.layers[0].mlp.experts
+    experts._ports.exchanges_tokens = among_ranks
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    for rows in (torch.zeros(1, 64), torch.ones(1, 64)):
+        experts(rows.bfloat16(), torch.tensor([[3]]), one)
+    mass, _ = runtime.devices[0].memory.counter.drain()
+    assert mass[0, 3] == (1 if among_ranks else 2)
 
 
 def test_router_logits_are_recorded_as_before():

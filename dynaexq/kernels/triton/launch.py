@@ -60,8 +60,8 @@ def _expert_mlp(
     counts: Tensor | None,
 ) -> Tensor:
     pairs, choices = top_k_index.numel(), top_k_index.shape[1]
-    up, down = _matrices_of(layer)
-    fused = _is_swiglu(layer) and up.bias < 0
+    up, down = matrices_of(layer)
+    fused = is_swiglu(layer) and up.bias < 0
     plan = tuning.plan_for(pairs, layer.num_experts, up, down, fused, tuning.multiprocessor_of(hidden_states.device))
     wanted = sums_wanted(hidden_states, up, plan.up)
     routing, sums = prepare(top_k_index, top_k_weights, layer.num_experts, plan.block_m, wanted, counts)
@@ -77,13 +77,14 @@ def _expert_mlp(
     return weighted_sum(results, top_k_index, top_k_weights, layer.num_experts)
 
 
-def _is_swiglu(layer: ExpertLayer) -> bool:
+def is_swiglu(layer: ExpertLayer) -> bool:
     """Whether the activation is silu(gate) * up, which the first product may end in."""
     shape = layer.codec.shape
     return layer.activation_name == "silu" and shape.up_rows == 2 * shape.intermediate_size
 
 
-def _matrices_of(layer: ExpertLayer) -> tuple[Matrix, Matrix]:
+def matrices_of(layer: ExpertLayer) -> tuple[Matrix, Matrix]:
+    """Both matrices of a layer's experts, kept with the layer."""
     if "triton" not in layer.prepared:
         layer.prepared["triton"] = matrices(layer.codec)
     found: tuple[Matrix, Matrix] = layer.prepared["triton"]

@@ -19,14 +19,15 @@ def linear(rows: Tensor, layer: LinearLayer) -> Tensor:
     if not len(rows):
         return linear_layer.linear(rows, layer)
     with torch.cuda.device_of(rows):
-        matrix = _matrix(layer)
+        matrix = matrix_of(layer)
         block_m, launches = tuning.plan_for_linear(len(rows), matrix, tuning.multiprocessor_of(rows.device))
         rows = rows.contiguous()
         experts = Experts(_routing(layer, len(rows), block_m), layer.block[None], _no_upgrade(layer))
         return experts.product(matrix, rows, sums_for(rows, matrix, launches), launches)[0]
 
 
-def _matrix(layer: LinearLayer) -> Matrix:
+def matrix_of(layer: LinearLayer) -> Matrix:
+    """The matrix as the kernels are compiled for it, kept with the layer."""
     if "triton" not in layer.prepared:
         layer.prepared["triton"] = Matrix.of_linear(layer.codec, *operands(layer.codec.dtype))
     found: Matrix = layer.prepared["triton"]
