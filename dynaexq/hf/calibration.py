@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,6 +23,7 @@ from dynaexq.hf.checkpoint_source import checkpoint_files
 from dynaexq.hf.discovery import SparseLayer, activation_of, find_sparse_layers
 from dynaexq.hf.meta_model import meta_model, read_config
 from dynaexq.hf.packed_dense import calibrated_linears
+from dynaexq.hf.planning import free_bytes
 from dynaexq.settings import Settings
 from dynaexq.weights.calibration import Calibration, Met
 from dynaexq.weights.calibration_file import read_calibration, write_calibration
@@ -67,7 +67,7 @@ def calibrate_checkpoint(
     """
     read_config(source)
     needed = sum(file.stat().st_size for file in checkpoint_files(source, variant))
-    available = psutil.virtual_memory().available if device in (None, "cpu") else torch.cuda.mem_get_info(device)[0]
+    available = free_bytes(torch.device(device or "cpu"))
     load = partial(AutoModelForCausalLM.from_pretrained, source, dtype="auto", variant=variant)
     windows = None if text is None else text_windows(AutoTokenizer.from_pretrained(source), text)
     if needed <= available:

@@ -233,26 +233,37 @@ def _on_meta(model: PreTrainedModel) -> PreTrainedModel:
     return model if next(model.parameters()).is_meta else meta_twin(model)
 
 
+WITHOUT_KERNELS = ("mps", "xpu")
+"""Devices that are slow for want of kernels, and work."""
+
+
 def resolve_device(settings: Settings) -> torch.device:
-    """The device that `settings` name, or the accelerator if there is one, else the CPU; a SettingsError if none."""
+    """The device that `settings` name, or a GPU with kernels if there is one, else the CPU; a SettingsError if none."""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError) as error:
         raise SettingsError(f'device must be "cpu" or "cuda[:index]", got {name!r}') from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda", *WITHOUT_KERNELS):
         raise SettingsError(f'device must be "cpu" or "cuda[:index]", got {name!r}: no kernels for it')
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f'device {name!r} was asked for, but this PyTorch finds no CUDA device; use device="cpu"')
+    if device.type in WITHOUT_KERNELS and not _is_here(device):
+        raise SettingsError(f'device {name!r} was asked for, but this PyTorch finds none; use device="cpu"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(
             f"device {name!r} was asked for, but there are {torch.cuda.device_count()}, numbered from 0"
         )
     if settings.host_copy == "pinned" and device.type != "cuda":
-        raise SettingsError('host_copy="pinned" serves a CUDA device; on a CPU use host_copy="ram" or "disk"')
+        raise SettingsError('host_copy="pinned" serves a CUDA device; elsewhere use host_copy="ram" or "disk"')
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _is_here(device: torch.device) -> bool:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and accelerator.type == device.type
 
 
 def _choices(settings: Settings, stored: Tiers | None) -> tuple[Tiers, ...]:
@@ -312,4 +323,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return int(psutil.virtual_memory().available)
+    if device.type == "xpu":
+        return int(torch.xpu.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)  # which an Apple GPU shares

@@ -191,7 +191,13 @@ def _backend_for(hidden_states: Tensor, layer: ExpertLayer) -> Backend:
 def _backend(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> Backend:
     """The backend for these dtypes on `device`."""
     module = BACKENDS.get(device.type)
-    if module is None or (device.type == "cuda" and not triton_runs(device, activations, weights)):
+    if module is None:
+        logger.warning(
+            "experts on %s are decoded by PyTorch and multiplied one after the other, which is slow: there are no "
+            'kernels for it; device="cpu" has some', device,
+        )  # fmt: skip
+        return cast(Backend, reference)
+    if device.type == "cuda" and not triton_runs(device, activations, weights):
         return cast(Backend, reference)
     return cast(Backend, import_module(module))
 
@@ -206,12 +212,12 @@ def triton_runs(device: torch.device, activations: torch.dtype, weights: torch.d
 
 
 def _obstacle_to_triton(device: torch.device, activations: torch.dtype, weights: torch.dtype) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "the fused kernel is for NVIDIA GPUs"
+    if device.type != "cuda":
+        return "the fused kernel is for GPUs of NVIDIA and AMD"
     if find_spec("triton") is None:
         return "the fused kernel needs Triton, which is not installed"
     if activations != weights or weights not in (torch.float16, torch.bfloat16):
         return f"the fused kernel takes float16 or bfloat16, not {activations} with weights in {weights}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "the fused kernel needs compute capability 8.0"
     return None

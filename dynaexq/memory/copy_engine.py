@@ -310,10 +310,17 @@ def leave_captures_alone() -> None:
     By default CUDA forbids such calls to every thread for as long as any captures. A thread may opt out, through the
     driver only; PyTorch has no door to it.
     """
-    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    with contextlib.suppress(OSError):  # ROCm has no such library and no such rule
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(relaxed))
+    relaxed = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED, and HIP's
+    library, function = _capture_mode_door()
+    with contextlib.suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL(library), function)(ctypes.byref(relaxed))
+
+
+def _capture_mode_door() -> tuple[str, str]:
+    """The library of the driver, and the name of what changes a thread's mode."""
+    if torch.version.hip is not None:
+        return "libamdhip64.so", "hipThreadExchangeStreamCaptureMode"
+    return "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1", "cuThreadExchangeStreamCaptureMode"
 
 
 def copier_for(device: torch.device, slot_nbytes: int, staged: bool = True) -> Copier:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dynaexq.memory.fences import Fence
-from dynaexq.memory.pinned import PageLocked, on_device, run_outside_capture
+from dynaexq.memory.pinned import Addressable, on_device, run_outside_capture
 from dynaexq.memory.slab_pool import allocate_bytes
 from dynaexq.types import EPOCH, FETCHED, FOUND, SEEN, STEPS, WORDS_AHEAD
 
@@ -62,7 +62,7 @@ class HostMailbox:
         nbytes = 8 * (WORDS_AHEAD + table + counts)
         if device.type == "cuda":
             with on_device(device):
-                locked = PageLocked(nbytes)
+                locked = Addressable(nbytes)
             memory = locked.bytes
             weakref.finalize(self, run_outside_capture, partial(_unlock, locked, device))
         else:
@@ -93,7 +93,7 @@ class HostMailbox:
             return int(self._array[EPOCH])
 
 
-def _unlock(locked: PageLocked, device: torch.device) -> None:
+def _unlock(locked: Addressable, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # forwards that were queued when their model was forgotten
     locked.close()
 

@@ -61,6 +61,27 @@ class PageLocked:
             self._unlock()
 
 
+class Addressable:
+    """Uint8 `bytes [nbytes]`, zero, page-locked, that kernels address as the host does; by the current device.
+
+    Where memory is locked after it was allocated, ROCm gives it another address on the device, so there PyTorch
+    allocates it.
+
+    Raises:
+        StoreError: the system has no more memory to lock.
+    """
+
+    def __init__(self, nbytes: int):
+        self._locked = None if torch.version.hip else PageLocked(nbytes)
+        self.bytes = self._locked.bytes if self._locked else torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+        self.bytes.zero_()
+
+    def close(self) -> None:
+        """Unlock the memory; nothing on the device may use it any more."""
+        if self._locked is not None:
+            self._locked.close()
+
+
 def _forget_error() -> None:
     """Clear what CUDA noted of a call that failed: PyTorch would lay it to the next kernel of this thread."""
     with contextlib.suppress(RuntimeError):

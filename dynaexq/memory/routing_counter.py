@@ -80,9 +80,9 @@ class RoutingCounter:
     def _latest(self) -> np.ndarray | None:
         if self._reported is not None:
             return self._reported.copy()  # perhaps in the middle of a report: every sum is one that was true
-        if self.sums.device.type == "cpu":
+        if self.sums.device.type != "cuda":  # PyTorch waits for what was queued on others
             with self._lock.turn():
-                return self.sums.numpy().copy()
+                return self.sums.cpu().numpy().copy()
         latest = None
         if self._copied is not None and self._pinned is not None:
             if not self._copied.query():

@@ -15,6 +15,8 @@ from torch import Tensor
 from dynaexq.memory.fences import Fence
 
 SEGMENT_BYTES = 64 * 2**20
+ADDRESSED = ("cpu", "cuda")
+"""Devices whose kernels find bytes by address. On others an address is a name: theirs may be no numbers of 63 bits."""
 LEAST_SEGMENTS = 8  # a small slab is cut as well, so that a smaller budget costs a part of it and not the whole
 
 
@@ -33,7 +35,7 @@ def allocate_bytes(nbytes: int, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One fixed place in a slab: its device address and its bytes, uint8 `[slot_nbytes]`.
+    """One fixed place in a slab: its address, or name, and its bytes, uint8 `[slot_nbytes]`.
 
     In a segment at 0x7F0000000000 of slots of 4,608 bytes, slot 2 has the address 0x7F0000002400.
     """
@@ -43,9 +45,11 @@ class Slot:
 
 
 class _Segment:
-    def __init__(self, num_slots: int, slot_nbytes: int, device: torch.device):
+    """Slots beside each other, the first of which has the address `start`, or that of its bytes."""
+
+    def __init__(self, num_slots: int, slot_nbytes: int, device: torch.device, start: int | None):
         self.bytes = allocate_bytes(num_slots * slot_nbytes, device)
-        start = self.bytes.data_ptr()
+        start = self.bytes.data_ptr() if start is None else start
         rows = self.bytes.view(num_slots, slot_nbytes)
         self.slots = [Slot(start + i * slot_nbytes, rows[i]) for i in range(num_slots)]
 
@@ -62,6 +66,7 @@ class SlabPool:
         self._free: list[Slot] = []
         self._retired: deque[tuple[object, Slot]] = deque()
         self._owned: set[int] = set()
+        self._next_name = 256
 
     @property
     def num_slots(self) -> int:
@@ -81,7 +86,7 @@ class SlabPool:
         """Add `num_slots` free slots."""
         per_segment = min(SEGMENT_BYTES // self.slot_nbytes, num_slots // LEAST_SEGMENTS) or 1
         while num_slots > 0:
-            segment = _Segment(min(per_segment, num_slots), self.slot_nbytes, self.device)
+            segment = self._segment(min(per_segment, num_slots))
             self._segments.append(segment)
             self._at.update((slot.address, slot) for slot in segment.slots)
             self._free.extend(segment.slots)
@@ -167,6 +172,13 @@ class SlabPool:
         self._free = [slot for slot in self._free if slot.address not in addresses]
         for address in addresses:
             del self._at[address]
+
+    def _segment(self, num_slots: int) -> _Segment:
+        start = None
+        if self.device.type not in ADDRESSED:
+            start = self._next_name
+            self._next_name += num_slots * self.slot_nbytes
+        return _Segment(num_slots, self.slot_nbytes, self.device, start)
 
     def _disown(self, slot: Slot) -> None:
         assert slot.address in self._owned, "a slot is given back once, by its owner"

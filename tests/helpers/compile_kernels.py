@@ -4,7 +4,7 @@
 
 A process of its own, because Triton decides at import whether it interprets. Cases are pair/product/tiles/arch, at
 the shape of Qwen3-30B-A3B in bfloat16, exactly as `launch` would launch them there; around/arch are the kernels around
-the products.
+the products. An architecture is a compute capability, such as 90, or one of AMD's, such as gfx942.
 """
 
 import json
@@ -43,16 +43,19 @@ LABEL = re.compile(r"\s*(\.L_[x\d]\w*):")
 def main(cases: list[str]) -> None:
     for case in cases:
         *what, arch = case.split("/")
-        found = around(int(arch)) if what == ["around"] else products(*what, int(arch))
+        found = around(arch) if what == ["around"] else products(*what, arch)
         print(json.dumps({"case": case, "kernels": found}), flush=True)  # noqa: T201 - it is read by a test
 
 
-def products(pair: str, product: str, regime: str, arch: int) -> list[dict[str, Any]]:
+def products(pair: str, product: str, regime: str, arch: str) -> list[dict[str, Any]]:
     """Facts of every launch of a product of a layer, up or down."""
     found = []
     matrix, launches = product_of(tuple(pair.split("+")), product, PAIRS[regime], arch)
     for launch in launches:
         kernel = compiled_product(matrix, launch, arch)
+        if is_amd(arch):
+            found.append({"tiers": launch.tiling.tiers, **facts_of_amd(kernel)})
+            continue
         codes = launch.tiling.block_n * matrix.codes / (32 * launch.num_warps)  # of a block, for one thread
         # Loops over 16-bit weights are far shorter than those over codes; a short one may be unrolled altogether.
         longest = max(map(len, inner_loops(kernel)), default=None)
@@ -70,7 +73,7 @@ def products(pair: str, product: str, regime: str, arch: int) -> list[dict[str, 
     return found
 
 
-def around(arch: int) -> list[dict[str, Any]]:
+def around(arch: str) -> list[dict[str, Any]]:
     """Facts of the kernels around the products."""
     before = compiled(
         preparation._prepare,
@@ -130,22 +133,25 @@ def around(arch: int) -> list[dict[str, Any]]:
         {"FETCHED": FETCHED, "SEEN": SEEN, "STEPS": STEPS, "PROGRAM": graph_sync.WORDS_PER_PROGRAM},
         arch,
     )
+    kernels = before, sums, total, mass, fetch, report
+    if is_amd(arch):
+        return [facts_of_amd(kernel) for kernel in kernels]
     loads = re.findall(r"ld\S*\.volatile\S*\.(\w+)", fetch.asm["ptx"])
     assert set(loads) == {"b64"}, f"the host's words are loaded whole and from the host, not {loads}"
-    return [facts(kernel) for kernel in (before, sums, total, mass, fetch, report)]
+    return [facts(kernel) for kernel in kernels]
 
 
 def product_of(
-    tiers: tuple[str, ...], product: str, pairs: int, arch: int
+    tiers: tuple[str, ...], product: str, pairs: int, arch: str
 ) -> tuple[Matrix, tuple[tuning.Launch, ...]]:
     """The matrix and the launches of one product of a layer for `pairs` pairs."""
     codec = ExpertCodec(SHAPE, torch.bfloat16, tiers)
     up, down = matrices(codec)
-    plan = tuning.plan_for(pairs, EXPERTS, up, down, swiglu=True, on=tuning.multiprocessor(divmod(arch, 10)))
+    plan = tuning.plan_for(pairs, EXPERTS, up, down, swiglu=True, on=multiprocessor(arch))
     return (up, plan.up) if product == "up" else (down, plan.down)
 
 
-def compiled_product(matrix: Matrix, launch: tuning.Launch, arch: int) -> Any:
+def compiled_product(matrix: Matrix, launch: tuning.Launch, arch: str) -> Any:
     """The kernel of a launch."""
     tiling = launch.tiling
     constants = {"CHOICES": CHOICES if tiling.swiglu else 1, "matrix": matrix, "tiling": tiling}
@@ -158,7 +164,7 @@ def compiled_product(matrix: Matrix, launch: tuning.Launch, arch: int) -> Any:
 
 
 def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, int] | None = None
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: str, options: dict[str, int] | None = None
 ) -> Any:
     """A kernel for `arch`, with the alignment of PyTorch's allocator, and of sizes as a launch has them."""
     names = kernel.arg_names
@@ -169,8 +175,34 @@ def compiled(
         if signature[name].startswith("*") or (name in MULTIPLES and signature[name] == "i32")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **(options or {})})
+    return triton.compile(source, target=target(arch), options={"enable_fp_fusion": True, **(options or {})})
+
+
+def is_amd(arch: str) -> bool:
+    return arch.startswith("gfx")
+
+
+def target(arch: str) -> GPUTarget:
+    """What Triton calls it."""
+    if is_amd(arch):
+        return GPUTarget("hip", arch, 32 if arch.startswith(tuning.NARROW_AMD) else 64)
+    return GPUTarget("cuda", int(arch), 32)
+
+
+def multiprocessor(arch: str) -> tuning.Multiprocessor:
+    """What tiles depend on."""
+    return tuning.multiprocessor_of_amd(arch) if is_amd(arch) else tuning.multiprocessor(divmod(int(arch), 10))
+
+
+def facts_of_amd(kernel: Any) -> dict[str, Any]:
+    """Registers a lane, those that found no room, matrix instructions, shared memory."""
+    code = kernel.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
+        "spilled": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1]),
+        "products": len(re.findall(r"\bv_mfma|\bv_wmma", code)),
+        "shared": kernel.metadata.shared,
+    }
 
 
 def facts(kernel: Any) -> dict[str, Any]:
