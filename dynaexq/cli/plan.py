@@ -11,8 +11,9 @@ import transformers
 from dynaexq.cli.plan_tables import no_fit
 from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.free_memory import free_bytes
 from dynaexq.hf.model_size import InspectedCheckpoint
-from dynaexq.hf.planning import free_bytes, resolve_device
+from dynaexq.hf.planning import resolve_device
 from dynaexq.planning.budget import DENSE_LOSS, ModelSpec, least_loss
 from dynaexq.planning.estimate import Card, CardEstimate, estimate_card, find_remedies
 from dynaexq.planning.hardware import CARDS

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dynaexq.errors import CheckpointError, UnsupportedModelError
 from dynaexq.hf.checkpoint_source import checkpoint_files
 from dynaexq.hf.discovery import SparseLayer, activation_of, find_sparse_layers
+from dynaexq.hf.free_memory import free_bytes
 from dynaexq.hf.meta_model import meta_model, read_config
 from dynaexq.hf.packed_dense import calibrated_linears
-from dynaexq.hf.planning import free_bytes
 from dynaexq.settings import Settings
 from dynaexq.weights.calibration import Calibration, Met
 from dynaexq.weights.calibration_file import read_calibration, write_calibration

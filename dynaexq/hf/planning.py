@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from dynaexq.errors import BudgetError, SettingsError
 from dynaexq.hf.dense import bytes_saved
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
+from dynaexq.hf.free_memory import free_bytes
 from dynaexq.hf.kv_cache_size import Context, cache_growth, context_bytes
 from dynaexq.hf.meta_model import meta_twin
 from dynaexq.kernels import arrangement_on
@@ -238,7 +238,7 @@ WITHOUT_KERNELS = ("mps", "xpu")
 
 
 def resolve_device(settings: Settings) -> torch.device:
-    """The device that `settings` name, or a GPU with kernels if there is one, else the CPU; a SettingsError if none."""
+    """The device that `settings` name, or a GPU with kernels, if one is here, or the CPU. Raises SettingsError."""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -316,13 +316,3 @@ def dense_bytes(model: nn.Module, layers: Iterable[SparseLayer], device: torch.d
 def held_bytes(model: nn.Module, device: torch.device) -> int:
     """Bytes of the model's weights and buffers on `device`."""
     return weight_bytes(t for t in [*model.parameters(), *model.buffers()] if t.device == device)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that could be allocated now."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "xpu":
-        return int(torch.xpu.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)  # which an Apple GPU shares

@@ -442,7 +442,7 @@ def test_a_text_of_a_few_words_is_refused(tmp_path):
 
 def test_a_model_that_the_memory_cannot_hold_does_not_write_its_own_text(tmp_path, monkeypatch):
     memory = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr("dynaexq.hf.calibration.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("dynaexq.hf.free_memory.psutil.virtual_memory", lambda: memory)
     command = ["quantize", str(embedded_model()), str(tmp_path / "packed"), "--tiers", "int2"]
     result = CliRunner().invoke(app, [*command, "--calibrate", "self"])
     assert isinstance(result.exception, CheckpointError)
