@@ -5,6 +5,7 @@
     python benchmarks/gpu/gpu.py moves       promotions: the link, and what they do to decoding
     python benchmarks/gpu/gpu.py model       a whole model of the shape of Qwen3-30B-A3B, static and dynamic
     python benchmarks/gpu/gpu.py generate    generate() beside the 16-bit model
+    python benchmarks/gpu/gpu.py tune        a layer with other tiles than the card's
     python benchmarks/gpu/gpu.py long        minutes of moves: memory, and every byte of every upgrade
     python benchmarks/gpu/gpu.py all --dry-run
 
@@ -25,6 +26,7 @@ import gpu_long
 import gpu_model
 import gpu_moves
 import gpu_tests
+import gpu_tune
 import random_model
 import torch
 import typer
@@ -122,6 +124,12 @@ def run_generate(bench: Bench, num_layers: int) -> None:
     bench.add("generate", gpu_generate.run(bench.sizes(num_layers), tiers, batches, tokens, bench.device))
 
 
+def run_tune(bench: Bench, num_layers: int) -> None:
+    """See `gpu_tune`."""
+    tokens = bench.either((8,), (1, 32), (1, 8, 32, 128))
+    bench.add("tune", gpu_tune.run(bench.shapes[0], tokens, bench.device))
+
+
 def run_long(bench: Bench, num_layers: int) -> None:
     """See `gpu_long`."""
     for tiers in gpu_model.TIERS:
@@ -134,6 +142,7 @@ RUNNERS: dict[str, Callable[[Bench, int], None]] = {
     "moves": run_moves,
     "model": run_model,
     "generate": run_generate,
+    "tune": run_tune,
     "long": run_long,
 }
 """The calls, in the order of a first day."""

@@ -59,6 +59,9 @@ def test_all_calls_run_dry(tmp_path):
     for row in found["long"]["long"]:
         assert row["promotions"] > row["upgrades_compared"] > 0
         assert row["failed"] == 0
+    means = [row["geometric_mean"] for row in found["tune"]["tune"]]
+    assert len(means) == 7
+    assert means == sorted(means, reverse=True)
     rows = found["model"]["model"]
     assert len(rows) == 2 * 3 * 2, "pairs, sizes, static and dynamic"
     for row in rows:
