@@ -59,9 +59,9 @@ def on_one_gpu(model: nn.Module) -> bool:
 
 def record(work: Callable[[], Any], device: torch.device) -> Recorded:
     """Capture `work`. Raises RuntimeError where CUDA cannot."""
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     # Other threads copy and look at words meanwhile, which is none of this capture's business.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = work()
     return graph.replay, output
 

@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dynaexq.hf.compat import text_config
-from dynaexq.kernels import compilations
+from dynaexq.kernels import compilations, compiles_on
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.linear import PackedLinear
 
@@ -29,7 +29,9 @@ SECONDS_UNSEEN = 1
 def warm_up(model: nn.Module) -> None:
     """Compile all that `model` will launch. What fails is said, and tried again by the forward that needs it."""
     experts = [module.layer for module in model.modules() if isinstance(module, MixedPrecisionExperts)]
-    dense = [module.current() for module in model.modules() if isinstance(module, PackedLinear)]
+    experts = [layer for layer in experts if compiles_on(layer.base.device)]
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    dense = [module.current() for module in packed if compiles_on(module.packed.device)]
     choices = _choices(model)
     calls = compilations(experts, dense, choices) if choices else []
     if not calls:

@@ -8,6 +8,7 @@ from dynaexq.kernels.decoder_layer import DecoderLayer, DecoderParts, Step, rota
 from dynaexq.kernels.dispatch import (
     arrangement_on,
     compilations,
+    compiles_on,
     counts_routing,
     decode_attention,
     decoder_layer,
@@ -41,6 +42,7 @@ __all__ = [
     "arrangement_on",
     "attention",
     "compilations",
+    "compiles_on",
     "counts_routing",
     "decode_attention",
     "decoder_layer",

@@ -147,22 +147,27 @@ def decoder_layer(parts: DecoderParts) -> DecoderLayer | None:
     return cpu.decoder_layer(parts)
 
 
+def compiles_on(device: torch.device) -> bool:
+    """Whether kernels are compiled layer by layer there; on a CPU they are compiled once for all."""
+    return device.type == "cuda"
+
+
 def compilations(
     experts: Sequence[ExpertLayer], linears: Sequence[LinearLayer], choices: int
 ) -> list[Callable[[], None]]:
-    """Calls that compile the kernels of these layers, in any order and on any thread; none where nothing is compiled.
+    """Calls that compile the kernels of these layers, in any order and on any thread; none where none are.
 
     Args:
-        experts, linears: of one model, whose layers share a dtype.
+        experts, linears: of one model, on devices that kernels are compiled on.
         choices: experts of a token.
     """
-    on_cuda = [layer for layer in experts if _runs_triton(layer.base.device, layer.codec.dtype)]
+    taken = [layer for layer in experts if _runs_triton(layer.base.device, layer.codec.dtype)]
     dense = [layer for layer in linears if _runs_triton(layer.block.device, layer.codec.dtype)]
-    if not on_cuda and not dense:
+    if not taken and not dense:
         return []
     from dynaexq.kernels.triton import warm_up  # a CPU does without
 
-    return warm_up.compilations(on_cuda, dense, choices)
+    return warm_up.compilations(taken, dense, choices)
 
 
 def _runs_triton(device: torch.device, dtype: torch.dtype) -> bool:

@@ -8,6 +8,19 @@ import tiny
 import torch
 
 from dynaexq.hf import warm_up
+from dynaexq.kernels import compiles_on
+from dynaexq.runtime.linear import PackedLinear
+
+
+@pytest.fixture(autouse=True)
+def _a_gpu_played_by_the_cpu(monkeypatch):
+    monkeypatch.setattr(warm_up, "compiles_on", lambda device: True)
+
+
+def test_on_a_cpu_nothing_is_compiled_ahead_and_no_weight_is_touched(monkeypatch):
+    monkeypatch.setattr(warm_up, "compiles_on", compiles_on)
+    monkeypatch.setattr(PackedLinear, "current", lambda self: pytest.fail("arranged before it is needed"))
+    patching.patch(tiny.tiny_qwen3_moe(), "1GiB", dense="int8", device="cpu")
 
 
 def test_layers_and_packed_matrices_are_handed_over_with_the_choices_of_a_token(monkeypatch):
