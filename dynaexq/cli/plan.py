@@ -14,6 +14,7 @@ from dynaexq.hf.config import DynaExqConfig
 from dynaexq.hf.free_memory import free_bytes
 from dynaexq.hf.model_size import InspectedCheckpoint
 from dynaexq.hf.planning import resolve_device
+from dynaexq.memory.device_memory import measure_bandwidth
 from dynaexq.planning.budget import DENSE_LOSS, ModelSpec, least_loss
 from dynaexq.planning.estimate import Card, CardEstimate, estimate_card, find_remedies
 from dynaexq.planning.hardware import CARDS
@@ -92,9 +93,8 @@ def _cards(gpu: str | None, hbm_budget: str | None, device: str | None) -> list[
 
 def _here(device: torch.device) -> Card:
     """The memory of this machine that is free now."""
-    if device.type == "cpu":
-        return Card("RAM", free_bytes(device), driver=0, is_cpu=True)
-    return Card("here", free_bytes(device), driver=0)
+    name, is_cpu = ("RAM", True) if device.type == "cpu" else ("here", False)
+    return Card(name, free_bytes(device), driver=0, is_cpu=is_cpu, bandwidth=measure_bandwidth(device))
 
 
 def _trials(options: dict[str, Any], context: int, batch: int) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynaexq.planning.budget import RESERVED_SHARE, ModelSpec
-from dynaexq.planning.estimate import CardEstimate, Remedy, TierEstimate, least_card
+from dynaexq.planning.estimate import Card, CardEstimate, Remedy, TierEstimate, least_card
 from dynaexq.planning.hardware import DISK_RATE, DRIVER_BYTES, ENCODE_RATE
 from dynaexq.views.tables import print_table
 from dynaexq.views.words import size
@@ -49,7 +49,7 @@ def show_card(spec: ModelSpec, found: CardEstimate, source: str, options: Mappin
     )
     notes = ["* what patch takes", *_notes(spec, [found])]
     if found.auto is not None:
-        notes.insert(1, _start(spec, found.auto))
+        notes[1:1] = [_start(spec, found.auto), *_speed(found.card, found.auto)]
     console = _console()
     _show(console, spec, taken, table, notes)
     if found.auto is not None:
@@ -188,6 +188,20 @@ def _start(spec: ModelSpec, estimate: TierEstimate) -> str:
         start += f", {duration(estimate.start_reading + estimate.start_quantizing)} from 16 bit"
     rate = f", one CPU core at {ENCODE_RATE[spec.quantizer] / 1e6:.0f} million weights per second"
     return f"{start} (a disk of {DISK_RATE / 1e9:.0f} GB/s assumed{'' if spec.packed else rate})"
+
+
+def _speed(card: Card, estimate: TierEstimate) -> list[str]:
+    """What the memory allows at best, as a sentence of its own; none where it is not known what a token reads."""
+    if estimate.read is None:
+        return []
+    least, most = estimate.read
+    reads = f"  one token reads {least / 1e9:.2f} GB of weights"
+    if most > least:
+        reads += f", {most / 1e9:.2f} with all its experts upgraded"
+    rate, where = (1e12, "for each TB/s of the memory") if card.bandwidth is None else (card.bandwidth, "")
+    where = where or f"at the {rate / 1e9:.0f} GB/s measured here"
+    rates = " to ".join(dict.fromkeys(f"{rate / nbytes:.0f}" for nbytes in (most, least)))
+    return [f"{reads}: at most {rates} tokens/s {where}"]
 
 
 def _console() -> Console:

@@ -67,6 +67,17 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
 
 
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
+"""What configurations call it, by family."""
+
+
+def experts_per_token(model: nn.Module) -> int | None:
+    """Experts that each layer of `model` routes a token to; None where its configuration has another name for it."""
+    config = text_config(model)
+    found = next((value for name in EXPERTS_PER_TOKEN if (value := getattr(config, name, None))), None)
+    return found if isinstance(found, int) else None
+
+
 def returned_cache(output: Any) -> Any:
     """The cache in what a model returned, or None: `cache` of late, `past_key_values` before."""
     return output["cache"] if "cache" in output else output.get("past_key_values")

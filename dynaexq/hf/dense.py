@@ -16,6 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from dynaexq.errors import SettingsError
 from dynaexq.hf.calibration import calibration_for
+from dynaexq.hf.compat import text_config
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.packed_dense import DenseFormat, PackedDense, packed_twin
 from dynaexq.quantization import LinearCodec
@@ -77,6 +78,12 @@ def bytes_saved(model: Any, layers: Sequence[SparseLayer], settings: Settings) -
         (0 if f"{path}.weight" in tied else model.get_submodule(path).weight.nbytes) - codec.nbytes
         for path, codec in _format(settings).codecs(model, layers).items()
     )
+
+
+def gathered_bytes(model: Any, settings: Settings) -> int:
+    """Bytes of the embedding, of which a token reads a row; 0 where a head that is not packed reads all of it."""
+    embedding, is_shared = model.get_input_embeddings(), getattr(text_config(model), "tie_word_embeddings", False)
+    return 0 if is_shared and settings.dense not in OWN else int(embedding.weight.nbytes)
 
 
 def dense_codecs(model: Any, layers: Sequence[SparseLayer], settings: Settings) -> dict[str, LinearCodec]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dynaexq.checkpoint import INDEX, QUANT_METHOD
+from dynaexq.hf.compat import experts_per_token
 from dynaexq.hf.config import DynaExqConfig
+from dynaexq.hf.dense import gathered_bytes
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.hf.kv_cache_size import context_bytes
 from dynaexq.hf.meta_model import build_meta_model, quantization_of, read_config, refuse_quantized
@@ -52,7 +54,9 @@ class InspectedCheckpoint:
         context = context_bytes(self._model, self._layers, settings.max_context, settings.max_batch)
         spec = inspect_model(self._model, self._layers, settings, stored=stored, context=context)
         name = type(self._model).__name__ if self._source.is_file() else self._source.resolve().name
-        return replace(spec, name=name, index=self._indexed())
+        experts = experts_per_token(self._model) or 0
+        gathered = gathered_bytes(self._model, settings)
+        return replace(spec, name=name, index=self._indexed(), experts_per_token=experts, gathered=gathered)
 
     def _indexed(self) -> int | None:
         """Bytes of all weights as the index beside the configuration has them; None where those are not 16 bit."""

@@ -8,20 +8,17 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from dynaexq.hf.compat import text_config
+from dynaexq.hf.compat import experts_per_token
 from dynaexq.kernels import compilations, compiles_on
 from dynaexq.runtime.experts import MixedPrecisionExperts
 from dynaexq.runtime.linear import PackedLinear
 
 logger = logging.getLogger(__name__)
 
-CHOICES = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
-"""What configurations call the experts of a token; a family that calls it otherwise compiles as it goes."""
 SECONDS_UNSEEN = 1
 """What is read from disk shows no progress bar."""
 
@@ -32,8 +29,8 @@ def warm_up(model: nn.Module) -> None:
     experts = [layer for layer in experts if compiles_on(layer.base.device)]
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     dense = [module.current() for module in packed if compiles_on(module.packed.device)]
-    choices = _choices(model)
-    calls = compilations(experts, dense, choices) if choices else []
+    choices = experts_per_token(model)
+    calls = compilations(experts, dense, choices) if choices else []  # a family that hides it compiles as it goes
     if not calls:
         return
     with ThreadPoolExecutor(min(len(calls), os.cpu_count() or 1), "dynaexq-compiling") as pool:
@@ -43,12 +40,6 @@ def warm_up(model: nn.Module) -> None:
             _warn([future.exception() for future in done])
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _choices(model: nn.Module) -> int | None:
-    config = text_config(model)
-    found: Any = next((value for name in CHOICES if (value := getattr(config, name, None))), None)
-    return found if isinstance(found, int) else None
 
 
 def _warn(errors: Sequence[BaseException | None]) -> None:

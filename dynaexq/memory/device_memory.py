@@ -131,3 +131,14 @@ def measure_link(device: torch.device) -> float:
             torch.cuda.current_stream(device).synchronize()
         best = min(best, time.perf_counter() - start)
     return _PROBE_BYTES / best
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes per second that `device` reads of its own memory, best of five sums of 256 MiB."""
+    numbers = torch.ones(2**26, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        numbers.sum().item()  # which waits for it
+        best = min(best, time.perf_counter() - start)
+    return numbers.nbytes / best

@@ -16,19 +16,19 @@ from dynaexq.types import MemoryPlan, Tier
 TierPair = tuple[Tier, Tier | None]
 """Base and upgrade with the bytes of a block and of a slot; no upgrade for a single tier."""
 
-LOSS = {"fp16": 0.0, "int8": 0.0009, "int4": 0.0108, "int2": 0.130}
+LOSS = {"fp16": 0.0, "int8": 0.0007, "int4": 0.0109, "int2": 0.132}
 """KL divergence from the 16-bit model in nats per token, all experts at one precision: measured on the embedded model
 by `python benchmarks/quality/precision_table.py`."""
 
-SHARED_LOSS = {("int2", "int4"): 0.162, ("int2", "int8"): 0.170}
+SHARED_LOSS = {("int2", "int4"): 0.163, ("int2", "int8"): 0.169}
 """The same for a code that can be refined: read at 2 bits it loses more than a code fitted for 2 bits alone."""
 
-DENSE_LOSS: dict[str | None, float] = {None: 0.0, "int8": 0.0002, "int4": 0.0099}
+DENSE_LOSS: dict[str | None, float] = {None: 0.0, "int8": 0.0001, "int4": 0.0109}
 """What packing the dense layers adds beside int4 experts, measured by `python benchmarks/quality/dense.py`; its keys
 are what `dense="auto"` chooses from."""
 
 _SHARE_UPGRADED = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
-_SHARE_RECOVERED = (0.0, 0.37, 0.56, 0.69, 0.83, 1.0)
+_SHARE_RECOVERED = (0.0, 0.39, 0.55, 0.70, 0.84, 1.0)
 
 TIER_CHOICES = (
     ("int2",),
@@ -67,6 +67,8 @@ class ModelSpec:
         cache, activations: what the context takes; 0 where that was not asked for.
         packed: whether the experts come from a packed checkpoint, and need no quantizing.
         index: what the checkpoint's index says all weights take; None without an index.
+        experts_per_token: in each layer; 0 where that is not known.
+        gathered: of `dense`, the tables of which a token reads a row, such as an embedding.
     """
 
     name: str
@@ -84,6 +86,8 @@ class ModelSpec:
     activations: int = 0
     packed: bool = False
     index: int | None = None
+    experts_per_token: int = 0
+    gathered: int = 0
 
     @property
     def context(self) -> int:
@@ -97,6 +101,19 @@ class ModelSpec:
     def least(self) -> tuple[int, str]:
         """The least bytes of all weights at any of `choices`, and the precision that all experts have there."""
         return min((self.weights(base), base.precision) for base, _ in self.choices)
+
+    def read_by_token(self, plan: MemoryPlan) -> tuple[int, int] | None:
+        """Bytes of weights that one token reads: with none of its experts upgraded, and with all.
+
+        None where it is not known how many it has.
+        """
+        if not self.experts_per_token:
+            return None
+        others, routed = plan.dense - self.gathered, self.num_layers * self.experts_per_token
+        upgraded = plan.base.nbytes
+        if plan.upgrade is not None:
+            upgraded = plan.upgrade.nbytes + (0 if plan.upgrade.precision == "fp16" else plan.base.nbytes)
+        return others + routed * plan.base.nbytes, others + routed * upgraded
 
     def waits_in_ram(self, host_copy: str = "auto") -> bool:
         """Whether upgrades are copied into RAM; of a packed checkpoint they are read where they are, unless asked."""

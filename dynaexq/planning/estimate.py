@@ -28,6 +28,7 @@ class Card:
         driver: bytes that driver and context take.
         is_cpu: whether upgrades wait in the same memory.
         weights_only: whether cache, activations and reserve lie elsewhere.
+        bandwidth: bytes per second that it reads, where that was measured.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Card:
     driver: int = DRIVER_BYTES
     is_cpu: bool = False
     weights_only: bool = False
+    bandwidth: float | None = None
 
     def holds_upgrades(self, spec: ModelSpec) -> bool:
         """Whether upgrades of a model wait here."""
@@ -54,6 +56,8 @@ class TierEstimate:
         start_packed: seconds to read base and dense weights of a packed checkpoint.
         start_reading: seconds to read a 16-bit checkpoint; None where the source is packed.
         start_quantizing: seconds of one CPU core to quantize it; None where the source is packed.
+        read: bytes of weights that one token reads with none of its experts upgraded, and with all; see
+            `ModelSpec.read_by_token`.
     """
 
     plan: MemoryPlan
@@ -64,6 +68,7 @@ class TierEstimate:
     start_packed: float
     start_reading: float | None
     start_quantizing: float | None
+    read: tuple[int, int] | None = None
 
     @property
     def hot_per_layer(self) -> float:
@@ -174,6 +179,7 @@ def _estimates(spec: ModelSpec, card: Card, host_ram: int | None) -> Iterator[Ti
             start_packed=(plan.dense + plan.base_bytes) / DISK_RATE,
             start_reading=None if spec.packed else reading,
             start_quantizing=None if spec.packed else quantizing,
+            read=spec.read_by_token(plan),
         )
 
 

@@ -102,6 +102,45 @@ def test_the_30b_fits_a_24_gb_card_with_an_int8_upgrade_for_some(sizes: dict[str
     assert estimate_card(sizes["30B"], CARDS["80 GB"]).auto.plan.tiers == ("fp16",)
 
 
+def test_what_a_token_reads_is_what_is_multiplied_for_it(sizes: dict[str, ModelSpec]) -> None:
+    size = sizes["30B"]
+    embedding = 2 * 151936 * 2048
+    assert (size.experts_per_token, size.gathered) == (8, embedding)
+    plans = {estimate.plan.tiers: estimate for estimate in estimate_card(size, CARDS["32 GB"]).estimates}
+    for tiers, (least, most) in {("int4", "int8"): (4.27, 8.27), ("int2", "int4"): (2.27, 4.27)}.items():
+        bits = [8 * (nbytes - size.dense + embedding) / (48 * 8 * 4718592) for nbytes in plans[tiers].read]
+        assert bits == pytest.approx([least, most], abs=0.02), f"{tiers}, bits per routed weight"
+    replaced = plans["int4", "fp16"].read
+    assert replaced[1] - (size.dense - embedding) == 48 * 8 * 4718592 * 2, "16 bits take the place of 4"
+    alone = plans["int4",].read
+    assert alone[0] == alone[1] == plans["int4", "int8"].read[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_reads_all_of_an_embedding_that_it_shares(tied: bool, tmp_path: Path) -> None:
+    model = tiny.tiny_qwen3_moe(tie_word_embeddings=tied)
+    source, embedding = saved_of(model, tmp_path), model.get_input_embeddings().weight.nbytes
+    assert inspect_checkpoint(source, DynaExqConfig()).gathered == (0 if tied else embedding)
+    assert inspect_checkpoint(source, DynaExqConfig(dense="int8")).gathered == embedding, "a head of its own"
+
+
+def test_how_fast_a_token_can_be_is_said_for_the_memory_at_hand(tmp_path: Path) -> None:
+    source = saved(QWEN3_30B, tmp_path)
+
+    def said(*arguments: str) -> str:
+        return " ".join(CliRunner().invoke(app.app, ["plan", *arguments]).output.split())
+
+    card = said(str(source), "--gpu", "24GiB")
+    assert (
+        "one token reads 3.42 GB of weights, 4.33 with all its experts upgraded: at most 231 to 292 tokens/s" in card
+    )
+    assert "for each TB/s of the memory" in card
+    ram = said(str(saved(SMALL, tmp_path)), "--device", "cpu")
+    assert re.search(
+        r"one token reads 0\.\d\d GB of weights.*: at most [\d to]+ tokens/s at the \d+ GB/s measured here", ram
+    )
+
+
 def test_every_byte_of_a_card_is_accounted_for(sizes: dict[str, ModelSpec]) -> None:
     for card in CARDS.values():
         found = estimate_card(sizes["30B"], card)

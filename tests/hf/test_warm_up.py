@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from dynaexq.hf import warm_up
+from dynaexq.hf import compat, warm_up
 from dynaexq.kernels import compiles_on
 from dynaexq.runtime.linear import PackedLinear
 
@@ -66,6 +66,6 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_a_family_that_hides_how_many_experts_a_token_takes_compiles_as_it_goes(monkeypatch):
-    monkeypatch.setattr(warm_up, "CHOICES", ())
+    monkeypatch.setattr(compat, "EXPERTS_PER_TOKEN", ())
     monkeypatch.setattr(warm_up, "compilations", lambda *_: pytest.fail("it does not know for what"))
     patching.patch(tiny.tiny_qwen3_moe(), "1GiB", device="cpu")
