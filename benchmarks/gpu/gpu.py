@@ -40,11 +40,13 @@ class Bench:
     Args:
         quick: a few sizes of the first model, four layers of a whole one.
         dry: on a CPU, in sizes that take no time.
+        num_layers: of a whole model.
     """
 
-    def __init__(self, call: str, out: Path, quick: bool, dry: bool):
+    def __init__(self, call: str, out: Path, quick: bool, dry: bool, num_layers: int = 48):
         self.device = torch.device("cpu") if dry else torch.device("cuda", 0)
         self.call, self.out, self.quick, self.dry = call, out, quick, dry
+        self._num_layers = 4 if quick else num_layers
         self.found: dict[str, Any] = {"gpu": card(self.device), **versions()}
 
     def add(self, title: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -61,11 +63,12 @@ class Bench:
             return (gpu_layers.TOY,)
         return gpu_layers.MODELS[:1] if self.quick else gpu_layers.MODELS
 
-    def sizes(self, num_layers: int) -> dict[str, Any]:
+    @property
+    def sizes(self) -> dict[str, Any]:
         """Of a whole model."""
         if self.dry:
             return {**random_model.TOY, "num_hidden_layers": 2}
-        return {**random_model.QWEN3_30B, "num_hidden_layers": 4 if self.quick else num_layers}
+        return {**random_model.QWEN3_30B, "num_hidden_layers": self._num_layers}
 
     def either(self, dry: Any, quick: Any, full: Any) -> Any:
         """What suits how it is run."""
@@ -86,12 +89,12 @@ def versions() -> dict[str, str]:
     return {"torch": torch.__version__, "triton": triton.__version__}
 
 
-def run_tests(bench: Bench, num_layers: int) -> None:
+def run_tests(bench: Bench) -> None:
     """See `gpu_tests`."""
     bench.add("tests", gpu_tests.run(bench.out))
 
 
-def run_layers(bench: Bench, num_layers: int) -> None:
+def run_layers(bench: Bench) -> None:
     """See `gpu_layers`."""
     for shape in bench.shapes:
         gpu_layers.check(shape, bench.device)
@@ -103,40 +106,40 @@ def run_layers(bench: Bench, num_layers: int) -> None:
         bench.add("layers", gpu_layers.times(shape, tokens, bench.device))
 
 
-def run_moves(bench: Bench, num_layers: int) -> None:
+def run_moves(bench: Bench) -> None:
     """See `gpu_moves`."""
     for title, rows in gpu_moves.run(bench.shapes[0], bench.either(8, 200, 2000), bench.device):
         bench.add(title, rows)
 
 
-def run_model(bench: Bench, num_layers: int) -> None:
+def run_model(bench: Bench) -> None:
     """See `gpu_model`."""
-    sizes, steps = bench.sizes(num_layers), bench.either(8, 100, 500)
+    sizes, steps = bench.sizes, bench.either(8, 100, 500)
     workload = gpu_model.Workload(bench.device, steps, sizes, *bench.either([(1, 2), (8,)], [], []))
     for title, row in gpu_model.run(workload, bench.out):
         bench.add(title, [row])
 
 
-def run_generate(bench: Bench, num_layers: int) -> None:
+def run_generate(bench: Bench) -> None:
     """See `gpu_generate`."""
     batches, tokens = bench.either(((1,), 4), ((1,), 128), ((1, 8), 256))
     tiers = gpu_model.TIERS[:1] if bench.quick else gpu_model.TIERS
-    bench.add("generate", gpu_generate.run(bench.sizes(num_layers), tiers, batches, tokens, bench.device))
+    bench.add("generate", gpu_generate.run(bench.sizes, tiers, batches, tokens, bench.device))
 
 
-def run_tune(bench: Bench, num_layers: int) -> None:
+def run_tune(bench: Bench) -> None:
     """See `gpu_tune`."""
     tokens = bench.either((8,), (1, 32), (1, 8, 32, 128))
     bench.add("tune", gpu_tune.run(bench.shapes[0], tokens, bench.device))
 
 
-def run_long(bench: Bench, num_layers: int) -> None:
+def run_long(bench: Bench) -> None:
     """See `gpu_long`."""
     for tiers in gpu_model.TIERS:
-        bench.add("long", [gpu_long.run(bench.sizes(num_layers), tiers, bench.either(0, 20, 200), bench.device)])
+        bench.add("long", [gpu_long.run(bench.sizes, tiers, bench.either(0, 20, 200), bench.device)])
 
 
-RUNNERS: dict[str, Callable[[Bench, int], None]] = {
+RUNNERS: dict[str, Callable[[Bench], None]] = {
     "tests": run_tests,
     "layers": run_layers,
     "moves": run_moves,
@@ -163,18 +166,18 @@ def main(
         raise typer.Exit(1)
     torch.manual_seed(0)
     names = tuple(RUNNERS) if call == "all" else (call,)
-    went_well = [run(name, Bench(name, out, quick, dry_run), num_layers) for name in names]
+    went_well = [run(Bench(name, out, quick, dry_run, num_layers)) for name in names]
     raise typer.Exit(not all(went_well))
 
 
-def run(name: str, bench: Bench, num_layers: int) -> bool:
+def run(bench: Bench) -> bool:
     """One call. What goes wrong is a row of its figures, so that the next call, and those before, are not lost."""
     try:
-        RUNNERS[name](bench, num_layers)
+        RUNNERS[bench.call](bench)
     except Exception as error:
         traceback.print_exc()
-        bench.add("wrong", [{"call": name, "error": f"{type(error).__name__}: {error}"}])
-    typer.echo(write(bench.found, name, bench.out))
+        bench.add("wrong", [{"call": bench.call, "error": f"{type(error).__name__}: {error}"}])
+    typer.echo(write(bench.found, bench.call, bench.out))
     failed = [row for row in bench.found.get("tests", ()) if not row["outcome"].startswith(("passed", "not run"))]
     return not failed and "wrong" not in bench.found
 

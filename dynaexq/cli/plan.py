@@ -22,6 +22,7 @@ from dynaexq.settings import parse_bytes
 
 REMEDIES_SHOWN = 2
 SHORTEST_CONTEXT = 1024  # tokens
+ROOM_TO_MEASURE = 2**30  # bytes; the memory's speed is measured with a quarter of them
 
 
 class Planned(NamedTuple):
@@ -94,7 +95,9 @@ def _cards(gpu: str | None, hbm_budget: str | None, device: str | None) -> list[
 def _here(device: torch.device) -> Card:
     """The memory of this machine that is free now."""
     name, is_cpu = ("RAM", True) if device.type == "cpu" else ("here", False)
-    return Card(name, free_bytes(device), driver=0, is_cpu=is_cpu, bandwidth=measure_bandwidth(device))
+    free = free_bytes(device)
+    bandwidth = measure_bandwidth(device) if free >= ROOM_TO_MEASURE else None
+    return Card(name, free, driver=0, is_cpu=is_cpu, bandwidth=bandwidth)
 
 
 def _trials(options: dict[str, Any], context: int, batch: int) -> list[dict[str, Any]]:

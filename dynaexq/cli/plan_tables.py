@@ -198,8 +198,9 @@ def _speed(card: Card, estimate: TierEstimate) -> list[str]:
     reads = f"  one token reads {least / 1e9:.2f} GB of weights"
     if most > least:
         reads += f", {most / 1e9:.2f} with all its experts upgraded"
-    rate, where = (1e12, "for each TB/s of the memory") if card.bandwidth is None else (card.bandwidth, "")
-    where = where or f"at the {rate / 1e9:.0f} GB/s measured here"
+    rate, where = 1e12, "for each TB/s of the memory"
+    if card.bandwidth is not None:
+        rate, where = card.bandwidth, f"at the {card.bandwidth / 1e9:.0f} GB/s measured here"
     rates = " to ".join(dict.fromkeys(f"{rate / nbytes:.0f}" for nbytes in (most, least)))
     return [f"{reads}: at most {rates} tokens/s {where}"]
 

@@ -136,7 +136,7 @@ class ModelPatch:
 
     def connect(self, runtime: DeviceRuntime, layers: list[SparseLayer]) -> None:
         """Connect `layers`, in the order of `runtime`, to their bytes."""
-        exchanges_tokens = sizes_of(self.model.config)[1] > 1
+        exchanges_tokens = sizes_of(getattr(self.model, "config", None))[1] > 1
         for index, layer in enumerate(layers):
             experts = layer.experts
             post_norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None

@@ -75,12 +75,12 @@ def test_all_calls_run_dry(tmp_path):
 def test_what_goes_wrong_is_written_beside_what_was_found(benchmarks, tmp_path, monkeypatch):
     import gpu
 
-    def call(bench, num_layers):
+    def call(bench):
         bench.add("link", [{"gigabytes_a_second": 1.0}])
         raise RuntimeError("illegal memory access")
 
     monkeypatch.setitem(gpu.RUNNERS, "moves", call)
-    assert not gpu.run("moves", gpu.Bench("moves", tmp_path, quick=True, dry=True), 4)
+    assert not gpu.run(gpu.Bench("moves", tmp_path, quick=True, dry=True))
     found = json.loads((tmp_path / "gpu-a-cpu-dry-run-moves.json").read_text())
     assert found["link"] == [{"gigabytes_a_second": 1.0}]
     assert found["wrong"] == [{"call": "moves", "error": "RuntimeError: illegal memory access"}]

@@ -93,18 +93,18 @@ def _around(
     choices: int,
     dtype: torch.dtype,
 ) -> None:
-    """What stands before, between and behind the products of so many tokens."""
+    """What stands before, between and behind the products of so many tokens, all of whose experts are elsewhere."""
     zeros = partial(torch.zeros, device=layer.base.device)
     with torch.cuda.device_of(layer.base):
         rows = zeros(tokens, layer.hidden_size, dtype=layer.codec.dtype)
-        ids, weights = zeros(tokens, choices, dtype=torch.int64), zeros(tokens, choices, dtype=dtype)
+        ids, weights = zeros(tokens, choices, dtype=torch.int64) - 1, zeros(tokens, choices, dtype=dtype)
         counts = zeros(layer.num_experts + 2, dtype=torch.int64)
         prepare(ids, weights, layer.num_experts, plan.block_m, sums_wanted(rows, up, plan.up), counts)
         wanted = sums_wanted(zeros(1, down.columns, dtype=layer.codec.dtype), down, plan.down)
         if wanted is not None and not plan.up[0].tiling.next_sum_width:
             group_sums(*wanted)
-        results = zeros(tokens * choices, layer.hidden_size, dtype=layer.codec.dtype)
-        weighted_sum(results, ids, weights, layer.num_experts)
+        result = zeros(1, layer.hidden_size, dtype=layer.codec.dtype)  # none is read
+        weighted_sum(result, ids, weights, layer.num_experts)
 
 
 def _sum(row: Tensor, padded: int, width: int) -> None:
