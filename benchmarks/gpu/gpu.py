@@ -1,4 +1,4 @@
-"""A first day on a GPU, in calls of at most ten minutes: is it right, and how fast is it?
+"""A first day on a GPU, in calls that are meant to take ten minutes at most: is it right, and how fast is it?
 
     python benchmarks/gpu/gpu.py tests       the tests of tests/gpu, some of them under compute-sanitizer
     python benchmarks/gpu/gpu.py layers      one layer of experts beside Transformers' own
