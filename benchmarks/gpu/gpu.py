@@ -116,8 +116,8 @@ def run_model(bench: Bench) -> None:
     """See `gpu_model`."""
     sizes, steps = bench.sizes, bench.either(8, 100, 500)
     workload = gpu_model.Workload(bench.device, steps, sizes, *bench.either([(1, 2), (8,)], [], []))
-    for title, row in gpu_model.run(workload, bench.out):
-        bench.add(title, [row])
+    for title, rows in gpu_model.run(workload, bench.out):
+        bench.add(title, rows)
 
 
 def run_generate(bench: Bench) -> None:

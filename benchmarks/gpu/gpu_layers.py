@@ -141,12 +141,14 @@ def check(shape: Shape, device: torch.device) -> None:
     for name, (tiers, share) in MIXES.items():
         mix = build(shape, tiers, share, source)
         for tokens in (1, 16, 2048):
-            arguments = routings(shape, tokens, device)[0]
-            expected, got = mix.reference(*arguments).double(), mix.run(*arguments).double()
-            error = float((got - expected).norm() / expected.norm())
-            assert error <= TOLERANCE[device.type], (
-                f"{shape.name}, {name}, {tokens} tokens: off by {error:.2g} of the reference"
-            )
+            must_agree(mix, routings(shape, tokens, device)[0], f"{shape.name}, {name}, {tokens} tokens")
+
+
+def must_agree(mix: Mix, arguments: tuple[Tensor, Tensor, Tensor], what: str) -> None:
+    """Raise AssertionError unless a mix answers these arguments as the reference does."""
+    expected, got = mix.reference(*arguments).double(), mix.run(*arguments).double()
+    error = float((got - expected).norm() / expected.norm())
+    assert error <= TOLERANCE[got.device.type], f"{what}: off by {error:.2g} of the reference"
 
 
 def times(shape: Shape, tokens: tuple[int, ...], device: torch.device) -> Iterator[dict[str, Any]]:

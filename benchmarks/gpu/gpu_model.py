@@ -116,18 +116,17 @@ def _union(events: Iterable[dict[str, Any]]) -> list[tuple[float, float]]:
     return merged
 
 
-def run(workload: Workload, out: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pair, batch and prompt: titles, and a row below each; the trace is of the first pair's first batch."""
+def run(workload: Workload, out: Path) -> Iterator[tuple[str, Iterable[dict[str, Any]]]]:
+    """Every pair, batch and prompt: titles, and rows below them; the trace is of the first pair's first batch."""
     vocabulary = workload.sizes["vocab_size"]
     for tiers in TIERS:
         policy = Rotation()
         model = build(workload.sizes, tiers, policy, workload.device)
         for size in [(batch, 1) for batch in workload.batches] + [(1, prompt) for prompt in workload.prompts]:
             ids = torch.randint(vocabulary, size, device=workload.device)
-            for row in measure(model, policy, ids, workload):
-                yield "model", row
+            yield "model", measure(model, policy, ids, workload)
         if tiers == TIERS[0]:
             ids = torch.randint(vocabulary, (workload.batches[0], 1), device=workload.device)
-            yield "overlap", trace(model, policy, ids, workload, out / "gpu-overlap-trace.json")
+            yield "overlap", [trace(model, policy, ids, workload, out / "gpu-overlap-trace.json")]
         model.dynaexq.close()
         del model

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from clock import duration
-from gpu_layers import MIXES, TOLERANCE, Shape, build, routings, source_experts
+from gpu_layers import MIXES, Shape, build, must_agree, routings, source_experts
 
 TUNED = ("int4", "20 % int4 over int2", "20 % fp16 over int4")
 
@@ -32,9 +32,7 @@ def run(shape: Shape, tokens: tuple[int, ...], device: torch.device) -> Iterator
         with patch.object(tuning, "multiprocessor_of", lambda _, candidate=candidate: candidate):
             times = {}
             for (name, mix), count in itertools.product(mixes.items(), tokens):
-                expected, got = (f(*arguments[count][0]).double() for f in (mix.reference, mix.run))
-                error = float((got - expected).norm() / expected.norm())
-                assert error <= TOLERANCE[device.type], f"{candidate}, {name}, {count} tokens: off by {error:.2g}"
+                must_agree(mix, arguments[count][0], f"{candidate}, {name}, {count} tokens")
                 microseconds, _ = duration(
                     lambda mix=mix, count=count: [mix.run(*a) for a in arguments[count]], device
                 )

@@ -39,6 +39,7 @@ from transformers import CompileConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3Mo
 from transformers.generation.streamers import BaseStreamer
 
 import dynaexq
+from dynaexq.memory.device_memory import measure_bandwidth
 from dynaexq.runtime.linear import PackedLinear
 
 PROMPT, NEW_TOKENS = 32, 24
@@ -226,15 +227,9 @@ def bytes_per_token(model: PreTrainedModel) -> dict[str, int]:
 
 
 def bandwidth(threads: int) -> float:
-    """Bytes read per second, the best of several passes over 1 GiB by as many processes as there are threads."""
-    words = torch.ones(2**27, dtype=torch.int64)
+    """Bytes read per second by so many threads."""
     torch.set_num_threads(threads)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        words.sum()
-        times.append(time.perf_counter() - start)
-    return words.nbytes / min(times)
+    return measure_bandwidth(torch.device("cpu"))
 
 
 @contextmanager

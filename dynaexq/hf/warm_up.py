@@ -26,7 +26,6 @@ SECONDS_UNSEEN = 1
 def warm_up(model: nn.Module) -> None:
     """Compile all that `model` will launch. What fails is said, and tried again by the forward that needs it."""
     experts = [module.layer for module in model.modules() if isinstance(module, MixedPrecisionExperts)]
-    experts = [layer for layer in experts if compiles_on(layer.base.device)]
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     dense = [module.current() for module in packed if compiles_on(module.packed.device)]
     choices = experts_per_token(model)

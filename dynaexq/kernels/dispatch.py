@@ -158,7 +158,7 @@ def compilations(
     """Calls that compile the kernels of these layers, in any order and on any thread; none where none are.
 
     Args:
-        experts, linears: of one model, on devices that kernels are compiled on.
+        experts, linears: of one model.
         choices: experts of a token.
     """
     taken = [layer for layer in experts if _runs_triton(layer.base.device, layer.codec.dtype)]

@@ -62,7 +62,7 @@ class PageLocked:
 
 
 class Addressable:
-    """Uint8 `bytes [nbytes]`, zero, page-locked, that kernels address as the host does; by the current device.
+    """Uint8 `bytes [nbytes]`, page-locked, that kernels address as the host does; by the current device.
 
     Where memory is locked after it was allocated, ROCm gives it another address on the device, so there PyTorch
     allocates it.
@@ -74,7 +74,6 @@ class Addressable:
     def __init__(self, nbytes: int):
         self._locked = None if torch.version.hip else PageLocked(nbytes)
         self.bytes = self._locked.bytes if self._locked else torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
-        self.bytes.zero_()
 
     def close(self) -> None:
         """Unlock the memory; nothing on the device may use it any more."""

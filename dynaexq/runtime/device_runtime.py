@@ -319,9 +319,12 @@ class DeviceRuntime:
     @torch.inference_mode(False)  # as above
     def _go_on(self) -> None:
         """Publish what has arrived since the last tick, and copy what has got its slot."""
-        with self._ticking.turn(wait=False) as taken:
-            if taken and not self.closed:
-                self.pipeline.settle()
+        try:
+            with self._ticking.turn(wait=False) as taken:
+                if taken and not self.closed:
+                    self.pipeline.settle()
+        except Exception as error:  # generation goes on, and the next tick, which does the same, says so
+            logger.debug("moves wait for the next tick: %r", error)
 
     def _note_failure(self, error: Exception) -> None:
         """A tick has failed: one of a user's policy freezes precision, another is tried again, ever later."""

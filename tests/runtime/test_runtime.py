@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dynaexq
 import dynaexq.runtime.experts
 from dynaexq.errors import ClosedError, SettingsError, StoreError
-from dynaexq.memory import ManualCopier, RamStore
+from dynaexq.memory import ManualCopier, RamStore, SwapPipeline
 from dynaexq.types import BITS
 
 TIER_CHOICES = [("int2", "int4"), ("int4", "int8"), ("int2", "int8"), ("int4", "fp16"), ("int2", "fp16")]
@@ -59,6 +59,21 @@ def test_what_arrives_between_two_ticks_is_published_with_the_next_forward() -> 
     assert sum(map(len, upgraded(model))) == sum(map(len, before)) + 1
     assert model.dynaexq.stats()["ticks"] == ticks
     copier.synchronize()
+
+
+def test_what_fails_between_two_ticks_is_told_by_the_next_and_generation_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = patched()
+    runtime = model.dynaexq.devices[0]
+    monkeypatch.setattr(SwapPipeline, "num_in_flight", 1)
+    monkeypatch.setattr(SwapPipeline, "settle", lambda pipeline: 1 / 0)
+    runtime.steps.update_interval = 1000
+    run(model, 2)
+    assert model.dynaexq.health().state == "ok"
+    runtime.steps.update_interval = 1
+    run(model, 1)
+    assert "ZeroDivisionError" in model.dynaexq.health().why
 
 
 @two_tiers
