@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-REPEATS = 30
+REPEATS, DRY_REPEATS = 30, 2  # a dry run's times mean nothing
 
 
 def synchronize(device: torch.device) -> None:
@@ -38,10 +38,10 @@ def duration(work: Callable[[], Any], device: torch.device) -> tuple[float, bool
         for _ in range(3):
             work()
         replay = replay_of(work, device)
-        if replay is None:
-            return statistics.median(step_times(work, REPEATS, device)[0]), False
-        replay()
-        return statistics.median(step_times(replay, REPEATS, device)[0]), True
+        step = work if replay is None else replay
+        step()
+        repeats = REPEATS if device.type == "cuda" else DRY_REPEATS
+        return statistics.median(step_times(step, repeats, device)[0]), replay is not None
 
 
 def step_times(step: Callable[[], Any], steps: int, device: torch.device) -> tuple[list[float], float]:

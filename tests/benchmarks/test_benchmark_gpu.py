@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -39,37 +40,71 @@ def test_it_knows_its_arguments():
     assert "there is no call 'layer'" in done.stderr
 
 
-@pytest.mark.timeout(180)
-def test_all_calls_run_dry(tmp_path):
-    done = run("all", "--dry-run", "--out", str(tmp_path))
+def dry_run(call: str, out: Path) -> dict:
+    """What a call found when it was run without a GPU."""
+    done = run(call, "--dry-run", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {path.stem.rpartition("-")[2]: json.loads(path.read_text()) for path in tmp_path.glob("gpu-a-cpu*.json")}
-    assert {row["tests"]: row["outcome"].split(":")[0] for row in found["tests"]["tests"]} == {
+    return json.loads((out / f"gpu-a-cpu-dry-run-{call}.json").read_text())
+
+
+@pytest.mark.timeout(400)  # it has a limit of its own for each part
+def test_tests_run_dry(tmp_path):
+    assert {row["tests"]: row["outcome"].split(":")[0] for row in dry_run("tests", tmp_path)["tests"]} == {
         "copier": "passed",
         "kernels": "passed",
         "graphs": "passed",
         "memcheck": "not run",
     }
-    assert {row["what"] for row in found["layers"]["layers"]} >= {"int4", "Transformers grouped_mm"}
-    assert len(found["moves"]["link"]) == 2
-    assert any(row["moves"] for row in found["moves"]["swapping"])
-    ways = {(row["model"], row["way"]) for row in found["generate"]["generate"]}
+
+
+def test_layers_run_dry(tmp_path):
+    assert {row["what"] for row in dry_run("layers", tmp_path)["layers"]} >= {"int4", "Transformers grouped_mm"}
+
+
+def test_moves_run_dry(tmp_path):
+    found = dry_run("moves", tmp_path)
+    assert len(found["link"]) == 2
+    assert any(row["moves"] for row in found["swapping"])
+
+
+def test_generate_runs_dry(tmp_path):
+    ways = {(row["model"], row["way"]) for row in dry_run("generate", tmp_path)["generate"]}
     assert {way for model, way in ways if model == "Transformers, 16 bit"} == {"eager", "static cache, compiled"}
     assert ("int2+int4, dynamic", "static cache") in ways
-    for row in found["long"]["long"]:
+
+
+def test_long_runs_dry(tmp_path):
+    for row in dry_run("long", tmp_path)["long"]:
         assert row["promotions"] > row["upgrades_compared"] > 0
         assert row["failed"] == 0
-    means = [row["geometric_mean"] for row in found["tune"]["tune"]]
+
+
+def test_tune_runs_dry(tmp_path):
+    means = [row["geometric_mean"] for row in dry_run("tune", tmp_path)["tune"]]
     assert len(means) == 7
     assert means == sorted(means, reverse=True)
-    rows = found["model"]["model"]
-    assert len(rows) == 2 * 3 * 2, "pairs, sizes, static and dynamic"
-    for row in rows:
+
+
+def test_model_runs_dry(tmp_path):
+    found = dry_run("model", tmp_path)
+    assert len(found["model"]) == 2 * 3 * 2, "pairs, sizes, static and dynamic"
+    for row in found["model"]:
         assert row["p99_microseconds"] >= row["median_microseconds"] > 0
         assert row["precision"] == "dynamic" or row["megabytes_a_second_copied"] == 0
-    assert any(row["megabytes_a_second_copied"] > 0 for row in rows), "nothing was swapped"
-    assert (tmp_path / found["model"]["overlap"][0]["trace"]).stat().st_size > 0
-    assert found["model"]["overlap"][0]["beside_kernels"] is None, "a CPU has no copies to hide"
+    assert any(row["megabytes_a_second_copied"] > 0 for row in found["model"]), "nothing was swapped"
+    assert (tmp_path / found["overlap"][0]["trace"]).stat().st_size > 0
+    assert found["overlap"][0]["beside_kernels"] is None, "a CPU has no copies to hide"
+
+
+def test_all_is_every_call(benchmarks, tmp_path, monkeypatch):
+    import gpu
+
+    called = []
+    monkeypatch.setattr(gpu, "RUNNERS", {name: lambda bench: called.append(bench.call) for name in gpu.RUNNERS})
+    with pytest.raises(typer.Exit) as ended:
+        gpu.main("all", tmp_path, dry_run=True)
+    assert ended.value.exit_code == 0
+    assert called == ["tests", "layers", "moves", "model", "generate", "tune", "long"]
 
 
 def test_what_goes_wrong_is_written_beside_what_was_found(benchmarks, tmp_path, monkeypatch):
