@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import Any, ClassVar, TypeVar
 
 from dynaexq.errors import SettingsError
-from dynaexq.types import BITS
+from dynaexq.types import BITS, UPGRADES
 
 BUDGET_VARIABLE = "DYNAEXQ_HBM_BUDGET"
 """The environment variable that stands in for `hbm_budget`; see `resolve`."""
@@ -83,8 +83,8 @@ class Options:
         kv_reserve: bytes of `hbm_budget` that are kept for the KV cache: None, as the budget is for weights alone; a
             size; or `"auto"`: as much as the caches of this model take at any moment, so that upgrades give way as a
             context grows and come back after it.
-        tiers: `"auto"`, or the precisions of an expert, the base first: one or two of int2, int4, int8, fp16.
-            fp16 stands for the model's own dtype.
+        tiers: `"auto"`, or the precisions of an expert, the base first: one or two of int2, int3, int4, int6, int8,
+            fp16, as `types.UPGRADES` pairs them. fp16 stands for the model's own dtype.
         device: where the model computes, such as `"cpu"` or `"cuda:1"`; None takes the accelerator if there is one,
             else the CPU.
         dense: None leaves the dense linear layers as they are; `"int8"` and `"int4"` pack them as experts are packed,
@@ -314,6 +314,9 @@ def _checked_tiers(tiers: Any) -> str | tuple[str, ...]:
         )
     if len(tiers) > 2:
         raise SettingsError(f"tiers takes a base and at most one upgrade, got {tuple(tiers)}; drop one of them")
+    if len(tiers) == 2 and tiers[1] not in UPGRADES[tiers[0]]:
+        others = " or ".join(UPGRADES[tiers[0]])
+        raise SettingsError(f"{tiers[0]} experts can be upgraded to {others}, got {tiers[1]!r}; take one of those")
     return tuple(tiers)
 
 

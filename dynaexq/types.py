@@ -2,8 +2,18 @@
 
 from dataclasses import dataclass, replace
 
-BITS = {"int2": 2, "int4": 4, "int8": 8, "fp16": 16}
+BITS = {"int2": 2, "int3": 3, "int4": 4, "int6": 6, "int8": 8, "fp16": 16}
 """Code bits of a weight at each precision. `fp16` stands for the model's own floating dtype, stored as it is."""
+
+UPGRADES = {
+    "int2": ("int3", "int4", "int8", "fp16"),
+    "int3": ("int4", "fp16"),
+    "int4": ("int6", "int8", "fp16"),
+    "int6": ("fp16",),
+    "int8": ("fp16",),
+    "fp16": (),
+}
+"""What experts at each precision may be upgraded to."""
 
 MASS_UNIT = 2**20
 """Routing mass is counted in integers: this many units for a weight of one."""

@@ -16,7 +16,7 @@ from dynaexq.types import MemoryPlan, Tier
 TierPair = tuple[Tier, Tier | None]
 """Base and upgrade with the bytes of a block and of a slot; no upgrade for a single tier."""
 
-LOSS = {"fp16": 0.0, "int8": 0.0007, "int4": 0.0109, "int2": 0.132}
+LOSS = {"fp16": 0.0, "int8": 0.0007, "int6": 0.0015, "int4": 0.0109, "int3": 0.04, "int2": 0.132}
 """KL divergence from the 16-bit model in nats per token, all experts at one precision: measured on the embedded model
 by `python benchmarks/quality/precision_table.py`."""
 
@@ -32,16 +32,22 @@ _SHARE_RECOVERED = (0.0, 0.39, 0.55, 0.70, 0.84, 1.0)
 
 TIER_CHOICES = (
     ("int2",),
+    ("int2", "int3"),
     ("int2", "int4"),
     ("int2", "int8"),
+    ("int3",),
+    ("int3", "int4"),
     ("int4",),
+    ("int4", "int6"),
     ("int4", "int8"),
     ("int4", "fp16"),
+    ("int6",),
     ("int8",),
     ("int8", "fp16"),
     ("fp16",),
 )
-"""What `tiers="auto"` chooses from. Not ("int2", "fp16"): the same bytes as planes serve three times the experts."""
+"""What `tiers="auto"` chooses from. Not ("int2", "fp16") and its like: the same bytes as planes serve three times the
+experts."""
 
 RESERVED_SHARE = 0.1
 """Of the memory at hand, kept for rounding by the allocator and for other programs."""

@@ -31,9 +31,23 @@ class Plane(NamedTuple):
 
 
 _TOP2, _MIDDLE2, _TOP4, _LOW4 = Plane("top2", 2, 6), Plane("middle2", 2, 4), Plane("top4", 4, 4), Plane("low4", 4, 0)
+_THIRD1, _FOURTH1, _FIFTH2 = Plane("third1", 1, 5), Plane("fourth1", 1, 4), Plane("fifth2", 2, 2)
 
-BASE_PLANES = {"int2": (_TOP2,), "int4": (_TOP4,), "int8": (_TOP4, _LOW4)}
-REFINE_PLANES = {("int2", "int4"): (_MIDDLE2,), ("int2", "int8"): (_MIDDLE2, _LOW4), ("int4", "int8"): (_LOW4,)}
+BASE_PLANES = {
+    "int2": (_TOP2,),
+    "int3": (_TOP2, _THIRD1),
+    "int4": (_TOP4,),
+    "int6": (_TOP4, _FIFTH2),
+    "int8": (_TOP4, _LOW4),
+}
+REFINE_PLANES = {
+    ("int2", "int3"): (_THIRD1,),
+    ("int2", "int4"): (_MIDDLE2,),
+    ("int2", "int8"): (_MIDDLE2, _LOW4),
+    ("int3", "int4"): (_FOURTH1,),
+    ("int4", "int6"): (_FIFTH2,),
+    ("int4", "int8"): (_LOW4,),
+}
 
 
 def plane_arrays(name: str, matrix: MatrixLayout, planes: tuple[Plane, ...]) -> list[Array]:
@@ -72,13 +86,15 @@ class PlaneCodec:
 
     @property
     def fit_bits(self) -> int:
-        """The number of bits that is fitted best; 4 for every code that has, or may get, its 4-bit reading."""
-        return BITS[self.tiers[0]] if not self.refine_planes and self.planes else 4
+        """The bits that are fitted best: where a code may be refined, those that it may get, but at most four."""
+        if not self.planes:
+            return 4
+        return min(4, BITS[self.tiers[-1]]) if self.refine_planes else BITS[self.tiers[0]]
 
     @property
-    def coarse(self) -> bool:
-        """Whether the fit looks after the 2-bit reading too: that costs range, which int8 would miss."""
-        return self.tiers == ("int2", "int4")
+    def coarse_bits(self) -> int | None:
+        """Those of the base, where the fit looks after them too: that costs range, which int6 and int8 would miss."""
+        return BITS[self.tiers[0]] if self.refine_planes and BITS[self.tiers[-1]] <= 4 else None
 
     def encode_matrix(
         self,
@@ -154,7 +170,8 @@ class PlaneCodec:
             # Padding repeats the row, so that a group keeps the spread of the weights it really holds.
             matrix = matrix.repeat(1, 1, -(-layout.padded // layout.columns))[..., : layout.padded]
         unshrink = not self.refine_planes
-        return quantize(matrix, layout.group_size, self.fit_bits, self.method, unshrink, self.coarse, inputs, form)
+        options = self.method, unshrink, self.coarse_bits, inputs, form
+        return quantize(matrix, layout.group_size, self.fit_bits, *options)
 
     def _squares(self, name: str, matrix: Tensor, code: Code) -> Tensor:
         """Sums over each row, `[n, N, tiers + 1]`: squared errors of the reading at each tier, squared weights."""

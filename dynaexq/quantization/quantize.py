@@ -3,7 +3,7 @@
 A group of G weights along K shares a `scale` and a `minimum` (`grid_format`). A weight's code q is an integer in
 [0, 255]; its top b bits q_b, read at the center of their bin, stand for
 
-    w_b = minimum + scale / 16 * (2**(8 - b) * q_b + (2**(8 - b) - 1) / 2)        b = 2, 4 or 8
+    w_b = minimum + scale / 16 * (2**(8 - b) * q_b + (2**(8 - b) - 1) / 2)        b = 2, 3, 4, 6 or 8
 
 so one code serves every precision and refining it only adds bits. `scale` is the step of the 4-bit reading, not of the
 8-bit one: that keeps a float16 clear of its subnormals. Rounding to the nearest 8-bit level and dropping bits equals
@@ -26,8 +26,8 @@ from dynaexq.quantization.moments import Inputs, InputsOfMatrices
 from dynaexq.quantization.scales import Target, center, fitted_grid, nearest, range_grid, unshrunk
 
 LARGEST_WEIGHT = 32768.0  # half of float16's range, so that minimum and scale stay finite
-COARSE = Target(2, weight=0.5, length=1.1)
-"""How a code that is fitted for four bits looks after its 2-bit reading: benchmarks/quality/quantizers.py."""
+COARSE = {2: Target(2, weight=0.5, length=1.1), 3: Target(3, weight=0.5, length=1.03)}
+"""How a code that is fitted for more bits looks after a coarser reading: benchmarks/quality/quantizers.py."""
 
 
 @dataclass(frozen=True)
@@ -45,26 +45,27 @@ def quantize(
     fit_bits: int = 4,
     method: str = "als",
     unshrink: bool = False,
-    coarse: bool = False,
+    coarse_bits: int | None = None,
     inputs: Sequence[Inputs] | None = None,
     form: GridFormat | None = None,
 ) -> Code:
     """Fit codes to finite `weights` `[..., N, K]`, K a multiple of `group_size`.
 
     Args:
-        fit_bits: the bits whose reading is made optimal: 2, 4 or 8.
+        fit_bits: the bits whose reading is made optimal: 2, 3, 4, 6 or 8.
         method: `"als"` or `"rtn"`.
         unshrink: stretch the reading at `fit_bits`; only for codes that are never refined, as the other readings
             no longer fit afterwards.
-        coarse: whether the reading at two bits will be served too; not together with `unshrink`.
+        coarse_bits: 2 or 3 where the reading at so many bits, fewer than `fit_bits`, will be served too; not together
+            with `unshrink`.
         inputs: of each of the matrices `[n, N, K]`, where they are known: the error of the outputs is minimized then,
             and not that of the weights; readings finer than `fit_bits` are of no use.
         form: how the grids of these weights will be stored; None for two float16.
 
-    `"rtn"` spans the range of each group, and uses none of the last three.
+    `"rtn"` spans the range of each group, and looks at no coarser reading and no inputs.
     """
     form = form or HalfGrids()
-    targets = (Target(fit_bits), COARSE) if coarse else (Target(fit_bits),)
+    targets = (Target(fit_bits), *(COARSE[bits] for bits in (coarse_bits,) if bits))
     *lead, columns = weights.shape
     if method == "als" and inputs is not None:
         known = InputsOfMatrices.of(inputs, columns)

@@ -6,19 +6,21 @@ A code that was quantized for two tiers can be read at any number of bits whose 
 (int2, int8) serves as (int2, int4), (int4, int8), int2, int4 or int8 as well.
 """
 
+from functools import reduce
+
+import torch
 from torch import Tensor
 
 from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
 from dynaexq.quantization.codec import MATRICES, ExpertCodec
 from dynaexq.quantization.layout import BlockLayout
 from dynaexq.quantization.plane_codec import BASE_PLANES, REFINE_PLANES
+from dynaexq.types import UPGRADES
 
-_ALL = [(base,) for base in (*BASE_PLANES, "fp16")] + [
-    (base, upgrade)
-    for base in BASE_PLANES
-    for upgrade in ("int4", "int8", "fp16")
-    if base < upgrade or upgrade == "fp16"
-]
+_ALL = [(base,) for base in UPGRADES] + [(base, upgrade) for base in BASE_PLANES for upgrade in UPGRADES[base]]
+
+_TOP4_IN_PIECES = (("top2", "middle2"), ("top2", "third1", "fourth1"))
+"""The planes that an int4 base may be stored as, where its code was made for a base of fewer bits."""
 
 
 def offered(stored: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
@@ -59,11 +61,15 @@ def convert(stored: BlockLayout, wanted: BlockLayout, blocks: Tensor, out: Tenso
 
 
 def _merged(codec: ExpertCodec, parts: dict[str, Tensor], name: str) -> Tensor:
-    """The `top4` plane of a matrix from the two 2-bit planes it is stored as."""
+    """The `top4` plane of a matrix from the planes that it is stored as."""
     matrix = next(matrix for matrix in MATRICES if name == f"{matrix}.top4")
     block = codec.matrices[matrix].block
-    top, middle = (unpack_plane(parts[f"{matrix}.{plane}"], 2, block) for plane in ("top2", "middle2"))
-    return pack_plane((top << 2) | middle, 4, block)
+    codes = [
+        unpack_plane(parts[f"{matrix}.{plane.name}"], plane.bits, block) << (plane.shift - 4)
+        for plane in codec.planes + codec.refine_planes
+        if plane.shift >= 4
+    ]
+    return pack_plane(reduce(torch.bitwise_or, codes), 4, block)
 
 
 def _holds(stored: tuple[str, ...], tiers: tuple[str, ...]) -> bool:
@@ -73,7 +79,7 @@ def _holds(stored: tuple[str, ...], tiers: tuple[str, ...]) -> bool:
         return False  # a code that is not refined is fitted to its own bits, and to no others
     refined = {plane.name for plane in REFINE_PLANES.get((stored[0], stored[1]), ())}
     planes = {plane.name for plane in BASE_PLANES[stored[0]]} | refined
-    if {"top2", "middle2"} <= planes:
+    if any(planes.issuperset(pieces) for pieces in _TOP4_IN_PIECES):
         planes.add("top4")
     has_base = keeps_source if base == "fp16" else {plane.name for plane in BASE_PLANES[base]} <= planes
     if upgrade is None or upgrade == "fp16":

@@ -24,10 +24,10 @@ from dynaexq.hf.discovery import activation_name
 from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.cpu import build, interface, native, threads, torch_path
 from dynaexq.memory import RoutingCounter
-from dynaexq.planning.budget import TIER_CHOICES
-from dynaexq.types import ExpertShape
+from dynaexq.quantization.plane_codec import BASE_PLANES
+from dynaexq.types import UPGRADES, ExpertShape
 
-CODED = [*(tiers for tiers in TIER_CHOICES if tiers != ("fp16",)), ("int2", "fp16")]
+CODED = [(base, *upgrade) for base in BASE_PLANES for upgrade in [(), *((tier,) for tier in UPGRADES[base])]]
 HELPERS = Path(__file__).parent.parent / "helpers"
 AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
 

@@ -15,20 +15,9 @@ from dynaexq.quantization.grid_format import ByteGrids
 from dynaexq.quantization.layout import MatrixLayout
 from dynaexq.quantization.plane_codec import REFINE_PLANES
 from dynaexq.quantization.quantize import dequantize, quantize
-from dynaexq.types import BITS, ExpertShape
+from dynaexq.types import BITS, UPGRADES, ExpertShape
 
-TIER_CHOICES = [
-    ("int2",),
-    ("int4",),
-    ("int8",),
-    ("fp16",),
-    ("int2", "int4"),
-    ("int2", "int8"),
-    ("int4", "int8"),
-    ("int2", "fp16"),
-    ("int4", "fp16"),
-    ("int8", "fp16"),
-]
+TIER_CHOICES = [(base, *upgrade) for base in UPGRADES for upgrade in [(), *((tier,) for tier in UPGRADES[base])]]
 SHAPES = {
     "H=256 I=64": ExpertShape(256, 64, 128, has_bias=False, transposed=False),
     "H=1408 I=48 transposed": ExpertShape(1408, 48, 96, has_bias=False, transposed=True),
@@ -37,7 +26,7 @@ SHAPES = {
     "H=48 I=16 with biases, without a gate": ExpertShape(48, 16, 16, has_bias=True, transposed=False),
 }
 SMALL = ExpertShape(96, 48, 96, has_bias=True, transposed=True)
-LARGEST_ERROR = {"int2": 0.37, "int4": 0.088, "int8": 0.007, "fp16": 0.0}
+LARGEST_ERROR = {"int2": 0.37, "int3": 0.18, "int4": 0.088, "int6": 0.023, "int8": 0.007, "fp16": 0.0}
 
 each_pair = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
 each_code = pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if "fp16" not in tiers], ids="+".join)
@@ -246,9 +235,10 @@ def test_the_bytes_of_a_code_mean_what_is_documented(shape, tiers, scale_bits):
 def test_a_base_is_fitted_for_its_own_depth_and_unshrunk_unless_it_will_be_refined(tiers):
     weights, bits = random_weights(SHAPES["H=256 I=64"]), BITS[tiers[0]]
     refined = tiers in REFINE_PLANES
-    coarse = tiers == ("int2", "int4")
-    form = ByteGrids.of_weights(weights.up)
-    code = quantize(weights.up, 64, fit_bits=4 if refined else bits, unshrink=not refined, coarse=coarse, form=form)
+    finest = min(4, BITS[tiers[-1]])
+    coarse_bits = bits if refined and finest == BITS[tiers[-1]] else None
+    form, fit_bits = ByteGrids.of_weights(weights.up), finest if refined else bits
+    code = quantize(weights.up, 64, fit_bits, unshrink=not refined, coarse_bits=coarse_bits, form=form)
     expected = dequantize(code.values & -(1 << 8 - bits) % 256, code.scale, code.minimum, bits)
     assert torch.equal(readings(ExpertCodec(SHAPES["H=256 I=64"], torch.float32, tiers), weights)[0].up, expected)
 

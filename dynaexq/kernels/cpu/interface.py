@@ -9,22 +9,25 @@ from dynaexq.kernels.cpu.team import team
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
-DENSE = 5
 KINDS = {
     ("top2",): 0,
-    ("top4",): 1,
-    ("top2", "middle2"): 2,
-    ("top4", "low4"): 3,
+    ("top2", "third1"): 1,
+    ("top2", "third1", "fourth1"): 2,
+    ("top2", "middle2"): 3,
     ("top2", "middle2", "low4"): 4,
-    ("weight",): DENSE,
+    ("top4",): 5,
+    ("top4", "fifth2"): 6,
+    ("top4", "low4"): 7,
+    ("weight",): 8,
 }
-ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "low4": 2}
+DENSE = KINDS["weight",]
+ROLES = {"top2": 0, "top4": 0, "weight": 0, "middle2": 1, "third1": 1, "fourth1": 2, "fifth2": 2, "low4": 2}
 GROUP = 64  # of a matrix that has none
 WHOLE, UP_ONLY, DOWN_ONLY, DOWN_BACK, UP_BACK = range(5)
 INT8, INT16, FLOATS = range(3)
 MASKS = {torch.bool: 1, torch.bfloat16: 2, torch.float32: 3}
 PRECISIONS = {"auto": (INT8, INT16), "int8": (INT8, INT8), "int16": (INT16, INT16)}
-"""What rows are rounded to where they meet codes of at most four bits, and of eight."""
+"""What rows are rounded to where they meet codes of at most four bits, and of more."""
 
 
 def _fields(*names: str) -> list[tuple[str, type]]:

@@ -46,7 +46,7 @@ struct Avx2 {
   template <int DEPTH>
   static Ints add_products(Ints sums, Words codes, const int8_t* row) {
     const Words ones = _mm256_set1_epi16(1), numbers = repeat(row);
-    if constexpr (DEPTH <= 4) return add(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, numbers), ones));
+    if constexpr (DEPTH < 8) return add(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, numbers), ones));
     const Words low = _mm256_maddubs_epi16(mask<0x0F>(codes), numbers);
     const Words high = _mm256_maddubs_epi16(mask<0x0F>(shift_right<4>(codes)), numbers);
     sums = add(sums, _mm256_madd_epi16(low, ones));

@@ -54,7 +54,7 @@ struct Avx512 {
     return _mm512_dpbusd_epi32(sums, codes, repeat(row));
 #else
     const Words ones = _mm512_set1_epi16(1), numbers = repeat(row);
-    if constexpr (DEPTH <= 4) return add(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, numbers), ones));
+    if constexpr (DEPTH < 8) return add(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, numbers), ones));
     const Words low = _mm512_maddubs_epi16(mask<0x0F>(codes), numbers);
     const Words high = _mm512_maddubs_epi16(mask<0x0F>(shift_right<4>(codes)), numbers);
     sums = add(sums, _mm512_madd_epi16(low, ones));

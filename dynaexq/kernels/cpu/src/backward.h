@@ -91,16 +91,11 @@ inline void add_dense_rows(const MatrixView& matrix, int64_t first, int64_t coun
 inline void add_rows(const MatrixView& matrix, int64_t first, const float* const* factors, float* const* sums,
                      int64_t num_sums, Scratch& scratch) {
   const Matrix& layout = *matrix.layout;
-  switch (matrix.kind) {
-    case TOP2: return add_coded_rows<TOP2>(matrix, first, factors, sums, num_sums, scratch);
-    case TOP4: return add_coded_rows<TOP4>(matrix, first, factors, sums, num_sums, scratch);
-    case TOP2_MIDDLE2: return add_coded_rows<TOP2_MIDDLE2>(matrix, first, factors, sums, num_sums, scratch);
-    case TOP4_LOW4: return add_coded_rows<TOP4_LOW4>(matrix, first, factors, sums, num_sums, scratch);
-    case TOP2_MIDDLE2_LOW4: return add_coded_rows<TOP2_MIDDLE2_LOW4>(matrix, first, factors, sums, num_sums, scratch);
-    case DENSE:
-      const int64_t count = std::min<int64_t>(SPAN, layout.columns - first);
-      return add_dense_rows(matrix, first, count, factors, sums, num_sums);
+  if (matrix.kind == DENSE) {
+    const int64_t count = std::min<int64_t>(SPAN, layout.columns - first);
+    add_dense_rows(matrix, first, count, factors, sums, num_sums);
   }
+  for_kind(matrix.kind, [&]<Kind KIND>() { add_coded_rows<KIND>(matrix, first, factors, sums, num_sums, scratch); });
 }
 
 }  // namespace dynaexq

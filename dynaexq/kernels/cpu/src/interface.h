@@ -13,8 +13,18 @@ enum Precision : int64_t { INT8, INT16, FLOATS };
 // What a mask is made of: truths, which let a score be seen, or numbers that are added to it.
 enum MaskKind : int64_t { NO_MASK, TRUTHS, BFLOAT16_NUMBERS, FLOAT32_NUMBERS };
 
-// Which planes make up a code (see quantization/codec.py); DENSE is a plain matrix of the layer's dtype.
-enum Kind : int64_t { TOP2, TOP4, TOP2_MIDDLE2, TOP4_LOW4, TOP2_MIDDLE2_LOW4, DENSE };
+// Which planes make up a code (see quantization/plane_codec.py); DENSE is a plain matrix of the layer's dtype.
+enum Kind : int64_t {
+  TOP2,
+  TOP2_THIRD1,
+  TOP2_THIRD1_FOURTH1,
+  TOP2_MIDDLE2,
+  TOP2_MIDDLE2_LOW4,
+  TOP4,
+  TOP4_FIFTH2,
+  TOP4_LOW4,
+  DENSE
+};
 
 enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
 

@@ -86,19 +86,21 @@ inline const Word* widen(const Word* from, int64_t lines, int64_t width, Word* t
 // The strip that begins at row `first`, a multiple of STRIP.
 template <Kind KIND>
 inline Strip strip_at(const MatrixView& matrix, int64_t first, Scratch& scratch) {
+  constexpr Widths BITS = widths(KIND);
   const Matrix& layout = *matrix.layout;
   const int64_t groups = layout.padded / layout.group, height = std::min<int64_t>(STRIP, layout.rows - first);
-  Planes planes = matrix.planes.at(KIND, first * layout.padded);
+  Planes planes = matrix.planes.at(BITS, first * layout.padded);
   const int64_t bytes = matrix.unit ? 1 : 2;  // of a scale
   const uint8_t* meta = matrix.meta + first * groups * 2 * bytes;
   if (height < STRIP) {
     const int64_t lines = layout.padded / 32;  // for each bit of a plane
     uint32_t* room = scratch.widened;
-    planes.top = widen(planes.top, lines * top_bits(KIND), height, room);
-    room += lines * top_bits(KIND) * STRIP;
-    if constexpr (has_middle(KIND)) planes.middle = widen(planes.middle, lines * 2, height, room);
-    room += has_middle(KIND) ? lines * 2 * STRIP : 0;
-    if constexpr (has_low(KIND)) planes.low = widen(planes.low, lines * 4, height, room);
+    auto widened = [&](const uint32_t* plane, int bits) {
+      const uint32_t* to = widen(plane, lines * bits, height, room);
+      room += lines * bits * STRIP;
+      return to;
+    };
+    planes = {widened(planes.top, BITS.top), widened(planes.middle, BITS.middle), widened(planes.low, BITS.low)};
     if (matrix.unit) meta = widen(meta, groups * 2, height, (uint8_t*)scratch.meta);
     else meta = (const uint8_t*)widen((const uint16_t*)meta, groups * 2, height, scratch.meta);
   }
@@ -119,9 +121,10 @@ inline void fetch_codes(Planes strip, int64_t unit) {
     const char* from = (const char*)(plane + unit * STRIP * bits / 2) + AHEAD;
     for (int line = 0; line < 2 * STRIP * bits; line += 64) __builtin_prefetch(from + line, 0, 2);
   };
-  fetch(strip.top, top_bits(KIND));
-  if constexpr (has_middle(KIND)) fetch(strip.middle, 2);
-  if constexpr (has_low(KIND)) fetch(strip.low, 4);
+  constexpr Widths BITS = widths(KIND);
+  fetch(strip.top, BITS.top);
+  if constexpr (BITS.middle > 0) fetch(strip.middle, BITS.middle);
+  if constexpr (BITS.low > 0) fetch(strip.low, BITS.low);
 }
 
 // A strip of codes times ROWS activation rows: out [ROWS, TILE], of which STRIP are written. `bits` of a code.
@@ -275,16 +278,9 @@ inline void multiply_dense_tile(const MatrixView& matrix, int64_t first, int64_t
 // elements: out [num_rows, TILE], bias included.
 inline void multiply_tile(const MatrixView& matrix, int64_t first, int64_t count, const Inputs& inputs,
                           int64_t num_rows, Scratch& scratch, float* out) {
-  switch (matrix.kind) {
-    case TOP2: multiply_coded_tile<TOP2>(matrix, first, count, inputs, num_rows, scratch, out); break;
-    case TOP4: multiply_coded_tile<TOP4>(matrix, first, count, inputs, num_rows, scratch, out); break;
-    case TOP2_MIDDLE2: multiply_coded_tile<TOP2_MIDDLE2>(matrix, first, count, inputs, num_rows, scratch, out); break;
-    case TOP4_LOW4: multiply_coded_tile<TOP4_LOW4>(matrix, first, count, inputs, num_rows, scratch, out); break;
-    case TOP2_MIDDLE2_LOW4:
-      multiply_coded_tile<TOP2_MIDDLE2_LOW4>(matrix, first, count, inputs, num_rows, scratch, out);
-      break;
-    case DENSE: multiply_dense_tile(matrix, first, count, inputs.elements, num_rows, scratch, out); break;
-  }
+  if (matrix.kind == DENSE) multiply_dense_tile(matrix, first, count, inputs.elements, num_rows, scratch, out);
+  for_kind(matrix.kind,
+           [&]<Kind KIND>() { multiply_coded_tile<KIND>(matrix, first, count, inputs, num_rows, scratch, out); });
   if (!matrix.bias) return;
   for (int64_t n = 0; n < count; n++) {
     const float bias = number(matrix.bias, first + n, matrix.dtype);

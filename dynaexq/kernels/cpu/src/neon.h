@@ -53,7 +53,7 @@ struct Neon {
     return vusdotq_s32(sums, bytes(codes), numbers);
 #else
     auto small = [](Words v) { return vreinterpretq_s8_u32(v); };  // its bytes are below 2**7
-    if constexpr (DEPTH <= 4) return vdotq_s32(sums, small(codes), numbers);
+    if constexpr (DEPTH < 8) return vdotq_s32(sums, small(codes), numbers);
     const Ints high = vdotq_s32(no_ints(), small(shift_right<4>(codes)), numbers);
     return vaddq_s32(vdotq_s32(sums, small(mask<0x0F>(codes)), numbers), vshlq_n_s32(high, 4));
 #endif

@@ -72,6 +72,12 @@ void rearrange(const Plane& plane) {
   }
 }
 
-inline void rearrange(const Plane& plane) { plane.bits == 2 ? rearrange<2>(plane) : rearrange<4>(plane); }
+inline void rearrange(const Plane& plane) {
+  switch (plane.bits) {
+    case 1: return rearrange<1>(plane);
+    case 2: return rearrange<2>(plane);
+    case 4: return rearrange<4>(plane);
+  }
+}
 
 }  // namespace dynaexq
