@@ -87,9 +87,10 @@ class Options:
             fp16, as `types.UPGRADES` pairs them. fp16 stands for the model's own dtype.
         device: where the model computes, such as `"cpu"` or `"cuda:1"`; None takes the accelerator if there is one,
             else the CPU.
-        dense: None leaves the dense linear layers as they are; `"int8"` and `"int4"` pack them as experts are packed,
-            the head of the model as well; `"auto"` takes whichever of these leaves the least predicted loss within
-            the budget; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
+        dense: None leaves the dense linear layers as they are; `"int8"`, `"int6"` and `"int4"` pack them as experts
+            are packed, the head of the model as well; `"auto"` takes whichever of these leaves the least predicted
+            loss within the budget; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
+        head: the least precision of a packed head, `"int8"`, `"int6"` or `"int4"`; with `dense="int8"` it is int8.
         activations: what rows are rounded to where they meet codes on a CPU, group by group: `"int8"`, `"int16"`,
             which loses nothing that counts and takes up to twice the time, or `"auto"`: int16 for 8-bit codes, else
             int8. A GPU leaves them as they are, and so does a model in float32.
@@ -129,6 +130,7 @@ class Options:
     tiers: str | tuple[str, ...] = "auto"
     device: str | None = None
     dense: str | None = None
+    head: str = "int6"
     activations: str = "auto"
     policy: str | Callable[..., Any] = "topn"
     allocation: str = "global"
@@ -156,6 +158,9 @@ CONTROL_OPTIONS = frozenset(
 )  # fmt: skip
 """Options that can be changed while a model runs; see `Runtime.set_policy`."""
 
+DENSE_FORMATS = ("int8", "int6", "int4")
+"""The formats of `dense` that are our own."""
+
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
@@ -181,7 +186,8 @@ class Settings(Options):
         _one_of("scale_bits", self.scale_bits, (8, 16))
         _one_of("quantizer", self.quantizer, ("als", "rtn"))
         if self.dense is not None:
-            _one_of("dense", self.dense, ("auto", "int8", "int4", "bnb-8bit", "bnb-4bit"))
+            _one_of("dense", self.dense, ("auto", *DENSE_FORMATS, "bnb-8bit", "bnb-4bit"))
+        _one_of("head", self.head, DENSE_FORMATS)
         if not callable(self.policy):
             _one_of("policy", self.policy, ("topn", "threshold", "frozen"))
         if not isinstance(self.auto_pause, bool):
@@ -316,7 +322,7 @@ def _checked_tiers(tiers: Any) -> str | tuple[str, ...]:
         raise SettingsError(f"tiers takes a base and at most one upgrade, got {tuple(tiers)}; drop one of them")
     if len(tiers) == 2 and tiers[1] not in UPGRADES[tiers[0]]:
         others = " or ".join(UPGRADES[tiers[0]])
-        raise SettingsError(f"{tiers[0]} experts can be upgraded to {others}, got {tiers[1]!r}; take one of those")
+        raise SettingsError(f"tiers: {tiers[0]} can be upgraded to {others}, got {tiers[1]!r}; take one of those")
     return tuple(tiers)
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from dynaexq.checkpoint.safetensors_io import Entry, Shard, ShardWriter, checksum
 from dynaexq.errors import CheckpointError, StoreError
 
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, FORMAT_VERSION)
-"""In the first, scales and minima are float16."""
+FORMAT_VERSION = 3
+READ_VERSIONS = (1, 2, FORMAT_VERSION)
+"""In the first, scales and minima are float16; in the first two there are neither int3 nor int6, and packed heads are
+int8."""
 
 QUANT_METHOD = "dynaexq"
 """What config.json calls checkpoints of ours."""

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dynaexq.checkpoint import QUANT_METHOD, READ_VERSIONS
 from dynaexq.errors import CheckpointError, SettingsError
 from dynaexq.hf.compat import take_loading_attributes
-from dynaexq.settings import OPTION_NAMES, RENAMED, Options, Settings, resolve, strict_init
+from dynaexq.settings import DENSE_FORMATS, OPTION_NAMES, RENAMED, Options, Settings, resolve, strict_init
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +163,14 @@ def _check_packed(packed: Any) -> None:
 
 def _settled_by(packed: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the bytes of a packed checkpoint leave no choice of."""
-    return {
+    settled = {
         "group_size": packed["group_size"],
         "quantizer": packed["quantizer"],
         "scale_bits": packed.get("scale_bits", 16),  # the first version of the format knew no other
     }
+    if packed.get("dense") in DENSE_FORMATS:
+        settled["head"] = packed.get("head", "int8")  # nor did the first two
+    return settled
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = DynaExqConfig  # in the place of the stand-in

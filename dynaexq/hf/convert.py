@@ -87,14 +87,16 @@ def quantize_checkpoint(
     shards = open_checkpoint(source, model.config, variant)
     experts = CheckpointSource(model, layers, shards)
     if settings.dense == "auto" and isinstance(settings.hbm_budget, str):
-        raise SettingsError('dense="auto" is chosen for a budget: give hbm_budget, or dense="int8", "int4" or None')
+        raise SettingsError(
+            'dense="auto" is chosen for a budget: give hbm_budget, or dense="int8", "int6", "int4" or None'
+        )
     settings = with_dense_chosen(settings, model, layers, torch.device("cpu"))
     codec = _choose_codec(model, layers, settings)
     budget = None if isinstance(settings.hbm_budget, str) else settings.hbm_budget
     calibration = calibration_for(settings, layers)
     dense = _DenseLayers(model, dense_codecs(model, layers, settings), shards, resolve_device(settings), calibration)
     made_from = quantization_of(model.config).get("quant_method")
-    stored = packed_config(config, codec, budget, settings.dense, made_from)
+    stored = packed_config(config, codec, budget, settings.dense, settings.head, made_from)
     shape = packed_shape(codec, tuple(layer.name for layer in layers), experts.num_experts)
     keys = experts.keys
     others = sum(entry.nbytes for shard in shards for key, entry in shard.entries.items() if key not in keys)

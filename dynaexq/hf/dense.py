@@ -20,11 +20,8 @@ from dynaexq.hf.compat import text_config
 from dynaexq.hf.discovery import SparseLayer
 from dynaexq.hf.packed_dense import DenseFormat, PackedDense, packed_twin
 from dynaexq.quantization import LinearCodec
-from dynaexq.settings import Settings
+from dynaexq.settings import DENSE_FORMATS, Settings
 from dynaexq.weights.calibration import Calibration
-
-OWN = ("int4", "int8")
-"""The formats of `dense` that are ours."""
 
 NF4_BLOCK = 64
 NF4_TABLE_NBYTES = 64
@@ -33,7 +30,7 @@ NF4_TABLE_NBYTES = 64
 
 def dense_quantizer(settings: Settings, dtype: torch.dtype, pre_quantized: bool) -> HfQuantizer:
     """What loads and saves the dense layers as `settings.dense`; bitsandbytes multiplies in `dtype`."""
-    if settings.dense in OWN:
+    if settings.dense in DENSE_FORMATS:
         return PackedDense(_format(settings), pre_quantized, partial(calibration_for, settings))
     if settings.dense == "bnb-8bit":
         config = BitsAndBytesConfig(load_in_8bit=True)
@@ -54,7 +51,7 @@ def quantized_linears(
     Args:
         calibration: what is known of the inputs; bitsandbytes does not use it.
     """
-    if settings.dense in OWN:
+    if settings.dense in DENSE_FORMATS:
         codecs = _format(settings).codecs(model, layers)
         return {
             path: packed_twin(path, model.get_submodule(path), codec, device, settings.activations, calibration)
@@ -71,7 +68,7 @@ def bytes_saved(model: Any, layers: Sequence[SparseLayer], settings: Settings) -
     """
     if settings.dense is None:
         return 0
-    if settings.dense not in OWN:
+    if settings.dense not in DENSE_FORMATS:
         return sum(linear.weight.nbytes - _quantized_nbytes(linear, settings.dense) for _, linear in _linears(model))
     tied = getattr(model, "all_tied_weights_keys", {})
     return sum(
@@ -83,7 +80,7 @@ def bytes_saved(model: Any, layers: Sequence[SparseLayer], settings: Settings) -
 def gathered_bytes(model: Any, settings: Settings) -> int:
     """Bytes of the embedding, of which a token reads a row; 0 where a head that is not packed reads all of it."""
     embedding, is_shared = model.get_input_embeddings(), getattr(text_config(model), "tie_word_embeddings", False)
-    return 0 if is_shared and settings.dense not in OWN else int(embedding.weight.nbytes)
+    return 0 if is_shared and settings.dense not in DENSE_FORMATS else int(embedding.weight.nbytes)
 
 
 def dense_codecs(model: Any, layers: Sequence[SparseLayer], settings: Settings) -> dict[str, LinearCodec]:
@@ -94,18 +91,17 @@ def dense_codecs(model: Any, layers: Sequence[SparseLayer], settings: Settings) 
     """
     if settings.dense is None:
         return {}
-    if settings.dense not in OWN:
+    if settings.dense not in DENSE_FORMATS:
         raise SettingsError(
-            f"a checkpoint is packed with dense layers in 16 bit, int8 or int4, and dense={settings.dense!r} was "
-            "asked for; leave it out here, and give it when the checkpoint is loaded"
+            f"a checkpoint is packed with dense layers in 16 bit or as {', '.join(DENSE_FORMATS)}, and "
+            f"dense={settings.dense!r} was asked for; leave it out here, and give it when the checkpoint is loaded"
         )
     return _format(settings).codecs(model, layers)
 
 
 def _format(settings: Settings) -> DenseFormat:
-    return DenseFormat(
-        str(settings.dense), settings.group_size, settings.quantizer, settings.scale_bits, settings.activations
-    )
+    codec = settings.group_size, settings.quantizer, settings.scale_bits
+    return DenseFormat(str(settings.dense), settings.head, *codec, settings.activations)
 
 
 def _quantized_nbytes(linear: nn.Linear, dense: str) -> int:

@@ -16,6 +16,7 @@ from dynaexq.errors import QuantizationError
 from dynaexq.hf.discovery import SparseLayer, find_sparse_layers
 from dynaexq.quantization import LARGEST_WEIGHT, LinearCodec
 from dynaexq.runtime.linear import PackedLinear
+from dynaexq.types import BITS
 from dynaexq.weights.calibration import Calibration
 
 SMALLEST = 32
@@ -24,9 +25,10 @@ SMALLEST = 32
 
 @dataclass(frozen=True)
 class DenseFormat:
-    """How dense layers are packed: `"int4"` or `"int8"`, and as `ExpertCodec` has it."""
+    """How dense layers are packed: at which precision, the head at least at which, and as `ExpertCodec` has it."""
 
     tier: str
+    head: str
     group_size: int
     method: str
     scale_bits: int
@@ -35,16 +37,16 @@ class DenseFormat:
     def codecs(self, model: Any, layers: Sequence[SparseLayer]) -> dict[str, LinearCodec]:
         """What packs each linear layer, by path.
 
-        The head gets no fewer than 8 bits: at 4 it cost the embedded model as much as all layers of attention
-        (docs/log.md).
+        The head has a precision of its own because at 4 bits it cost the embedded model as much as all layers of
+        attention (docs/log.md).
         """
-        head = model.get_output_embeddings()
+        head, of_head = model.get_output_embeddings(), max(self.tier, self.head, key=BITS.__getitem__)
         return {
             path: LinearCodec(
                 linear.out_features,
                 linear.in_features,
                 linear.weight.dtype,
-                "int8" if linear is head else self.tier,
+                of_head if linear is head else self.tier,
                 self.group_size,
                 self.method,
                 self.scale_bits,
@@ -66,7 +68,7 @@ def packable_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tupl
 
 
 def calibrated_linears(model: Any, layers: Sequence[SparseLayer]) -> Iterator[tuple[str, nn.Linear]]:
-    """Those whose codes may depend on what is known of their inputs: at 8 bits, as the head is, none do."""
+    """Those whose codes may depend on what is known of their inputs; not the head, whose are of no use at 8 bits."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return ((path, linear) for path, linear in packable_linears(model, layers) if linear is not head)
 

@@ -34,7 +34,7 @@ from dynaexq.hf.model_card import CARD, may_be_written, model_card
 from dynaexq.hf.model_patch import ModelPatch, by_transformers
 from dynaexq.hf.packed_dense import PackedDense
 from dynaexq.quantization import ExpertCodec
-from dynaexq.settings import parse_bytes
+from dynaexq.settings import DENSE_FORMATS, parse_bytes
 from dynaexq.weights.packed_experts import packed_shape
 
 HUB_OPTIONS = (
@@ -88,12 +88,12 @@ def save_packed(
     refuse_foreign_weights(Path(save_directory))
     codec: ExpertCodec = homes[0][1].codec
     config: DynaExqConfig = model.hf_quantizer.quantization_config
-    dense = _dense_format(model.hf_quantizer.wrapped)
+    dense, head = _dense_format(model.hf_quantizer.wrapped), _head_format(model.hf_quantizer.wrapped)
     shard_size = parse_bytes(max_shard_size, "max_shard_size")
     layers = [layer for layer, _, _ in homes]
     shape = packed_shape(codec, tuple(layer.name for layer in layers), layers[0].num_experts)
     with replaced(save_directory, nbytes=shape.nbytes) as staging:
-        stored = packed_config(config, codec, homes[0][1].plan.budget, dense)
+        stored = packed_config(config, codec, homes[0][1].plan.budget, dense, head)
         with _configured(model, stored):
             by_transformers(patch, "save_pretrained", staging, max_shard_size=max_shard_size, **kwargs)
         writer = PackedWriter(staging, shape, shard_size, SHARD_METADATA)
@@ -135,6 +135,7 @@ def packed_config(
     codec: ExpertCodec,
     budget: int | None,
     dense: str | None = None,
+    head: str | None = None,
     made_from: str | None = None,
 ) -> DynaExqConfig:
     """`config` as a packed checkpoint keeps it: with its tiers, the format of dense weights and the last budget.
@@ -158,6 +159,9 @@ def packed_config(
     options.pop("dense", None)
     if dense is not None:
         packed["dense"] = options["dense"] = dense
+    if dense in DENSE_FORMATS:
+        options.pop("head", None)
+        packed["head"] = head
     return DynaExqConfig(packed=packed, **options)
 
 
@@ -190,6 +194,11 @@ def write_guard(directory: Path, layers: list[SparseLayer]) -> dict[str, str]:
         writer.write(name, 0, torch.zeros(1))
     writer.close()
     return dict.fromkeys(names, _GUARD_FILE)
+
+
+def _head_format(wrapped: Any) -> str | None:
+    """The least precision of a packed head; None where dense weights are not packed in our own formats."""
+    return wrapped.quantization_config.head if isinstance(wrapped, PackedDense) else None
 
 
 def _dense_format(wrapped: Any) -> str | None:

@@ -175,8 +175,7 @@ class ExpertCodec(PlaneCodec):
         """Pack n experts. Nothing is checked here; see `quantizer.check_representable`.
 
         Args:
-            inputs: of each expert, where they are known. Tiers that lead to int8 do not use them: codes that make
-                up for one another cannot be made exact by more bits.
+            inputs: of each expert, where they are known and `uses_inputs`.
         """
         n = len(weights.up)
         base = torch.zeros(n, self.base.nbytes, dtype=torch.uint8, device=weights.up.device)
@@ -187,7 +186,7 @@ class ExpertCodec(PlaneCodec):
         upgrade = torch.zeros(n, self.upgrade_layout.nbytes, dtype=torch.uint8, device=base.device)
         base_parts, upgrade_parts = self.base_layout.view(base), self.upgrade_layout.view(upgrade)
         for name in MATRICES:
-            used = inputs is not None and self.tiers[-1] != "int8"
+            used = inputs is not None and self.uses_inputs
             known = [getattr(of_expert, name) for of_expert in inputs or ()] if used else None
             matrix = self._oriented(getattr(weights, name))
             errors += self.encode_matrix(name, matrix, known, base_parts, upgrade_parts)

@@ -17,7 +17,7 @@ WEIGHT = "weight"
 
 
 class LinearCodec(PlaneCodec):
-    """Bytes of a matrix `[rows, columns]` at `tier`, `"int4"` or `"int8"`; the other arguments as in `ExpertCodec`.
+    """Bytes of a matrix `[rows, columns]` at `tier`, one of `BASE_PLANES`; the other arguments as in `ExpertCodec`.
 
     >>> LinearCodec(4096, 2048, torch.bfloat16, "int4").nbytes / (4096 * 2048)
     0.531280517578125
@@ -47,10 +47,10 @@ class LinearCodec(PlaneCodec):
         """A block `uint8 [nbytes]` on the device of `weight [rows, columns]`, and its relative squared error.
 
         Args:
-            inputs: one, what is known of the rows that it is multiplied with. Int8 does not use it.
+            inputs: one, what is known of the rows that it is multiplied with, where that is known and `uses_inputs`.
         """
         block = torch.zeros(1, self.nbytes, dtype=torch.uint8, device=weight.device)
-        used = inputs if self.tiers != ("int8",) else None
+        used = inputs if self.uses_inputs else None
         errors = self.encode_matrix(WEIGHT, weight[None], used, self.layout.view(block), {})
         return block[0], float(errors[0, 0])
 

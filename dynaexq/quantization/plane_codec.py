@@ -96,6 +96,14 @@ class PlaneCodec:
         """Those of the base, where the fit looks after them too: that costs range, which int6 and int8 would miss."""
         return BITS[self.tiers[0]] if self.refine_planes and BITS[self.tiers[-1]] <= 4 else None
 
+    @property
+    def uses_inputs(self) -> bool:
+        """Whether codes depend on what is known of their inputs: not those that are refined beyond four bits, as codes
+        that make up for one another cannot be made exact by more bits, nor those of 8 bits alone, which need none."""
+        if self.refine_planes:
+            return BITS[self.tiers[-1]] <= 4
+        return self.tiers != ("int8",)
+
     def encode_matrix(
         self,
         name: str,

@@ -26,9 +26,10 @@ LINEAR = {
     "bnb-4bit": bitsandbytes.nn.Linear4bit,
     "bnb-8bit": bitsandbytes.nn.Linear8bitLt,
     "int4": PackedLinear,
+    "int6": PackedLinear,
     "int8": PackedLinear,
 }
-OWN = ("int4", "int8")
+OWN = ("int4", "int6", "int8")
 
 each_format = pytest.mark.parametrize("dense", LINEAR)
 
@@ -129,7 +130,7 @@ def test_a_failure_gives_the_dense_layers_back(source: Path, monkeypatch: pytest
 
 def test_a_format_that_there_is_not_is_refused(source: Path) -> None:
     with pytest.raises(
-        SettingsError, match="dense must be one of 'auto', 'int8', 'int4', 'bnb-8bit', 'bnb-4bit', got 'int2'"
+        SettingsError, match="dense must be one of 'auto', 'int8', 'int6', 'int4', 'bnb-8bit', 'bnb-4bit', got 'int2'"
     ):
         loaded(source, "int2")
 
@@ -139,7 +140,7 @@ def test_a_head_that_was_tied_gets_bytes_of_its_own_and_the_plan_knows(tmp_path:
     model = patched(tmp_path / "tied", "int4")
     plan = inspect_checkpoint(tmp_path / "tied", dynaexq.DynaExqConfig(dense="int4", **OPTIONS))
     assert plan.dense == model.dynaexq.memory()["dense"]
-    assert model.lm_head.codec.tiers == ("int8",)
+    assert model.lm_head.codec.tiers == ("int6",)
     assert torch.equal(tiny.logits(loaded(tmp_path / "tied", "int4")), tiny.logits(model))
     model.save_pretrained(tmp_path / "packed")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
@@ -227,4 +228,4 @@ def test_a_packed_layer_says_its_sizes_and_its_precision() -> None:
     model = tiny.tiny_qwen3_moe()
     dynaexq.patch(model, "1GiB", tiers=("int4",), dense="int4", device="cpu")
     assert repr(model.model.layers[0].self_attn.q_proj).endswith(", int4)")
-    assert repr(model.lm_head).endswith(", int8)")
+    assert repr(model.lm_head).endswith(", int6)")

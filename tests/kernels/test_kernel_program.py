@@ -23,7 +23,16 @@ from dynaexq.quantization import IN_STRIPS, LinearCodec
 
 SANITIZED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
-TIERS = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16")]
+TIERS = [
+    ("int2", "int4"),
+    ("int2", "int8"),
+    ("int3", "int4"),
+    ("int4", "int6"),
+    ("int4", "int8"),
+    ("int4", "fp16"),
+]
+"""Every kind of code that is read from planes, and 16-bit weights."""
+
 
 
 class Program(NamedTuple):
@@ -103,7 +112,7 @@ def test_so_do_other_dtypes_and_gradients(program, tmp_path, tiers, dtype):
         assert_close(f"{tiers} {dtype} {name}", one.float(), other, 4 * TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ["int4", "int8", None])
+@pytest.mark.parametrize("name", ["int4", "int6", "int8", None])
 def test_and_dense_matrices(program, tmp_path, name):
     weight, rows = torch.randn(150, 200).bfloat16(), torch.randn(5, 200).bfloat16()
     codec, block = None, weight

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
 from dynaexq.quantization.layout import BLOCK_COLUMNS
 
-PLANES = [(bits, block) for bits in (2, 4) for block in BLOCK_COLUMNS]
+PLANES = [(bits, block) for bits in (1, 2, 4) for block in BLOCK_COLUMNS]
 each_plane = pytest.mark.parametrize(("bits", "block"), PLANES)
 
 

@@ -1,9 +1,10 @@
 """Packed codes as tiles of 16-bit floats, in a shift and a mask-or for two codes. It knows neither experts nor tiers.
 
 A code is a fraction: its bits, from the top, are put where a float's mantissa has its top bits. Under the exponent of
-16 the float reads 16 + q for a 4-bit code and 16 + 4 q for a 2-bit one, in steps of the 4-bit reading either way; the
-low nibble of an 8-bit code goes under the exponent of 1 and reads 1 + q / 16. What the exponents add is a constant,
-and leaves through the group's offset. So small an exponent keeps the sums small from which it has to leave again.
+16 the float reads 16 + q for a 4-bit code, 16 + 4 q for a 2-bit one and 16 + q / 4 for one of 6, in steps of the 4-bit
+reading whichever it is; the low nibble of an 8-bit code goes under the exponent of 1 and reads 1 + q / 16. What the
+exponents add is a constant, and leaves through the group's offset. So small an exponent keeps the sums small from
+which it has to leave again.
 
 Planes lie in memory as `quantization.bitplanes` says: in the half-words of a block, *slice* j, the codes at bit
 j * bits of each, is a contiguous run of columns. Products take columns in *pieces*. Where a slice has two, a block
@@ -31,6 +32,30 @@ def load_plane(plane, row, block, BITS: tl.constexpr, TILES: tl.constexpr, matri
 
 
 @triton.jit
+def load_half_plane(plane, row, block, BITS: tl.constexpr, TILES: tl.constexpr, matrix: tl.constexpr):
+    """Words of one block of a plane in the places of one of twice as many bits, in as many tiles `[R, W]` as that has.
+
+    A slice of the wider plane is two of this one. The codes of slice j begin at bit 2 * j * BITS.
+    """
+    WORDS: tl.constexpr = matrix.codes * BITS // 32
+    TILE: tl.constexpr = 2 * WORDS // TILES
+    start = plane.to(tl.pointer_type(tl.uint32)) + row[:, None] * (matrix.padded * BITS // 32) + block * WORDS
+    word = tl.arange(0, TILE)
+    words = tl.load(start + (word % WORDS)[None, :])  # [R, W]
+    if TILES == 2:
+        return words, words >> BITS
+    else:
+        first = words >> (word // WORDS * BITS)[None, :]
+        return first, first
+
+
+@triton.jit
+def merge_bits(third, fourth):
+    """Two planes of one bit, in the places of one of two, as that."""
+    return ((third << 1) & 0xAAAAAAAA) | (fourth & 0x55555555)  # [R, W]
+
+
+@triton.jit
 def merge_planes(top, middle):
     """Two 2-bit planes as the even and the odd slices of a 4-bit one; a slice keeps its columns."""
     even = ((top << 2) & 0xCCCCCCCC) | (middle & 0x33333333)  # [R, W]
@@ -39,11 +64,13 @@ def merge_planes(top, middle):
 
 
 @triton.jit
-def slice_fractions(tiles, SLICE: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, dtype: tl.constexpr):
-    """The codes of a slice as the topmost mantissa bits of both half-words; slices take turns at the tiles."""
-    LOWEST: tl.constexpr = (7 if dtype == tl.bfloat16 else 10) - BITS
-    MASK: tl.constexpr = (((1 << BITS) - 1) << LOWEST) * 0x10001
-    SHIFT: tl.constexpr = SLICE // TILES * BITS - LOWEST
+def slice_bits(
+    tiles, SLICE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, TO: tl.constexpr
+):
+    """The lowest `BITS` of the `WIDTH` bits that a slice has in each half-word, from bit `TO` on; slices take turns at
+    the tiles."""
+    MASK: tl.constexpr = (((1 << BITS) - 1) << TO) * 0x10001
+    SHIFT: tl.constexpr = SLICE // TILES * WIDTH - TO
     if SHIFT >= 0:
         return (tiles[SLICE % TILES] >> SHIFT) & MASK
     else:
@@ -51,13 +78,40 @@ def slice_fractions(tiles, SLICE: tl.constexpr, BITS: tl.constexpr, TILES: tl.co
 
 
 @triton.jit
-def piece_fractions(tiles, PIECE: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, matrix: tl.constexpr):
+def slice_fractions(
+    tiles,
+    below,
+    SLICE: tl.constexpr,
+    BITS: tl.constexpr,
+    BELOW: tl.constexpr,
+    TILES: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """The codes of a slice as the topmost mantissa bits of both half-words: `BITS` of `tiles`, then `BELOW` of the
+    half plane `below`."""
+    LOWEST: tl.constexpr = (7 if dtype == tl.bfloat16 else 10) - BITS - BELOW
+    fractions = slice_bits(tiles, SLICE, BITS, BITS, TILES, LOWEST + BELOW)  # [R, W]
+    if BELOW > 0:
+        fractions |= slice_bits(below, SLICE, BELOW, BITS, TILES, LOWEST)
+    return fractions
+
+
+@triton.jit
+def piece_fractions(
+    tiles,
+    below,
+    PIECE: tl.constexpr,
+    BITS: tl.constexpr,
+    BELOW: tl.constexpr,
+    TILES: tl.constexpr,
+    matrix: tl.constexpr,
+):
     """The codes of a piece, which is a slice or, where slices have 8 columns and matrix instructions want 16, two."""
     if 2 * tiles[0].shape[1] == matrix.piece:
-        return slice_fractions(tiles, PIECE, BITS, TILES, matrix.dtype)
+        return slice_fractions(tiles, below, PIECE, BITS, BELOW, TILES, matrix.dtype)
     else:
-        left = slice_fractions(tiles, 2 * PIECE, BITS, TILES, matrix.dtype)
-        right = slice_fractions(tiles, 2 * PIECE + 1, BITS, TILES, matrix.dtype)
+        left = slice_fractions(tiles, below, 2 * PIECE, BITS, BELOW, TILES, matrix.dtype)
+        right = slice_fractions(tiles, below, 2 * PIECE + 1, BITS, BELOW, TILES, matrix.dtype)
         return tl.permute(tl.join(left, right), (0, 2, 1)).reshape(left.shape[0], 2 * left.shape[1])
 
 

@@ -14,7 +14,9 @@ from dynaexq.kernels.triton.dequant import (
     as_floats,
     grid_of,
     load_grids,
+    load_half_plane,
     load_plane,
+    merge_bits,
     merge_planes,
     piece_fractions,
 )
@@ -50,42 +52,56 @@ def dense_product(product, x, x_mask, block, row, matrix: tl.constexpr, tiling: 
 
 @triton.jit
 def load_codes(base, upgrade, row, block, DEPTH: tl.constexpr, matrix: tl.constexpr):
-    """Tiles of one block of codes: their top bits, four or as many as there are, and the low four of 8-bit codes."""
+    """Tiles of one block of codes: their top bits, two or four, and what is below: the low four of 8-bit codes, or a
+    half plane of 3-bit or 6-bit ones."""
     NIBBLES: tl.constexpr = matrix.codes // 4 // matrix.piece  # tiles of a 4-bit plane: half a slice may be a piece
-    if matrix.base != 2:
-        high = load_plane(base + matrix.high, row, block, 4, NIBBLES, matrix)
+    if matrix.base > 3:
+        high = load_plane(base + matrix.top, row, block, 4, NIBBLES, matrix)
     else:
-        high = load_plane(base + matrix.high, row, block, 2, 1, matrix)
-        if DEPTH > 2:
-            middle = load_plane(upgrade + matrix.middle, row, block, 2, 1, matrix)
-            high = merge_planes(high[0], middle[0])
+        high = load_plane(base + matrix.top, row, block, 2, 1, matrix)
+        if DEPTH > 3:
+            high = merge_planes(high[0], load_middle(base, upgrade, row, block, matrix))
     low = high
+    if DEPTH == 3:
+        low = load_half_plane((upgrade if matrix.base == 2 else base) + matrix.third, row, block, 1, 1, matrix)
+    if DEPTH == 6:
+        low = load_half_plane((upgrade if matrix.base == 4 else base) + matrix.fifth, row, block, 2, NIBBLES, matrix)
     if DEPTH == 8:
-        if matrix.base == 8:
-            low = load_plane(base + matrix.low, row, block, 4, NIBBLES, matrix)
-        else:
-            low = load_plane(upgrade + matrix.low, row, block, 4, NIBBLES, matrix)
+        low = load_plane((base if matrix.base == 8 else upgrade) + matrix.low, row, block, 4, NIBBLES, matrix)
     return high, low
 
 
 @triton.jit
-def high_floats(tiles, PIECE: tl.constexpr, DEPTH: tl.constexpr, matrix: tl.constexpr):
-    """Floats `[R, C]` of the top bits of a piece."""
-    BITS: tl.constexpr = DEPTH if DEPTH < 4 else 4  # Triton 3.5 takes `min` for its own
-    TILES: tl.constexpr = matrix.codes // 4 // matrix.piece if matrix.base != 2 else BITS // 2
-    return as_floats(piece_fractions(tiles, PIECE, BITS, TILES, matrix), 4, matrix.dtype)
+def load_middle(base, upgrade, row, block, matrix: tl.constexpr):
+    """The third and fourth bits of one block of codes whose base has two or three, as one tile `[R, W]`."""
+    if matrix.base == 2:
+        return load_plane(upgrade + matrix.middle, row, block, 2, 1, matrix)[0]
+    else:
+        third = load_half_plane(base + matrix.third, row, block, 1, 1, matrix)
+        fourth = load_half_plane(upgrade + matrix.fourth, row, block, 1, 1, matrix)
+        return merge_bits(third[0], fourth[0])
+
+
+@triton.jit
+def high_floats(tiles, low, PIECE: tl.constexpr, DEPTH: tl.constexpr, matrix: tl.constexpr):
+    """Floats `[R, C]` of a piece: of its codes, or of the top bits of 8-bit ones."""
+    BITS: tl.constexpr = 2 if DEPTH < 4 else 4
+    BELOW: tl.constexpr = 0 if DEPTH == 8 else DEPTH - BITS
+    TILES: tl.constexpr = matrix.codes // 4 // matrix.piece if matrix.base > 3 else BITS // 2
+    return as_floats(piece_fractions(tiles, low, PIECE, BITS, BELOW, TILES, matrix), 4, matrix.dtype)
 
 
 @triton.jit
 def low_floats(tiles, PIECE: tl.constexpr, matrix: tl.constexpr):
     """Floats `[R, C]` of the low nibbles of a piece."""
-    return as_floats(piece_fractions(tiles, PIECE, 4, matrix.codes // 4 // matrix.piece, matrix), 0, matrix.dtype)
+    TILES: tl.constexpr = matrix.codes // 4 // matrix.piece
+    return as_floats(piece_fractions(tiles, tiles, PIECE, 4, 0, TILES, matrix), 0, matrix.dtype)
 
 
 @triton.jit
 def scaled_floats(high, low, scale, offset, PIECE: tl.constexpr, DEPTH: tl.constexpr, matrix: tl.constexpr):
     """The weights `[R, C]` that a piece's codes stand for."""
-    floats = high_floats(high, PIECE, DEPTH, matrix).to(tl.float32)
+    floats = high_floats(high, low, PIECE, DEPTH, matrix).to(tl.float32)
     if DEPTH == 8:
         floats += low_floats(low, PIECE, matrix).to(tl.float32)
     return (floats * scale[:, None] + offset[:, None]).to(matrix.dot)
@@ -123,7 +139,7 @@ def coded_product(
                     weights = scaled_floats(high, low, scale, offset, p, DEPTH, matrix)  # [R, C]
                     product = tl.dot(weights, activations, product)
                 else:
-                    partial = tl.dot(high_floats(high, p, DEPTH, matrix).to(matrix.dot), activations, partial)
+                    partial = tl.dot(high_floats(high, low, p, DEPTH, matrix).to(matrix.dot), activations, partial)
                     if DEPTH == 8:  # two nibbles are too long for the mantissa of one 16-bit float
                         partial = tl.dot(low_floats(low, p, matrix).to(matrix.dot), activations, partial)
             if not tiling.scale_first:

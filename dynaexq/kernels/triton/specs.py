@@ -20,8 +20,11 @@ class Matrix:
 
     Attributes:
         base, upgrade: bits of a weight in the two tiers; 0 where there is no upgrade.
-        high: offset in the base block of the plane with a code's top bits.
+        top: offset in the base block of the plane with a code's top bits, two or four.
         middle: offset in the upgrade of the two bits below, where the base has but two.
+        third: offset of the bit below two, in the base block if the base is int3, else in the upgrade.
+        fourth: offset in the upgrade of the bit below three, where the base has three.
+        fifth: offset of the two bits below four, in the base block if the base is int6, else in the upgrade.
         low: offset of an 8-bit code's low nibble, in the base block if the base is int8, else in the upgrade.
         meta: offset in the base block of scales and zero points, or minima.
         unit: offset in the base block of what scales of 8 bits are counted in; -1 where they have 16.
@@ -40,8 +43,11 @@ class Matrix:
     base: int
     upgrade: int
     base_nbytes: int
-    high: int
+    top: int
     middle: int
+    third: int
+    fourth: int
+    fifth: int
     low: int
     meta: int
     unit: int
@@ -59,7 +65,7 @@ class Matrix:
         base = {part.name: part.offset for part in codec.base_layout.parts}
         upgrade = {part.name: part.offset for part in codec.upgrade_layout.parts} if codec.upgrade else {}
         bits = BITS[codec.tiers[0]], codec.upgrade.bits if codec.upgrade else 0
-        offsets = upgrade | base  # a low nibble is in one of them; a bias is the same in both
+        offsets = upgrade | base  # a plane is in one of them; a bias is the same in both
         sizes = codec.matrices[name], codec.base.nbytes, codec.shape.transposed
         return cls._of(name, *sizes, *bits, offsets, dtype, dot)
 
@@ -82,7 +88,7 @@ class Matrix:
         dtype: tl.dtype,
         dot: tl.dtype,
     ) -> "Matrix":
-        narrowest = 2 if base == 2 else 4
+        narrowest = 2 if base < 4 else 4
         return cls(
             rows=layout.rows,
             columns=layout.columns,
@@ -91,8 +97,11 @@ class Matrix:
             base=base,
             upgrade=upgrade,
             base_nbytes=base_nbytes,
-            high=offsets.get(f"{name}.top2", offsets.get(f"{name}.top4", 0)),
+            top=offsets.get(f"{name}.top2", offsets.get(f"{name}.top4", 0)),
             middle=offsets.get(f"{name}.middle2", 0),
+            third=offsets.get(f"{name}.third1", 0),
+            fourth=offsets.get(f"{name}.fourth1", 0),
+            fifth=offsets.get(f"{name}.fifth2", 0),
             low=offsets.get(f"{name}.low4", 0),
             meta=offsets.get(f"{name}.meta", 0),
             unit=offsets.get(f"{name}.unit", -1),

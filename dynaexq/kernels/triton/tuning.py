@@ -55,8 +55,8 @@ class Multiprocessor(NamedTuple):
         single_rows, few_rows: weight rows of a tile for the pairs of one token, and for few pairs.
         least_pairs: pairs that a tile takes at least, as matrix instructions do.
         stages: of few pairs, blocks on their way or being multiplied.
-        takes_int2: the compiler makes products of many pairs with int2 for it. Triton before 3.9 makes a trap of them
-            on Blackwell's data center cards, without a word.
+        takes_int2: the compiler makes products of many pairs with an int2 or int3 base for it. Triton before 3.9 makes
+            a trap of them on Blackwell's data center cards, without a word.
     """
 
     single_rows: int = 64
@@ -95,7 +95,7 @@ def plan_for(num_pairs: int, num_experts: int, up: Matrix, down: Matrix, swiglu:
     if num_pairs <= SINGLE_PAIRS:
         pairs = on.least_pairs if num_pairs <= on.least_pairs * num_experts else 16
         return few_pairs(up, down, swiglu, pairs, on.single_rows, on.stages)
-    if num_pairs <= FEW_PAIRS * num_experts or (up.base == 2 and not on.takes_int2):
+    if num_pairs <= FEW_PAIRS * num_experts or (up.base < 4 and not on.takes_int2):
         return few_pairs(up, down, swiglu, 16, on.few_rows, on.stages)
     return many_pairs(up, down, swiglu)
 

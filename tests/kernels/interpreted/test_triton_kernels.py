@@ -31,8 +31,17 @@ WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
-ALL_PAIRS = [*TIER_CHOICES, ("int2", "fp16")]
-MOST_PLANES = [("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int8", "fp16")]
+ALL_PAIRS = [*TIER_CHOICES, ("int2", "fp16"), ("int3", "fp16"), ("int6", "fp16")]
+MOST_PLANES = [
+    ("int2", "int3"),
+    ("int2", "int4"),
+    ("int2", "int8"),
+    ("int3", "int4"),
+    ("int4", "int6"),
+    ("int4", "int8"),
+    ("int6", "fp16"),
+    ("int8", "fp16"),
+]
 """Pairs in which every plane is read from every place it may have."""
 
 each_pair = pytest.mark.parametrize("tiers", ALL_PAIRS, ids="+".join)
@@ -72,8 +81,8 @@ def test_every_kind_of_expert(tiers, shape, regime):
 
 @pytest.mark.parametrize(
     ("tiers", "regime"),
-    [(("int2", "int8"), "single"), (("int2", "int8"), "few"), (("int4",), "single")],
-    ids=["int2+int8 single", "int2+int8 few", "int4 single"],
+    [(("int2", "int8"), "single"), (("int2", "int8"), "few"), (("int4",), "single"), (("int4", "int6"), "few")],
+    ids=["int2+int8 single", "int2+int8 few", "int4 single", "int4+int6 few"],
     indirect=["regime"],
 )
 @pytest.mark.parametrize("group_size", [32, 128])

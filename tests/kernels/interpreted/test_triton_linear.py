@@ -11,7 +11,7 @@ from dynaexq.quantization import LinearCodec
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize("tier", ["int4", "int8"])
+@pytest.mark.parametrize("tier", ["int4", "int6", "int8"])
 @pytest.mark.parametrize(("num_rows", "shape"), [(1, (96, 256)), (5, (72, 200)), (18, (64, 128)), (70, (136, 64))])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_the_product_follows_the_decoded_matrix(tier, num_rows, shape, dtype):
