@@ -47,9 +47,13 @@ PAUSE = 0.05  # seconds after what has threads of its own, which go on spinning 
 LLAMA_TYPES = ("q2_K", "q4_0", "q4_K", "q8_0")
 TIER_CHOICES = (
     ("int2",),
+    ("int3",),
     ("int4",),
+    ("int6",),
     ("int8",),
+    ("int2", "int3"),
     ("int2", "int4"),
+    ("int3", "int4"),
     ("int2", "int8"),
     ("int4", "int8"),
     ("int4", "fp16"),

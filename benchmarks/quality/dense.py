@@ -3,9 +3,9 @@
     python benchmarks/quality/dense.py [--tokens 8192] [--json FILE]
 
 The embedded model on held-out prose, code and arithmetic in turn, nats per token. `dense` is what `patch` is told. Our
-own formats pack the head as well, which this model shares with its embedding, so that it has bytes of its own then;
-bitsandbytes leaves it in 16 bit. Calibrated means on words of the model's own, experts as well as dense layers. Bytes
-are of dense weights, embedding included.
+own formats pack the head as well, in 6 bits at least unless it says otherwise, which this model shares with its
+embedding, so that it has bytes of its own then; bitsandbytes leaves it in 16 bit. Calibrated means on words of the
+model's own, experts as well as dense layers. Bytes are of dense weights, embedding included.
 """
 
 import copy
@@ -22,23 +22,26 @@ from streams import WEIGHTS_ALONE, Stream, use_one_thread
 import dynaexq
 from dynaexq.cli.demo import embedded_model
 
-FORMATS = (None, "int8", "int4", "bnb-8bit", "bnb-4bit")
+FORMATS = (None, "int8", "int6", "int4", "bnb-8bit", "bnb-4bit")
+HEADS = ("int8", "int4")
+PACKED = (None, "int8", "int6", "int4")
 EXPERTS = ("fp16", "int4")
 CALIBRATED = "%s, calibrated"
 
 
-def measured(stream: Stream, dense: str | None, tier: str, calibration: Path | None = None) -> dict[str, Any]:
+def measured(stream: Stream, dense: str | None, tier: str, **options: Any) -> dict[str, Any]:
     """KL and dense bytes of the stream's model with these formats."""
     model = copy.deepcopy(stream.model)
-    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, calibration=calibration, config=WEIGHTS_ALONE)
+    runtime = dynaexq.patch(model, "1TiB", tiers=(tier,), dense=dense, config=WEIGHTS_ALONE | options)
     return {"kl": stream.kl(model), "dense_bytes": runtime.memory()["dense"]}
 
 
 def of_experts(stream: Stream, tier: str, moments: Path) -> dict[str, Any]:
     """The same by format, with experts at `tier`."""
     plain = {str(dense): measured(stream, dense, tier) for dense in FORMATS}
-    calibrated = {CALIBRATED % dense: measured(stream, dense, tier, moments) for dense in (None, "int8", "int4")}
-    return plain | calibrated
+    heads = {f"int4, head {head}": measured(stream, "int4", tier, head=head) for head in HEADS}
+    calibrated = {CALIBRATED % dense: measured(stream, dense, tier, calibration=moments) for dense in PACKED}
+    return plain | heads | calibrated
 
 
 def main(

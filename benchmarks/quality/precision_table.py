@@ -18,8 +18,9 @@ from streams import LENGTH, Stream, use_one_thread
 from tqdm import tqdm
 
 from dynaexq.cli.demo import embedded_model
+from dynaexq.types import UPGRADES
 
-UNIFORM = (("int2",), ("int2", "int4"), ("int2", "int8"), ("int4",), ("int4", "int8"), ("int8",), ("fp16",))
+UNIFORM = [(base, *upgrade) for base in UPGRADES for upgrade in [(), *((t,) for t in UPGRADES[base] if t != "fp16")]]
 SHARES = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 
 

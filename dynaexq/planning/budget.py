@@ -16,14 +16,19 @@ from dynaexq.types import MemoryPlan, Tier
 TierPair = tuple[Tier, Tier | None]
 """Base and upgrade with the bytes of a block and of a slot; no upgrade for a single tier."""
 
-LOSS = {"fp16": 0.0, "int8": 0.0007, "int6": 0.0015, "int4": 0.0109, "int3": 0.04, "int2": 0.132}
+LOSS = {"fp16": 0.0, "int8": 0.0007, "int6": 0.0018, "int4": 0.0109, "int3": 0.0384, "int2": 0.132}
 """KL divergence from the 16-bit model in nats per token, all experts at one precision: measured on the embedded model
 by `python benchmarks/quality/precision_table.py`."""
 
-SHARED_LOSS = {("int2", "int4"): 0.163, ("int2", "int8"): 0.169}
+SHARED_LOSS = {
+    ("int2", "int3"): 0.164,
+    ("int2", "int4"): 0.163,
+    ("int2", "int8"): 0.169,
+    ("int3", "int4"): 0.0406,
+}
 """The same for a code that can be refined: read at 2 bits it loses more than a code fitted for 2 bits alone."""
 
-DENSE_LOSS: dict[str | None, float] = {None: 0.0, "int8": 0.0001, "int4": 0.0109}
+DENSE_LOSS: dict[str | None, float] = {None: 0.0, "int8": 0.0001, "int6": 0.0014, "int4": 0.0113}
 """What packing the dense layers adds beside int4 experts, measured by `python benchmarks/quality/dense.py`; its keys
 are what `dense="auto"` chooses from."""
 

@@ -85,10 +85,12 @@ class RowByRow(Arrangement):
 class InStrips(Arrangement):
     """16 rows side by side, so that a vector register has a row in each lane.
 
-    A word of a plane has the codes of one row in 8 neighboring columns (4 bits) or 16 (2 bits): byte j has that of
-    column j in its lowest bits, then that of column 4 + j, and so on. The words of the rows of a strip follow one
-    another, column by column. Of grids, each strip has, group by group, the scales of its rows and then their other
-    numbers. The last strip has the rows that are left. A strip takes the bytes that its rows would take alone.
+    A word of a plane has the codes of one row in 8 neighboring columns (4 bits), 16 (2 bits) or 32 (1 bit): byte j has
+    that of column j in its lowest bits, then that of column 4 + j, and so on; but of 1 bit, columns 8 to 15 change
+    places with columns 16 to 23, so that one shift puts a bit of each of two codes under two others of it. The words
+    of the rows of a strip follow one another, column by column. Of grids, each strip has, group by group, the scales
+    of its rows and then their other numbers. The last strip has the rows that are left. A strip takes the bytes that
+    its rows would take alone.
     """
 
     HEIGHT: ClassVar = 16
@@ -98,12 +100,12 @@ class InStrips(Arrangement):
         fours = codes.contiguous().view(torch.int32).view(count, height, -1, 8 // bits)  # [n, rows, W, fields]
         words = fours[..., 0].clone()
         for field in range(1, 8 // bits):
-            words |= fours[..., field] << (bits * field)
+            words |= fours[..., field] << self._place(field, bits)
         self._write(part[:, rows], words)
 
     def read_plane(self, part: Tensor, bits: int, block: int) -> Tensor:
         words, mask = self._read(part), 0x01010101 * (2**bits - 1)
-        fours = torch.stack([(words >> (bits * field)) & mask for field in range(8 // bits)], -1)
+        fours = torch.stack([(words >> self._place(field, bits)) & mask for field in range(8 // bits)], -1)
         return fours.view(torch.uint8).view(*part.shape[:2], -1).to(torch.int16)
 
     def write_meta(self, part: Tensor, rows: slice, meta: Tensor) -> None:
@@ -123,6 +125,11 @@ class InStrips(Arrangement):
 
     def give_meta(self, part: Tensor) -> None:
         ROW_BY_ROW.write_meta(part, slice(None), self.read_meta(part))
+
+    @staticmethod
+    def _place(field: int, bits: int) -> int:
+        """The lowest bit of the codes of columns 4 * field and on in each byte."""
+        return (0, 1, 4, 5, 2, 3, 6, 7)[field] if bits == 1 else bits * field
 
     @staticmethod
     def _by_rows(part: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from dynaexq.kernels import LinearLayer, cpu, linear, linear_gradient, linear_la
 from dynaexq.kernels.cpu import build, native
 from dynaexq.quantization import IN_STRIPS, ROW_BY_ROW, Arrangement, LinearCodec
 from dynaexq.runtime.linear import PackedLinear
+from dynaexq.types import BITS
 
 SHAPES = [(96, 256), (72, 200), (300, 64), (64, 704)]  # no tile divides the rows, no block the columns
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -45,8 +46,8 @@ def test_a_matrix_comes_back_to_within_its_steps(shape: tuple[int, int], tier: s
     error = float((found - weight).square().sum() / weight.square().sum())
     assert error < {"int4": 1e-2, "int6": 7e-4, "int8": 5e-5}[tier]
     assert layer.codec.encode(weight)[1] == pytest.approx(error, rel=1e-3)
-    padded = -(-shape[1] // 64) * 64
-    assert 0 <= layer.codec.nbytes - shape[0] * padded * {"int4": 4.25, "int6": 6.25, "int8": 8.25}[tier] / 8 < 256 + 2 * 64
+    padded, bits = -(-shape[1] // 64) * 64, BITS[tier] + 0.25
+    assert 0 <= layer.codec.nbytes - shape[0] * padded * bits / 8 < 256 + 2 * 64
 
 
 @each_format

@@ -44,6 +44,8 @@ QUICK = [
     "int4+int8/up/many/90",
     "int4+fp16/up/few/120",
     "int2+int8/down/single/86",
+    "int3+int4/up/few/90",
+    "int4+int6/down/many/86",
     "around/90",
 ]
 
@@ -118,9 +120,10 @@ def test_compiled_kernels_stay_within_what_was_recorded(tmp_path):
 
 
 @pytest.mark.timeout(900)
-def test_prompts_of_int2_are_more_than_a_trap_on_compute_capability_10(tmp_path):
+def test_prompts_of_few_bits_are_more_than_a_trap_on_compute_capability_10(tmp_path):
     """Triton 3.6 leaves nothing of the tiles for many pairs there, so others are taken."""
-    for kernels in compile_kernels(["int2/up/many/100", "int2+int4/down/many/100"], tmp_path).values():
+    cases = ["int2/up/many/100", "int2+int4/down/many/100", "int3/up/many/100"]
+    for kernels in compile_kernels(cases, tmp_path).values():
         assert all(kernel["stores"] and kernel["instructions_per_code"] for kernel in kernels), kernels
 
 

@@ -41,7 +41,7 @@ inline void add_products(const float (*weights)[SPAN], int64_t row, int64_t coun
 // Columns [first, first + SPAN) of a strip of codes, as weights.
 template <Kind KIND>
 void decode_strip(const Strip& strip, int64_t first, float (*weights)[SPAN]) {
-  const Meaning meaning(depth(KIND));
+  constexpr Meaning meaning(depth(KIND));
   uint8_t bytes[STRIP][SPAN];
   for (int k = 0; k < SPAN; k += UNIT)
     for (int word = 0; word < STRIP; word += V::FLOATS) {

@@ -68,21 +68,19 @@ struct Planes {
 // UNIT columns of the rows of a vector: four columns to each of its words, a byte a code.
 using Codes = V::Words[4];
 
-// The words of one unit in a plane of BITS bits, from the word `word` on. Two units share a word of one bit.
+// The words of one unit in a plane of two bits or four, from the word `word` on.
 template <int BITS>
 struct Unit {
-  static constexpr int A_BYTE = 8 / BITS;
-  V::Words words[BITS > 2 ? BITS / 2 : 1];
+  V::Words words[BITS / 2];
 
   Unit(const uint32_t* plane, int64_t unit, int word) {
     for (int i = 0; V::Words& part : words) part = V::load(plane + (unit * BITS / 2 + i++) * STRIP + word);
-    if (BITS == 1 && unit % 2) words[0] = V::shift_right<4>(words[0]);
   }
 
   // The codes of columns 4 * INDEX and on, their lowest bits at bit TO of a byte; all other bits may be anything.
   template <int INDEX, int TO>
   V::Words at() const {
-    constexpr int SHIFT = INDEX % A_BYTE * BITS - TO;
+    constexpr int A_BYTE = 8 / BITS, SHIFT = INDEX % A_BYTE * BITS - TO;
     const V::Words part = words[INDEX / A_BYTE];
     if constexpr (SHIFT > 0) return V::shift_right<SHIFT>(part);
     else if constexpr (SHIFT < 0) return V::shift_left<-SHIFT>(part);
@@ -90,13 +88,12 @@ struct Unit {
   }
 };
 
-// The four bits of two planes of two: columns 0 to 3 with 8 to 11 above them, then the others.
+// Codes of a unit that were put together two by two, in the halves of a byte: columns 0 to 3 with 8 to 11 above them,
+// then the others.
 struct Nibbles {
   V::Words words[2];
 
-  Nibbles(V::Words top, V::Words middle)
-      : words{V::merge<0xCC>(V::shift_left<2>(top), middle), V::merge<0xCC>(top, V::shift_right<2>(middle))} {}
-
+  // As in `Unit`.
   template <int INDEX, int TO>
   V::Words at() const {
     constexpr bool UPPER = INDEX / 2;
@@ -106,32 +103,70 @@ struct Nibbles {
   }
 };
 
-constexpr uint8_t topmost(int bits, int depth) { return (1 << depth) - (1 << (depth - bits)); }
+// Two bits above two others.
+inline Nibbles join(V::Words top, V::Words middle, V::Words next_middle) {
+  return {V::merge<0xCC>(V::shift_left<2>(top), middle), V::merge<0xCC>(top, next_middle)};
+}
 
-// The codes of one unit, from the word `word` of it on, of the rows of a strip.
-template <Kind KIND>
+// The words of one unit in a plane of one bit, of which two units share a word: columns 0 to 3 and 8 to 11 at bits 0
+// and 4, the others one bit above them.
+template <bool ODD>
+inline V::Words load_bits(const uint32_t* plane, int64_t unit, int word) {
+  const V::Words both = V::load(plane + unit / 2 * STRIP + word);
+  if constexpr (ODD) return V::shift_right<2>(both);
+  else return both;
+}
+
+// Two bits above one, or above one and one more.
+inline Nibbles join_bit(V::Words top, V::Words third) {
+  return {V::merge<0x66>(V::shift_left<1>(top), third),
+          V::merge<0x66>(V::shift_right<1>(top), V::shift_right<1>(third))};
+}
+inline Nibbles join_bits(V::Words top, V::Words third, V::Words fourth) {
+  return join(top, V::merge<0x22>(V::shift_left<1>(third), fourth), V::merge<0x22>(third, V::shift_right<1>(fourth)));
+}
+
+// All bits of a code but for those of a plane of two or four below them.
+template <Kind KIND, bool ODD>
+inline auto load_upper(Planes strip, int64_t unit, int word) {
+  constexpr Widths BITS = widths(KIND);
+  const Unit<BITS.top> top(strip.top, unit, word);
+  if constexpr (BITS.middle == 0) {
+    return top;
+  } else if constexpr (BITS.middle == 2) {
+    const V::Words middle = Unit<2>(strip.middle, unit, word).words[0];
+    return join(top.words[0], middle, V::shift_right<2>(middle));
+  } else {
+    const V::Words third = load_bits<ODD>(strip.middle, unit, word);
+    if constexpr (BITS.low == 0) return join_bit(top.words[0], third);
+    else return join_bits(top.words[0], third, load_bits<ODD>(strip.low, unit, word));
+  }
+}
+
+// The codes of one unit, whose number is ODD or not, from the word `word` of it on, of the rows of a strip.
+template <Kind KIND, bool ODD>
 inline void load_codes(Planes strip, int64_t unit, int word, Codes& codes) {
   constexpr Widths BITS = widths(KIND);
-  constexpr int DEPTH = depth(KIND), UPPER = BITS.top + BITS.middle;
-  const auto upper = [&] {
-    const Unit<BITS.top> top(strip.top, unit, word);
-    if constexpr (BITS.middle == 2) return Nibbles(top.words[0], Unit<2>(strip.middle, unit, word).words[0]);
-    else return top;
-  }();
+  constexpr int BELOW = BITS.low > 1 ? BITS.low : 0;
+  constexpr uint8_t ALL = (1 << depth(KIND)) - 1, UPPER = ALL - ((1 << BELOW) - 1);
   [&]<int... INDEX>(std::integer_sequence<int, INDEX...>) {
-    ((codes[INDEX] = upper.template at<INDEX, DEPTH - (BITS.middle == 2 ? UPPER : BITS.top)>()), ...);
-    if constexpr (BITS.middle == 1) {
-      const Unit<1> middle(strip.middle, unit, word);
-      constexpr uint8_t ABOVE = topmost(BITS.top, DEPTH);
-      ((codes[INDEX] = V::merge<ABOVE>(codes[INDEX], middle.template at<INDEX, DEPTH - UPPER>())), ...);
+    if constexpr (KIND == BYTES) {
+      ((codes[INDEX] = V::load(strip.top + (unit * 4 + INDEX) * STRIP + word)), ...);
+    } else {
+      const auto upper = load_upper<KIND, ODD>(strip, unit, word);
+      ((codes[INDEX] = upper.template at<INDEX, BELOW>()), ...);
+      if constexpr (BELOW > 0) {
+        const Unit<BELOW> low(strip.low, unit, word);
+        ((codes[INDEX] = V::merge<UPPER>(codes[INDEX], low.template at<INDEX, 0>())), ...);
+      }
+      if constexpr (ALL < 0xFF) ((codes[INDEX] = V::mask<ALL>(codes[INDEX])), ...);
     }
-    if constexpr (BITS.low > 0) {
-      const Unit<BITS.low> low(strip.low, unit, word);
-      constexpr uint8_t ABOVE = topmost(UPPER, DEPTH);
-      ((codes[INDEX] = V::merge<ABOVE>(codes[INDEX], low.template at<INDEX, 0>())), ...);
-    }
-    if constexpr (DEPTH < 8) ((codes[INDEX] = V::mask<topmost(DEPTH, DEPTH)>(codes[INDEX])), ...);
   }(std::make_integer_sequence<int, 4>());
+}
+template <Kind KIND>
+inline void load_codes(Planes strip, int64_t unit, int word, Codes& codes) {
+  if (unit % 2) load_codes<KIND, true>(strip, unit, word, codes);
+  else load_codes<KIND, false>(strip, unit, word, codes);
 }
 
 }  // namespace dynaexq

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 
 #include "rows.h"
@@ -20,7 +19,7 @@ using Element = A::Element;
 constexpr int TILE = 128;      // rows of a matrix in one task, at most
 constexpr int PANEL = 16;      // of a matrix that was never coded: rows that are copied at a time, where they must be
 constexpr int MANY_ROWS = 16;  // activation rows above which codes are put together once
-constexpr int64_t AHEAD = 4096;  // bytes of a plane that are fetched beforehand
+constexpr int64_t AHEAD = 64;  // units of codes that are fetched beforehand
 
 // One matrix of one expert, its planes found.
 struct MatrixView {
@@ -54,9 +53,9 @@ struct Scratch {
 // STRIP rows of a matrix; where it ends before, the last of them are of no matter.
 struct Strip {
   Planes planes;
-  const uint8_t* meta;  // [num_groups, 2, STRIP], float16 or bytes
-  float unit;           // of bytes, or 0
-  int64_t groups, units_a_group;
+  const uint8_t* meta;            // [num_groups, 2, STRIP], float16 or bytes
+  float unit;                     // of bytes, or 0
+  int64_t groups, units_a_group;  // the latter an even number
 };
 
 // What the codes of a group mean: weight = scale / 16 * code + minimum.
@@ -64,8 +63,8 @@ struct Grid {
   V::Floats scale, minimum;
 };
 
-// Of the rows of a strip from `row` on, as many as a vector holds.
-inline Grid grids_at(const Strip& strip, int64_t group, int row) {
+// Of the rows of a strip from `row` on, as many as a vector holds. A call would take the vectors over the stack.
+[[gnu::always_inline]] inline Grid grids_at(const Strip& strip, int64_t group, int row) {
   const int64_t scales = group * 2 * STRIP + row, others = scales + STRIP;
   if (strip.unit == 0) {
     const auto* halves = (const uint16_t*)strip.meta;
@@ -110,28 +109,35 @@ inline Strip strip_at(const MatrixView& matrix, int64_t first, Scratch& scratch)
 // What a code of so many bits stands for: weight = scale * unit * (code - middle) + (scale * center + minimum).
 struct Meaning {
   float unit, center;
-  explicit Meaning(int bits, float middle = 0)
-      : unit(std::ldexp(1.0f, 4 - bits)), center((std::ldexp(1.0f, 8 - bits) - 1) / 32 + unit * middle) {}
+  explicit constexpr Meaning(int bits, float middle = 0)
+      : unit(16.0f / float(1 << bits)), center((256.0f / float(1 << bits) - 1) / 32 + unit * middle) {}
 };
 
-// Bring what is needed AHEAD bytes later into the second cache: one unit of codes.
+// Bring what is needed AHEAD units later into the second cache: one unit of codes.
 template <Kind KIND>
 inline void fetch_codes(Planes strip, int64_t unit) {
   auto fetch = [&](const uint32_t* plane, int bits) {
-    const char* from = (const char*)(plane + unit * STRIP * bits / 2) + AHEAD;
+    const char* from = (const char*)(plane + (unit + AHEAD) * STRIP * bits / 2);
     for (int line = 0; line < 2 * STRIP * bits; line += 64) __builtin_prefetch(from + line, 0, 2);
   };
   constexpr Widths BITS = widths(KIND);
   fetch(strip.top, BITS.top);
-  if constexpr (BITS.middle > 0) fetch(strip.middle, BITS.middle);
-  if constexpr (BITS.low > 0) fetch(strip.low, BITS.low);
+  // A plane of one bit comes by itself, and to ask for it took a quarter longer.
+  if constexpr (BITS.middle > 1) fetch(strip.middle, BITS.middle);
+  if constexpr (BITS.low > 1) fetch(strip.low, BITS.low);
+}
+
+// The same for the grids of one group.
+inline void fetch_grids(const Strip& strip, int64_t group) {
+  const int64_t nbytes = 2 * STRIP * (strip.unit == 0 ? 2 : 1);
+  __builtin_prefetch(strip.meta + (group + AHEAD / strip.units_a_group) * nbytes, 0, 2);
 }
 
 // A strip of codes times ROWS activation rows: out [ROWS, TILE], of which STRIP are written. `bits` of a code.
 template <Kind KIND, int DEPTH, typename Of, int ROWS>
 void multiply_strip(const Strip& strip, const Row* rows, float* out) {
   constexpr int CHAINS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;  // sums that need not wait for one another
-  const Meaning meaning(DEPTH, Of::middle(DEPTH));
+  constexpr Meaning meaning(DEPTH, Of::middle(DEPTH));
   for (int word = 0; word < STRIP; word += V::FLOATS) {
     V::Floats totals[ROWS];
     for (auto& total : totals) total = V::zero();
@@ -139,10 +145,9 @@ void multiply_strip(const Strip& strip, const Row* rows, float* out) {
       typename Of::Sums parts[ROWS][CHAINS];
       for (auto& of_row : parts)
         for (auto& part : of_row) part = Of::zero();
-      for (int64_t u = 0; u < strip.units_a_group; u++) {
-        const int64_t unit = group * strip.units_a_group + u;
+      auto add = [&]<bool ODD>(int64_t unit) {
         Codes codes;
-        load_codes<KIND>(strip.planes, unit, word, codes);
+        load_codes<KIND, ODD>(strip.planes, unit, word, codes);
         if constexpr (KIND != BYTES) fetch_codes<KIND>(strip.planes, unit);
         for (int i = 0; i < 4; i++)
           for (int m = 0; m < ROWS; m++) {
@@ -150,7 +155,13 @@ void multiply_strip(const Strip& strip, const Row* rows, float* out) {
             const auto* numbers = (const typename Of::Number*)rows[m].numbers + unit * UNIT + 4 * i;
             part = Of::template dot<DEPTH>(part, codes[i], numbers);
           }
+      };
+      const int64_t first = group * strip.units_a_group, end = first + strip.units_a_group;
+      for (int64_t unit = first; unit < end; unit += 2) {
+        add.template operator()<false>(unit);
+        add.template operator()<true>(unit + 1);
       }
+      fetch_grids(strip, group);
       const auto [scale, minimum] = grids_at(strip, group, word);
       const auto step = V::multiply(scale, V::fill(meaning.unit));
       const auto offset = V::multiply_add(scale, V::fill(meaning.center), minimum);

@@ -27,12 +27,19 @@ void gather(const uint8_t* codes, int64_t block, uint16_t* halves) {
   }
 }
 
+// Where a byte of a strip has a field. Of one bit, 2 and 3 have changed places with 4 and 5, so that those of one unit
+// meet their codes' other bits (`codes.h`).
+template <int BITS>
+constexpr int place(int field) {
+  return BITS > 1 ? field * BITS : (field & 4) >> 1 | (field & 2) << 1 | (field & 1);
+}
+
 // Codes of one row of a strip of `height` rows, from and to the words that it has there.
 template <int BITS>
 void from_strip(const uint32_t* words, int64_t count, int64_t height, uint8_t* codes) {
   for (int64_t i = 0; i < count; i++)
     for (int field = 0; field < 8 / BITS; field++) {
-      const uint32_t four = words[i * height] >> (field * BITS) & 0x01010101u * ((1 << BITS) - 1);
+      const uint32_t four = words[i * height] >> place<BITS>(field) & 0x01010101u * ((1 << BITS) - 1);
       std::memcpy(codes + (i * (8 / BITS) + field) * 4, &four, 4);
     }
 }
@@ -43,7 +50,7 @@ void to_strip(const uint8_t* codes, int64_t count, int64_t height, uint32_t* wor
     for (int field = 0; field < 8 / BITS; field++) {
       uint32_t four;
       std::memcpy(&four, codes + (i * (8 / BITS) + field) * 4, 4);
-      word |= four << (field * BITS);
+      word |= four << place<BITS>(field);
     }
     words[i * height] = word;
   }
