@@ -92,8 +92,8 @@ class Options:
             loss within the budget; `"bnb-8bit"` and `"bnb-4bit"` quantize them with bitsandbytes.
         head: the least precision of a packed head, `"int8"`, `"int6"` or `"int4"`; with `dense="int8"` it is int8.
         activations: what rows are rounded to where they meet codes on a CPU, group by group: `"int8"`, `"int16"`,
-            which loses nothing that counts and takes up to twice the time, or `"auto"`: int16 for 8-bit codes, else
-            int8. A GPU leaves them as they are, and so does a model in float32.
+            which loses nothing that counts and takes up to twice the time, or `"auto"`: int16 for codes of 6
+            and 8 bits, else int8. A GPU leaves them as they are, and so does a model in float32.
         policy: `"topn"`, `"threshold"`, `"frozen"`, or a callable `(score, upgraded, slots) -> wanted` over
             `[num_layers, num_experts]` arrays (see `policy.selection`).
         allocation: `"global"` lets layers compete for upgrade slots, `"per_layer"` gives each the same number.

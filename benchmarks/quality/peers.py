@@ -36,9 +36,13 @@ from dynaexq.hf.discovery import find_sparse_layers
 from dynaexq.settings import Settings
 
 CALIBRATION_WINDOWS = 160
-STATIC = (("int2", 64), ("int2", 32), ("int4", 64), ("int4", 32))
-MIXED_BITS = (2.5, 3.0, 3.25, 3.5)
-MIX_GROUPS = (64,)
+STATIC = (("int2", 64), ("int2", 32), ("int3", 64), ("int3", 32), ("int4", 64), ("int4", 32))
+MIXED_BITS = {
+    ("int2", "int3"): (2.5, 3.0),
+    ("int2", "int4"): (2.5, 3.0, 3.25, 3.5),
+    ("int3", "int4"): (3.5, 4.0),
+}
+MIX_GROUP = 64
 Row = dict[str, Any]
 
 
@@ -87,13 +91,12 @@ def statics(stream: Stream, calibration: Path | None) -> Iterator[Row]:
 
 
 def mixes(stream: Stream, hotness: Hotness, calibration: Path | None) -> Iterator[Row]:
-    """int2 with the experts that the traffic needs at int4."""
-    for bits in tqdm(MIXED_BITS, desc="dynaexq, mixed", unit="size"):
-        for group_size in MIX_GROUPS:
-            options = {"group_size": group_size, "calibration": calibration and str(calibration)}
-            found = mix(stream, ("int2", "int4"), bits, hotness, **options)
-            if found is not None:
-                yield row("dynaexq, mixed", f"{found.name}, g{group_size}", calibration, found.bits, found.kl)
+    """The experts that the traffic needs a step above the others."""
+    options = {"group_size": MIX_GROUP, "calibration": calibration and str(calibration)}
+    for tiers, bits in tqdm([(tiers, b) for tiers, all_bits in MIXED_BITS.items() for b in all_bits], unit="mix"):
+        found = mix(stream, tiers, bits, hotness, **options)
+        if found is not None:
+            yield row("dynaexq, mixed", f"{found.name}, g{MIX_GROUP}", calibration, found.bits, found.kl)
 
 
 def row(who: str, code: str, calibration: object, bits: float, kl: float) -> Row:

@@ -8,14 +8,18 @@ from streams import WEIGHTS_ALONE, Hotness, Stream
 from tqdm import tqdm
 
 import dynaexq
-from dynaexq.hf.discovery import find_sparse_layers
-from dynaexq.quantization.grid_format import ByteGrids
-from dynaexq.quantization.layout import MatrixLayout
-from dynaexq.quantization.quantize import dequantize_at, quantize
 
 BITS_A_WEIGHT = (2.75, 3.0, 3.25, 3.5, 4.5, 5.0)
 UNIFORM = [(tier, group) for tier in ("int2", "int3", "int4") for group in (128, 64, 32)] + [("int8", 64)]
-MIXES = (("int2", "int4"), ("int2", "int8"), ("int4", "int8"), ("int4", "fp16"))
+MIXES = (
+    ("int2", "int3"),
+    ("int2", "int4"),
+    ("int2", "int8"),
+    ("int3", "int4"),
+    ("int4", "int6"),
+    ("int4", "int8"),
+    ("int4", "fp16"),
+)
 Row = dict[str, Any]
 
 
@@ -29,24 +33,8 @@ class Assignment:
     tiers: tuple[str, ...] | None = None
 
 
-def emulated_int3(stream: Stream, group_size: int) -> Assignment:
-    """What int3 would give, which dynaexq does not offer: weights rounded by the same quantizer, read at 3 bits."""
-    model, bits, weights = copy.deepcopy(stream.model), 0.0, 0
-    for layer in find_sparse_layers(model):
-        for matrix in (layer.weights().up.data, layer.weights().down.data):
-            group = MatrixLayout.of(*matrix.shape[1:], group_size).group_size
-            code = quantize(matrix, group, fit_bits=3, unshrink=True, form=ByteGrids.of_weights(matrix))
-            matrix.copy_(dequantize_at(code, 3))
-            bits += matrix.numel() * (3 + 16 / group)
-            weights += matrix.numel()
-    kl = stream.kl(model)
-    return Assignment(f"int3 g{group_size} (emulated)", bits / weights, kl)
-
-
 def uniform(stream: Stream, tier: str, group_size: int) -> Assignment:
     """Every expert at one precision."""
-    if tier == "int3":
-        return emulated_int3(stream, group_size)
     model, runtime = stream.patched(0.0, tiers=(tier,), group_size=group_size)
     outcome = stream.send(model, runtime)
     return Assignment(f"{tier} g{group_size}", bits_a_weight(runtime, outcome.nbytes), outcome.mean_kl, (tier,))
