@@ -25,6 +25,7 @@ DTYPE = torch.bfloat16
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 PROMPTS = (512, 2048, 8192)
 MIXES = {
+    "int3": (("int3",), 0.0),
     "int4": (("int4",), 0.0),
     "20 % int4 over int2": (("int2", "int4"), 0.2),
     "int4 over int2": (("int2", "int4"), 1.0),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ("tests/gpu/test_triton_kernels.py", "-k", "narrow and few and float16 and int2")
-SPREAD = ("-n", "logical", "--maxprocesses", "8") if find_spec("xdist") else ()  # compiling takes most of the time
+SPREAD = ("-n", "logical", "--maxprocesses", "16") if find_spec("xdist") else ()  # compiling takes most of the time
 SANITIZER = "compute-sanitizer"
 
 

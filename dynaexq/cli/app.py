@@ -87,7 +87,7 @@ def plan(
     ] = None,
     dense: Annotated[
         str | None,
-        typer.Option(help="Dense layers in int8, int4, bnb-8bit, bnb-4bit, or auto, the best of ours for one card."),
+        typer.Option(help="Dense layers in int8, int6, int4, bnb-8bit, bnb-4bit; auto: the best of ours for a card."),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     context: Annotated[
@@ -127,7 +127,7 @@ def quantize(
         str | None, typer.Option(help="Bytes, such as 20GiB: chooses the tiers, and is kept.")
     ] = None,
     dense: Annotated[
-        str | None, typer.Option(help="Dense layers in int8 or int4, or auto; 16 bit if left out.")
+        str | None, typer.Option(help="Dense layers in int8, int6, int4, or auto; 16 bit if left out.")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
     quantizer: Annotated[str, typer.Option(help="als, or the faster rtn.")] = "als",
@@ -270,7 +270,7 @@ def serve(
         str | None, typer.Option(help="Bytes of the budget that the KV cache may take, such as 2GiB, or auto.")
     ] = None,
     tiers: Annotated[str | None, typer.Option(help="Base and upgrade, such as int4,int8.")] = None,
-    dense: Annotated[str | None, typer.Option(help="Dense layers in int8 or int4, or auto.")] = None,
+    dense: Annotated[str | None, typer.Option(help="Dense layers in int8, int6, int4, or auto.")] = None,
     policy: Annotated[str | None, typer.Option(help="topn, threshold or frozen.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8000,

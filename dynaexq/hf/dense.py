@@ -1,4 +1,4 @@
-"""The dense linear layers of a model in 4 or 8 bits: in our own formats, or by bitsandbytes through Transformers.
+"""The dense linear layers of a model in 4 to 8 bits: in our own formats, or by bitsandbytes through Transformers.
 
 Either way a layer gets a quantized *twin*, and Transformers a quantizer that knows how such layers are loaded and
 saved. Routers, norms and embeddings stay as they are.

@@ -1,7 +1,7 @@
 """dynaexq as Transformers' quantizers are: what `from_pretrained` drives, and what a patched model carries.
 
 Without it `save_pretrained` would drop the experts in silence, `generate` would compile static caches on its own, and
-`Trainer` would try to train constants. Dense weights in 4 or 8 bits are left to the quantizer it wraps.
+`Trainer` would try to train constants. Dense weights in 4 to 8 bits are left to the quantizer it wraps.
 """
 
 from dataclasses import replace
@@ -102,7 +102,7 @@ class DynaExqQuantizer(HfQuantizer):
         if len(devices) > 1:
             raise SettingsError(
                 f'dense="auto" is chosen for one device, and device_map names {len(devices)}; give dense="int8", '
-                '"int4" or None'
+                '"int6", "int4" or None'
             )
         stored = self.quantization_config.stored_tiers()
         self.settings = with_dense_chosen(self.settings, model, layers, resolve_device(self.settings), stored=stored)

@@ -34,7 +34,6 @@ TIERS = [
 """Every kind of code that is read from planes, and 16-bit weights."""
 
 
-
 class Program(NamedTuple):
     """What starts it, and whether it takes bfloat16 alone."""
 
