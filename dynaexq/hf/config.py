@@ -150,8 +150,8 @@ def _check_packed(packed: Any) -> None:
     if packed["format_version"] not in READ_VERSIONS:
         raise CheckpointError(
             f"the checkpoint is packed in format version {packed['format_version']!r}, and this dynaexq reads "
-            f"{' and '.join(map(str, READ_VERSIONS))}; install the version of dynaexq that wrote it, or quantize the "
-            "source again"
+            f"{READ_VERSIONS[0]} to {READ_VERSIONS[-1]}; install the version of dynaexq that wrote it, or quantize "
+            "the source again"
         )
     if packed.get("dtype", "float16") not in DTYPES:
         raise CheckpointError(

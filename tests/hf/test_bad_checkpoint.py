@@ -147,7 +147,7 @@ SIXTEEN_BIT = {
 PACKED = {
     "another format version": (
         of_another_version,
-        "packed in format version 7, and this dynaexq reads 1 and 2; install",
+        "packed in format version 7, and this dynaexq reads 1 to 3; install",
     ),
     "no format version": (without_a_version, "expected packed to hold format_version, group_size"),
     "another pair": (of_another_pair, r"expected .*packed.* to be .* from config.json, found"),
