@@ -88,8 +88,8 @@ def test_the_command_line_prints_versions_and_refuses_what_it_does_not_know():
 def test_a_wrong_tier_on_the_command_line_is_a_sentence(monkeypatch, capsys):
     from dynaexq.cli import app
 
-    monkeypatch.setattr("sys.argv", ["dynaexq", "demo", "--upgrade", "int3"])
+    monkeypatch.setattr("sys.argv", ["dynaexq", "demo", "--upgrade", "int5"])
     with pytest.raises(SystemExit) as stopped:
         app.main()
     assert stopped.value.code == 1
-    assert "int3" in capsys.readouterr().err
+    assert "int5" in capsys.readouterr().err
