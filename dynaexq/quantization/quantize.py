@@ -27,7 +27,8 @@ from dynaexq.quantization.scales import Target, center, fitted_grid, nearest, ra
 
 LARGEST_WEIGHT = 32768.0  # half of float16's range, so that minimum and scale stay finite
 COARSE = {2: Target(2, weight=0.5, length=1.1), 3: Target(3, weight=0.5, length=1.03)}
-"""How a code that is fitted for more bits looks after a coarser reading: benchmarks/quality/quantizers.py."""
+"""How a code that is fitted for more bits looks after a coarser reading; benchmarks/quality/quantizers.py has
+those of two bits, and docs/log.md what else was tried."""
 
 
 @dataclass(frozen=True)

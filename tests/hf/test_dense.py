@@ -135,6 +135,22 @@ def test_a_format_that_there_is_not_is_refused(source: Path) -> None:
         loaded(source, "int2")
 
 
+@pytest.mark.parametrize(
+    ("dense", "head", "expected"),
+    [("int4", "int4", "int4"), ("int4", "int8", "int8"), ("int6", "int4", "int6"), ("int8", "int6", "int8")],
+)
+def test_a_head_has_the_precision_that_was_asked_for_and_no_less_than_the_others(
+    source: Path, tmp_path: Path, dense: str, head: str, expected: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    patching.patch(model, dense=dense, head=head, **OPTIONS)
+    assert model.lm_head.codec.tiers == (expected,)
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert again.lm_head.codec.tiers == (expected,)
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
 def test_a_head_that_was_tied_gets_bytes_of_its_own_and_the_plan_knows(tmp_path: Path) -> None:
     tiny.tiny_qwen3_moe(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     model = patched(tmp_path / "tied", "int4")
