@@ -15,6 +15,12 @@ UPGRADES = {
 }
 """What experts at each precision may be upgraded to."""
 
+ALL_TIERS = (
+    *((base,) for base in UPGRADES),
+    *((base, upgrade) for base, upgrades in UPGRADES.items() for upgrade in upgrades),
+)
+"""All tiers that there are, the base first."""
+
 MASS_UNIT = 2**20
 """Routing mass is counted in integers: this many units for a weight of one."""
 

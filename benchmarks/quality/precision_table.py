@@ -18,9 +18,9 @@ from streams import LENGTH, Stream, use_one_thread
 from tqdm import tqdm
 
 from dynaexq.cli.demo import embedded_model
-from dynaexq.types import UPGRADES
+from dynaexq.types import ALL_TIERS
 
-UNIFORM = [(base, *upgrade) for base in UPGRADES for upgrade in [(), *((t,) for t in UPGRADES[base] if t != "fp16")]]
+UNIFORM = sorted(tiers for tiers in ALL_TIERS if tiers == ("fp16",) or "fp16" not in tiers)
 SHARES = (0.0, 0.1, 0.2, 0.33, 0.5, 1.0)
 
 

@@ -66,7 +66,7 @@ def quantize(
     `"rtn"` spans the range of each group, and looks at no coarser reading and no inputs.
     """
     form = form or HalfGrids()
-    targets = (Target(fit_bits), *(COARSE[bits] for bits in (coarse_bits,) if bits))
+    targets = (Target(fit_bits),) if coarse_bits is None else (Target(fit_bits), COARSE[coarse_bits])
     *lead, columns = weights.shape
     if method == "als" and inputs is not None:
         known = InputsOfMatrices.of(inputs, columns)

@@ -15,9 +15,7 @@ from dynaexq.quantization.bitplanes import pack_plane, unpack_plane
 from dynaexq.quantization.codec import MATRICES, ExpertCodec
 from dynaexq.quantization.layout import BlockLayout
 from dynaexq.quantization.plane_codec import BASE_PLANES, REFINE_PLANES
-from dynaexq.types import UPGRADES
-
-_ALL = [(base,) for base in UPGRADES] + [(base, upgrade) for base in BASE_PLANES for upgrade in UPGRADES[base]]
+from dynaexq.types import ALL_TIERS
 
 _TOP4_IN_PIECES = (("top2", "middle2"), ("top2", "third1", "fourth1"))
 """The planes that an int4 base may be stored as, where its code was made for a base of fewer bits."""
@@ -29,7 +27,7 @@ def offered(stored: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     >>> offered(("int4", "fp16"))
     (('int4',), ('fp16',), ('int4', 'fp16'))
     """
-    return tuple(tiers for tiers in _ALL if tiers == stored or (len(stored) == 2 and _holds(stored, tiers)))
+    return tuple(tiers for tiers in ALL_TIERS if tiers == stored or (len(stored) == 2 and _holds(stored, tiers)))
 
 
 def pieces(stored: ExpertCodec, wanted: BlockLayout) -> list[tuple[int, int]]:

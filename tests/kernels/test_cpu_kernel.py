@@ -24,10 +24,9 @@ from dynaexq.hf.discovery import activation_name
 from dynaexq.kernels import cpu, reference
 from dynaexq.kernels.cpu import build, interface, native, threads, torch_path
 from dynaexq.memory import RoutingCounter
-from dynaexq.quantization.plane_codec import BASE_PLANES
-from dynaexq.types import UPGRADES, ExpertShape
+from dynaexq.types import ALL_TIERS, ExpertShape
 
-CODED = [(base, *upgrade) for base in BASE_PLANES for upgrade in [(), *((tier,) for tier in UPGRADES[base])]]
+CODED = [tiers for tiers in ALL_TIERS if tiers != ("fp16",)]
 HELPERS = Path(__file__).parent.parent / "helpers"
 AVAILABLE = [target for target in build.INSTRUCTION_SETS if build.cpu_features().issuperset(target.features)]
 

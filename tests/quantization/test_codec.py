@@ -15,9 +15,8 @@ from dynaexq.quantization.grid_format import ByteGrids
 from dynaexq.quantization.layout import MatrixLayout
 from dynaexq.quantization.plane_codec import REFINE_PLANES
 from dynaexq.quantization.quantize import dequantize, quantize
-from dynaexq.types import BITS, UPGRADES, ExpertShape
+from dynaexq.types import ALL_TIERS, BITS, ExpertShape
 
-TIER_CHOICES = [(base, *upgrade) for base in UPGRADES for upgrade in [(), *((tier,) for tier in UPGRADES[base])]]
 SHAPES = {
     "H=256 I=64": ExpertShape(256, 64, 128, has_bias=False, transposed=False),
     "H=1408 I=48 transposed": ExpertShape(1408, 48, 96, has_bias=False, transposed=True),
@@ -28,8 +27,8 @@ SHAPES = {
 SMALL = ExpertShape(96, 48, 96, has_bias=True, transposed=True)
 LARGEST_ERROR = {"int2": 0.37, "int3": 0.18, "int4": 0.088, "int6": 0.023, "int8": 0.007, "fp16": 0.0}
 
-each_pair = pytest.mark.parametrize("tiers", TIER_CHOICES, ids="+".join)
-each_code = pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if "fp16" not in tiers], ids="+".join)
+each_pair = pytest.mark.parametrize("tiers", ALL_TIERS, ids="+".join)
+each_code = pytest.mark.parametrize("tiers", [tiers for tiers in ALL_TIERS if "fp16" not in tiers], ids="+".join)
 each_format = pytest.mark.parametrize("scale_bits", [8, 16])
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
@@ -130,7 +129,7 @@ def test_each_tier_reads_back_at_the_error_that_was_reported(shape, tiers):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if tiers[-1] == "fp16"], ids="+".join)
+@pytest.mark.parametrize("tiers", [tiers for tiers in ALL_TIERS if tiers[-1] == "fp16"], ids="+".join)
 def test_sixteen_bit_weights_are_views_of_the_bytes_equal_to_the_source_bit_for_bit(tiers, dtype):
     weights = random_weights(SMALL, dtype=dtype)
     weights.up[0, 0, 0] = -0.0
@@ -231,7 +230,7 @@ def test_the_bytes_of_a_code_mean_what_is_documented(shape, tiers, scale_bits):
             assert float(matrix[n, k]) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("tiers", [tiers for tiers in TIER_CHOICES if tiers[0] != "fp16"], ids="+".join)
+@pytest.mark.parametrize("tiers", [tiers for tiers in ALL_TIERS if tiers[0] != "fp16"], ids="+".join)
 def test_a_base_is_fitted_for_its_own_depth_and_unshrunk_unless_it_will_be_refined(tiers):
     weights, bits = random_weights(SHAPES["H=256 I=64"]), BITS[tiers[0]]
     refined = tiers in REFINE_PLANES

@@ -24,14 +24,12 @@ from dynaexq.kernels.triton import TritonExchange, add_routing, expert_mlp, rout
 from dynaexq.kernels.triton.preparation import Sums, prepare
 from dynaexq.kernels.triton.reductions import group_sums, weighted_sum
 from dynaexq.memory import RoutingCounter
-from dynaexq.planning.budget import TIER_CHOICES
-from dynaexq.types import MASS_UNIT, WORDS_AHEAD, ExpertShape
+from dynaexq.types import ALL_TIERS, MASS_UNIT, WORDS_AHEAD, ExpertShape
 
 WIDE = ExpertShape(hidden_size=256, intermediate_size=128, up_rows=256, has_bias=False, transposed=False)
 """Blocks of 256 and of 128 codes; GATED has blocks of 64, and a padded one."""
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
-ALL_PAIRS = [*TIER_CHOICES, ("int2", "fp16"), ("int3", "fp16"), ("int6", "fp16")]
 MOST_PLANES = [
     ("int2", "int3"),
     ("int2", "int4"),
@@ -44,7 +42,7 @@ MOST_PLANES = [
 ]
 """Pairs in which every plane is read from every place it may have."""
 
-each_pair = pytest.mark.parametrize("tiers", ALL_PAIRS, ids="+".join)
+each_pair = pytest.mark.parametrize("tiers", ALL_TIERS, ids="+".join)
 
 
 @pytest.fixture(autouse=True)
